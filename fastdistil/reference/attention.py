@@ -1,0 +1,64 @@
+"""Losses between two attention maps, with the maps in memory (losses.md, section 4): the judge of all backends.
+
+prob_mse: BiStil (arXiv 2306.01709); score_mse: TinyBERT (arXiv 1909.10351); prob_kl: MiniLM (arXiv 2002.10957).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdistil.reference.exact import forward_kl_rows, softmax_difference
+
+
+def attention(
+    student_q: Tensor,
+    student_k: Tensor,
+    teacher_q: Tensor,
+    teacher_k: Tensor,
+    key_mask: Tensor | None,
+    row_scale: Tensor,
+    kind: str,
+    causal: bool,
+    student_scale: float,
+    teacher_scale: float,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Rows of the loss times `row_scale`, and the gradients of their sum.
+
+    student_q, student_k: (B, H, S, d_s); teacher_q, teacher_k: (B, H, S, d_t); key_mask: (B, S) bool, True = real token;
+    row_scale: (B, H, S), rows with 0 are skipped whatever they hold. kind: "prob_mse" sum over keys of (P_s - P_t)^2,
+    "prob_kl" KL(P_t || P_s), "score_mse" sum over keys of (A_s - A_t)^2.
+    Returns rows (B, H, S), dstudent_q, dstudent_k (B, H, S, d_s) in row_scale's dtype; None without `need_grad`.
+    """
+    dtype = row_scale.dtype
+    keep = row_scale != 0  # (B, H, S)
+    real = keep.new_ones(keep.shape[0], 1, keep.shape[2]) if key_mask is None else key_mask[:, None, :]  # (B, 1, S)
+    q_s, q_t = (torch.where(keep[..., None], x.to(dtype), 0.0) for x in (student_q, teacher_q))
+    k_s, k_t = (torch.where(real[..., None], x.to(dtype), 0.0) for x in (student_k, teacher_k))
+    visible = (real[..., None, :] & keep[..., None]).expand(*keep.shape, keep.shape[-1])  # (B, H, S, S)
+    visible = visible.tril() if causal else visible
+
+    teacher_scores = teacher_scale * q_t @ k_t.mT
+    if q_s.shape[-1] == q_t.shape[-1]:  # the exact difference: [X_s - X_t, X_t] [Y_s, Y_s - Y_t]^T
+        dx = student_scale * (q_s - q_t) + (student_scale - teacher_scale) * q_t
+        score_difference = dx @ k_s.mT + teacher_scale * q_t @ (k_s - k_t).mT
+    else:
+        score_difference = student_scale * q_s @ k_s.mT - teacher_scores
+
+    if kind == "score_mse":
+        score_difference = score_difference.masked_fill(~visible, 0.0)
+        rows, dscores = score_difference.square().sum(-1), 2 * score_difference
+    else:
+        difference = softmax_difference(teacher_scores, score_difference, visible)
+        e = difference.p_minus_q
+        if kind == "prob_kl":
+            rows, dscores = forward_kl_rows(difference), e
+        else:
+            p = difference.q + e
+            rows, dscores = e.square().sum(-1), 2 * p * (e - (p * e).sum(-1, keepdim=True))
+    rows = torch.where(keep, row_scale * rows, 0.0)
+    if not need_grad:
+        return rows, None, None
+    dscores = torch.where(visible, row_scale[..., None] * dscores, 0.0)
+    return rows, student_scale * dscores @ k_s, student_scale * dscores.mT @ q_s
