@@ -1,0 +1,72 @@
+"""A compact student: few narrow layers on word embeddings that are an SVD of the teacher's, vocabulary trimmed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import BertConfig, BertForTokenClassification, BertModel
+
+
+def svd_basis(table: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The best rank-`size` affine approximation of a table's rows.
+
+    `table` (V, D) floating. Returns `mean` (D,) and `basis` (D, size), orthonormal columns by falling singular value,
+    float32: row ~ mean + (row - mean) basis basisᵀ. Computed in float64 from the (D, D) Gram matrix.
+    Raises ValueError where `table` is not 2-D or `size` is not within 1 to D.
+    """
+    if table.ndim != 2:
+        raise ValueError(f"svd_basis: table has shape {tuple(table.shape)}, expected (V, D)")
+    if not 1 <= size <= table.shape[1]:
+        raise ValueError(f"svd_basis: size is {size}, expected 1 to {table.shape[1]}, the width of table")
+    rows = table.detach().double()
+    mean = rows.mean(0)
+    centred = rows - mean
+    _, vectors = torch.linalg.eigh(centred.T @ centred)  # ascending
+    basis = vectors.flip(1)[:, :size]
+    # A singular vector's sign is free: the largest entry is made positive, so that every machine starts alike.
+    signs = basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()
+    return mean.float(), (basis * signs).float()
+
+
+def compact_student(
+    teacher: BertModel,
+    rows: Tensor,
+    *,
+    pad_token_id: int,
+    hidden_size: int = 128,
+    layers: int = 2,
+    heads: int = 4,
+    ffn_size: int = 512,
+    labels: list[str],
+    dropout: float = 0.1,
+) -> BertForTokenClassification:
+    """A BERT of `layers` blocks of width `hidden_size` over the teacher's vocabulary rows `rows` (V_s,) int64.
+
+    Word, position and type embeddings are the teacher's in the basis of `svd_basis` over the kept word rows; blocks and
+    head are drawn from torch's generator. float32, CPU, train mode. `pad_token_id` counts in the new ids.
+    Source: Mukherjee & Awadallah 2020 (XtremeDistil) for the embeddings, Turc et al. 2019 for the sizes.
+    """
+    teacher_embeddings = teacher.embeddings
+    table = teacher_embeddings.word_embeddings.weight.detach()[rows]  # (V_s, D_t)
+    mean, basis = svd_basis(table, hidden_size)
+    config = BertConfig(
+        vocab_size=len(rows),
+        hidden_size=hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=ffn_size,
+        max_position_embeddings=teacher.config.max_position_embeddings,
+        type_vocab_size=teacher.config.type_vocab_size,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+        pad_token_id=pad_token_id,
+        id2label=dict(enumerate(labels)),
+        label2id={label: index for index, label in enumerate(labels)},
+    )
+    student = BertForTokenClassification(config)
+    embeddings = student.bert.embeddings
+    with torch.no_grad():
+        embeddings.word_embeddings.weight.copy_((table - mean) @ basis)
+        embeddings.position_embeddings.weight.copy_(teacher_embeddings.position_embeddings.weight @ basis)
+        embeddings.token_type_embeddings.weight.copy_((teacher_embeddings.token_type_embeddings.weight + mean) @ basis)
+    return student
