@@ -1,0 +1,50 @@
+#include "dispatch.h"
+
+#include <cstdlib>
+#include <cstring>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace fastdistil {
+
+#if defined(FD_X86)
+namespace avx512 { void logit(const LogitArgs&, int); }
+namespace avx2 { void logit(const LogitArgs&, int); }
+#endif
+namespace generic { void logit(const LogitArgs&, int); }
+
+namespace cpu {
+namespace {
+
+enum class Isa { generic, avx2, avx512 };
+
+Isa detect() {
+#if defined(FD_X86)
+  __builtin_cpu_init();
+  const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return v4 ? Isa::avx512 : v3 ? Isa::avx2 : Isa::generic;
+#else
+  return Isa::generic;
+#endif
+}
+
+const Isa chosen = detect();
+
+}  // namespace
+
+const char* isa() { return chosen == Isa::avx512 ? "avx512" : chosen == Isa::avx2 ? "avx2" : "generic"; }
+
+void logit(const LogitArgs& args, int threads) {
+#if defined(FD_X86)
+  if (chosen == Isa::avx512) return avx512::logit(args, threads);
+  if (chosen == Isa::avx2) return avx2::logit(args, threads);
+#endif
+  generic::logit(args, threads);
+}
+
+}  // namespace cpu
+}  // namespace fastdistil

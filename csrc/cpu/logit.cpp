@@ -1,0 +1,248 @@
+// Divergence of two rows of logits, value and gradient (docs/losses.md, section 1).
+//
+// Bytes: each row is read once from memory for the statistics and again, from the L2 cache, for value and gradient
+// (a centred rule reads it a third time); the gradient is written once. FLOPs: about 80 a column. So the floor is
+// (2 reads + 1 write) x N x V x bytes an element over the copy bandwidth; fresh gradient pages cost as much again.
+//
+// Compiled once an instruction set (FD_ISA); dispatch.cpp chooses at run time.
+#include "../rules/logit_args.h"
+#include "../rules/pair.h"
+#include "elements.h"
+
+namespace fastdistil {
+inline namespace FD_ISA {
+namespace {
+
+constexpr int kBlock = 512;  // columns: five float blocks stay in L1
+
+template <class E>
+struct Row {
+  using T = Compute<E>;
+  const E* student;
+  const E* teacher;
+  int64_t columns;
+  Tempering<T> tempering;
+  RowStats<T> stats;
+};
+
+template <class E>
+struct Block {
+  using T = Compute<E>;
+  T a[kBlock], b[kBlock], d[kBlock];
+  T student[kBlock], teacher[kBlock];
+  bool near;  // every |d| is small
+
+  void load(const Row<E>& row, int64_t begin, int n) {
+    const T* zs = load_block(row.student + begin, student, n);
+    const T* zt = load_block(row.teacher + begin, teacher, n);
+    near = row.tempering.equal ? temper<true>(row.tempering, zs, zt, n) : temper<false>(row.tempering, zs, zt, n);
+  }
+
+ private:
+  template <bool kEqual>
+  bool temper(const Tempering<T>& row, const T* zs, const T* zt, int n) {
+    const Tempering<T> tempering{row.inv_student, row.inv_teacher, kEqual, row.shift};
+    int far = 0;
+#pragma omp simd reduction(| : far)
+    for (int i = 0; i < n; ++i) {
+      const Scores<T> c = scores(zs[i], zt[i], tempering);
+      a[i] = c.a, b[i] = c.b, d[i] = c.d;
+      far |= !(math::magnitude(c.d) <= T(kNear));
+    }
+    return far == 0;
+  }
+};
+
+template <class E, class Action>
+void for_blocks(const Row<E>& row, Block<E>& block, Action&& action) {
+  for (int64_t begin = 0; begin < row.columns; begin += kBlock) {
+    const int n = static_cast<int>(row.columns - begin < kBlock ? row.columns - begin : kBlock);
+    block.load(row, begin, n);
+    action(begin, n);
+  }
+}
+
+template <class T>
+T block_max(const T* x, int n) {
+  T largest = -INFINITY;
+#pragma omp simd reduction(max : largest)
+  for (int i = 0; i < n; ++i) largest = x[i] > largest ? x[i] : largest;
+  return largest;
+}
+
+// ln of sum(exp(a)), by itself: only where the two rows lie too far apart for the exact form.
+template <class E>
+double plain_logsumexp(const Row<E>& row, Block<E>& block) {
+  using T = Compute<E>;
+  Masses<T, double> masses;
+  for_blocks(row, block, [&](int64_t, int n) {
+    const T m = masses.raise(block_max(block.a, n));
+    T part = 0;
+#pragma omp simd reduction(+ : part)
+    for (int i = 0; i < n; ++i) part += math::exp(block.a[i] - m);
+    masses.sum += part;
+  });
+  return masses.max + std::log(masses.sum);
+}
+
+template <bool kNearBlock, class E>
+void add_block(const Block<E>& block, int n, Masses<Compute<E>, double>& masses) {
+  const Compute<E> m = masses.raise(block_max(block.b, n));
+  Compute<E> sum = 0, difference = 0;
+#pragma omp simd reduction(+ : sum, difference)
+  for (int i = 0; i < n; ++i) {
+    const Mass<Compute<E>> part = mass<kNearBlock>(Scores<Compute<E>>{block.a[i], block.b[i], block.d[i]}, m);
+    sum += part.sum;
+    difference += part.difference;
+  }
+  masses.sum += sum;
+  masses.difference += difference;
+}
+
+// First pass: the teacher's maximum and sum, and D = log1p(X/S).
+template <class E>
+void statistics(Row<E>& row, Block<E>& block) {
+  using T = Compute<E>;
+  Masses<T, double> masses;
+  for_blocks(row, block, [&](int64_t, int n) {
+    block.near ? add_block<true>(block, n, masses) : add_block<false>(block, n, masses);
+  });
+  const T max = masses.max;
+  row.stats.max = max > T(-INFINITY) ? max : T(NAN);  // a teacher of -inf alone is an error that must stay visible
+  row.stats.inv_sum = static_cast<T>(1.0 / masses.sum);
+  if (!exact_log_ratio(masses.difference / masses.sum, row.stats.log_ratio))
+    row.stats.log_ratio = static_cast<T>(plain_logsumexp(row, block) - (max + std::log(masses.sum)));
+}
+
+template <class Rule, bool kNearBlock, bool kGradient, class E>
+void finish_block(RowStats<Compute<E>> stats, const Block<E>& block, int n, Compute<E> beta, Compute<E> factor,
+                  E* gradient, double& value, double& centre) {
+  using T = Compute<E>;
+  T v = 0, f = 0;
+#pragma omp simd reduction(+ : v, f)
+  for (int i = 0; i < n; ++i) {
+    const Result<T> r = result<Rule, kNearBlock>(Scores<T>{block.a[i], block.b[i], block.d[i]}, stats, beta);
+    v += r.value;
+    if constexpr (Rule::centred) f += r.centre;
+    if constexpr (kGradient) gradient[i] = from_compute<E>(factor * r.gradient);
+  }
+  value += v;
+  centre += f;
+}
+
+template <class Rule, bool kGradient, class E>
+void pass(const Row<E>& row, Block<E>& block, Compute<E> beta, Compute<E> factor, E* gradient, double& value,
+          double& centre) {
+  const bool near_row = Rule::softmax && math::magnitude(row.stats.log_ratio) <= kNear;
+  for_blocks(row, block, [&](int64_t begin, int n) {
+    E* out = kGradient ? gradient + begin : nullptr;
+    if (near_row && block.near)
+      finish_block<Rule, true, kGradient>(row.stats, block, n, beta, factor, out, value, centre);
+    else
+      finish_block<Rule, false, kGradient>(row.stats, block, n, beta, factor, out, value, centre);
+  });
+}
+
+template <class Rule, class E>
+class Kernel {
+  using T = Compute<E>;
+  const LogitArgs& args_;
+  const T beta_, value_factor_;
+
+ public:
+  explicit Kernel(const LogitArgs& args)
+      : args_(args), beta_(static_cast<T>(args.beta)), value_factor_(static_cast<T>(args.value_factor)) {}
+
+  T scale(int64_t r) const { return static_cast<const T*>(args_.row_scale)[r]; }
+  T* stats(int64_t r) const { return static_cast<T*>(args_.stats) + r * kStats; }
+  E* gradient(int64_t r) const {
+    return args_.gradient ? static_cast<E*>(args_.gradient) + r * args_.gradient_stride : nullptr;
+  }
+  // d loss / d student logit = (d loss / d tempered logit) / T_s
+  T gradient_factor(int64_t r) const {
+    return static_cast<T>(scale(r) * args_.value_factor / args_.student_temperature);
+  }
+
+  Row<E> row(int64_t r) const {
+    Row<E> row{};
+    row.student = static_cast<const E*>(args_.student) + r * args_.student_stride;
+    row.teacher = static_cast<const E*>(args_.teacher) + r * args_.teacher_stride;
+    row.columns = args_.columns;
+    row.tempering = {static_cast<T>(1.0 / args_.student_temperature), static_cast<T>(1.0 / args_.teacher_temperature),
+                     args_.student_temperature == args_.teacher_temperature, T(0)};
+    row.stats.inv_sum = static_cast<T>(1.0 / args_.columns);  // what MeanSquare divides by; a softmax overwrites it
+    return row;
+  }
+
+  void zero(int64_t r) const {
+    if (args_.loss) static_cast<T*>(args_.loss)[r] = T(0);
+    if (args_.loss)
+      for (int i = 0; i < kStats; ++i) stats(r)[i] = T(0);
+    if (E* g = gradient(r))
+      for (int64_t i = 0; i < args_.columns; ++i) g[i] = E{};
+  }
+
+  void forward(int64_t r, Block<E>& block) const {
+    Row<E> row = this->row(r);
+    if constexpr (Rule::softmax) {
+      row.tempering.shift = row_shift<T>(to_compute(row.student[0]), to_compute(row.teacher[0]), row.tempering);
+      statistics(row, block);
+    }
+    double value = 0, centre = 0, ignored = 0;
+    E* g = gradient(r);
+    if (g && !Rule::centred)
+      pass<Rule, true>(row, block, beta_, gradient_factor(r), g, value, centre);
+    else
+      pass<Rule, false>(row, block, beta_, T(0), static_cast<E*>(nullptr), value, centre);
+    row.stats.centre = static_cast<T>(centre);
+    if (g && Rule::centred) pass<Rule, true>(row, block, beta_, gradient_factor(r), g, ignored, ignored);
+    static_cast<T*>(args_.loss)[r] = static_cast<T>(value * value_factor_ * scale(r));
+    T* s = stats(r);
+    s[kMax] = row.stats.max, s[kInvSum] = row.stats.inv_sum, s[kShift] = row.tempering.shift;
+    s[kLogRatio] = row.stats.log_ratio, s[kCentre] = row.stats.centre;
+  }
+
+  void backward(int64_t r, Block<E>& block) const {
+    Row<E> row = this->row(r);
+    const T* s = stats(r);
+    row.stats = {s[kMax], s[kInvSum], s[kLogRatio], s[kCentre]};
+    row.tempering.shift = s[kShift];
+    double ignored = 0;
+    pass<Rule, true>(row, block, beta_, gradient_factor(r), gradient(r), ignored, ignored);
+  }
+};
+
+template <class Rule, class E>
+void run(const LogitArgs& args, int threads) {
+  const Kernel<Rule, E> kernel(args);
+#pragma omp parallel num_threads(threads)
+  {
+    Block<E> block;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t r = 0; r < args.rows; ++r) {
+      if (kernel.scale(r) == 0)
+        kernel.zero(r);
+      else if (args.loss)
+        kernel.forward(r, block);
+      else
+        kernel.backward(r, block);
+    }
+  }
+}
+
+}  // namespace
+
+void logit(const LogitArgs& args, int threads) {
+  with_rule(static_cast<Divergence>(args.divergence), [&](auto rule) {
+    using Rule = decltype(rule);
+    switch (args.dtype) {
+      case DType::f32: return run<Rule, float>(args, threads);
+      case DType::bf16: return run<Rule, bf16>(args, threads);
+      case DType::f16: return run<Rule, f16>(args, threads);
+      case DType::f64: return run<Rule, double>(args, threads);
+    }
+  });
+}
+
+}  // namespace FD_ISA
+}  // namespace fastdistil

@@ -1,0 +1,38 @@
+// What one launch of the logit kernels needs, the same for CPU and CUDA. Plain data: no templates, no torch.
+#pragma once
+
+#include <cstdint>
+
+namespace fastdistil {
+
+enum class DType : int { f32, bf16, f16, f64 };
+
+// Columns of the per-row statistics that the forward leaves for the backward.
+enum LogitStat : int {
+  kMax,       // largest tempered teacher logit
+  kInvSum,    // 1 / sum of exp(b - max)
+  kShift,     // constant taken off the student's row before it meets the teacher's
+  kLogRatio,  // D = lse(a) - lse(b), after the shift
+  kCentre,    // sum of p * slope (0 for direct rules)
+  kStats
+};
+
+constexpr int kDivergences = 7;  // entries of enum Divergence, rules/divergence.h
+
+struct LogitArgs {
+  const void* student;          // (N, V), row stride student_stride
+  const void* teacher;          // (N, V), row stride teacher_stride
+  const void* row_scale;        // (N,) float32, float64 for float64 logits; rows of scale 0 are not read
+  void* loss;                   // (N,) as row_scale, or null (backward)
+  void* stats;                  // (N, kStats) as row_scale: written by the forward, read by the backward
+  void* gradient;               // (N, V) in the logits' dtype, row stride gradient_stride, or null (forward alone)
+  int64_t rows, columns;        // N, V
+  int64_t student_stride, teacher_stride, gradient_stride;  // in elements
+  DType dtype;
+  int divergence;               // enum Divergence
+  double beta;
+  double student_temperature, teacher_temperature;
+  double value_factor;          // T_s T_t or 1
+};
+
+}  // namespace fastdistil

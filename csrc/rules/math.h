@@ -1,0 +1,142 @@
+// Elementary functions that every rule uses, for host and device, float and double.
+//
+// Host float functions are branch-free polynomials, so that a loop over them vectorises for any instruction set:
+// libm's calls would not. Device and double use the platform's functions, which are accurate to an ulp or two.
+#pragma once
+
+#if defined(__CUDACC__)
+#include <cuda_runtime.h>
+#define FD_FUNCTION __host__ __device__ __forceinline__
+#else
+#define FD_FUNCTION inline __attribute__((always_inline))
+#endif
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+// The CPU sources are compiled once an instruction set; the name keeps the linker from mixing the copies.
+#ifndef FD_ISA
+#define FD_ISA generic
+#endif
+
+namespace fastdistil {
+inline namespace FD_ISA {
+namespace math {
+
+template <class To, class From>
+FD_FUNCTION To bits(From x) {
+  static_assert(sizeof(To) == sizeof(From), "bits: sizes differ");
+  To result;
+  std::memcpy(&result, &x, sizeof(To));
+  return result;
+}
+
+constexpr float kLn2 = 0.693147180559945309f;
+constexpr float kLn2High = 0.693359375f;  // 9 bits: n * kLn2High is exact for |n| < 2^15
+constexpr float kLn2Low = -2.12194440e-4f;
+constexpr float kHalfLn2 = 0.34657359f;
+constexpr float kExpMin = -87.33654f;  // e^x is subnormal below, taken as 0
+constexpr float kExpMax = 88.0f;       // 2^127 is the largest factor that the exponent field holds
+
+template <class T>
+FD_FUNCTION T clamp(T x, T low, T high) {  // a NaN passes through
+  x = x < low ? low : x;
+  return x > high ? high : x;
+}
+
+template <class T>
+FD_FUNCTION T magnitude(T x) {
+  return x < T(0) ? -x : x;
+}
+
+// (e^r - 1 - r) / r^2 for |r| <= ln(2)/2: the Taylor terms, cut where the next is below half an ulp.
+FD_FUNCTION float excess_series(float r) {
+  float s = 1.9841270e-4f;      // 1/7!
+  s = s * r + 1.3888889e-3f;    // 1/6!
+  s = s * r + 8.3333333e-3f;
+  s = s * r + 4.1666667e-2f;
+  s = s * r + 1.6666667e-1f;
+  return s * r + 0.5f;
+}
+
+FD_FUNCTION double excess_series(double r) {
+  double s = 0.0;
+  double reciprocal = 4.77947733238738529744e-14;  // 1/16!
+  for (int n = 16; n >= 2; --n) {
+    s = s * r + reciprocal;
+    reciprocal *= n;
+  }
+  return s;
+}
+
+// x = n ln 2 + r with |r| <= ln(2)/2; x within [kExpMin, kExpMax] (NaN gives NaN in r).
+FD_FUNCTION void reduce(float x, float& n, float& r, float& power) {
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
+  const float shifted = x * 1.44269504f + magic;
+  n = shifted - magic;
+  r = (x - n * kLn2High) - n * kLn2Low;
+  power = bits<float>((bits<int32_t>(shifted) + 127) << 23);  // 2^n: the low bits of `shifted` hold n
+}
+
+FD_FUNCTION float exp(float x) {
+#if defined(__CUDA_ARCH__)
+  return expf(x);
+#else
+  float n, r, power;
+  reduce(clamp(x, kExpMin, kExpMax), n, r, power);
+  const float y = power + power * (r + r * r * excess_series(r));
+  return x < kExpMin ? 0.0f : y;
+#endif
+}
+
+FD_FUNCTION double exp(double x) { return ::exp(x); }
+
+// e^x - 1 with full relative precision; 1.7e38 for x >= 88.
+FD_FUNCTION float expm1(float x) {
+  x = clamp(x, kExpMin, kExpMax);
+#if defined(__CUDA_ARCH__)
+  return expm1f(x);
+#else
+  float n, r, power;
+  reduce(x, n, r, power);
+  return (power - 1.0f) + power * (r + r * r * excess_series(r));
+#endif
+}
+
+FD_FUNCTION double expm1(double x) { return ::expm1(clamp(x, -700.0, 700.0)); }
+
+// ln(1 + x) with full relative precision for finite x >= -1.
+FD_FUNCTION float log1p(float x) {
+#if defined(__CUDA_ARCH__)
+  return log1pf(x);
+#else
+  const float u = 1.0f + x;
+  const int32_t offset = 0x3f3504f3;  // sqrt(1/2): 1+x = 2^k f with f in [sqrt(1/2), sqrt(2))
+  const int32_t shifted = bits<int32_t>(u) - offset;
+  const int32_t k = shifted >> 23;
+  const float f = bits<float>((shifted & 0x7fffff) + offset);
+  const float y = k == 0 ? x : f - 1.0f;
+  const float s = y / (2.0f + y), z = s * s;
+  float t = 1.1111111e-1f;
+  t = t * z + 1.4285714e-1f;
+  t = t * z + 2.0e-1f;
+  t = t * z + 3.3333333e-1f;
+  const float value = static_cast<float>(k) * kLn2 + (2.0f * s + 2.0f * s * z * t);
+  return u == 0.0f ? -INFINITY : value;
+#endif
+}
+
+FD_FUNCTION double log1p(double x) { return ::log1p(x); }
+
+// w (e^l - 1 - l) >= 0, where the caller knows gap = w (e^l - 1) exactly. 0 * inf counts as 0.
+template <class T>
+FD_FUNCTION T excess(T w, T gap, T l) {
+  const T series = w * (l * l * excess_series(l));
+  const T plain = gap - (w == T(0) ? T(0) : w * l);
+  return magnitude(l) <= T(kHalfLn2) ? series : plain;
+}
+
+}  // namespace math
+}  // namespace FD_ISA
+}  // namespace fastdistil

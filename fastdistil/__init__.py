@@ -1,0 +1,6 @@
+"""fastdistil: fused, exact, memory-lean kernels for knowledge distillation."""
+
+from fastdistil.backends import backends
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "backends"]

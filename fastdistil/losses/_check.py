@@ -1,0 +1,108 @@
+"""What every loss checks at its door. Messages name the function, the argument, what came and what was wanted."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def float_tensor(function: str, name: str, value: object) -> Tensor:
+    """`value` as a tensor of a supported floating dtype."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{function}: {name} is {type(value).__name__}, expected a torch.Tensor")
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{function}: {name} has dtype {value.dtype}, expected float32, bfloat16, float16 or float64")
+    return value
+
+
+def constant(function: str, name: str, value: Tensor) -> None:
+    """The teacher's side never gets a gradient."""
+    if value.requires_grad:
+        raise ValueError(
+            f"{function}: {name} requires grad, expected a constant (run the teacher under torch.no_grad() "
+            f"or pass {name}.detach())"
+        )
+
+
+def same_device(function: str, name: str, value: Tensor, other: str, device: torch.device) -> None:
+    if value.device != device:
+        raise ValueError(f"{function}: {name} is on {value.device}, expected {device} to match {other}")
+
+
+def same_shape(function: str, name: str, value: Tensor, other: str, shape: torch.Size) -> None:
+    if value.shape != shape:
+        raise ValueError(
+            f"{function}: {name} has shape {tuple(value.shape)}, expected {tuple(shape)} to match {other}"
+        )
+
+
+def one_of(function: str, name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{function}: {name} is {value!r}, expected one of {', '.join(map(repr, allowed))}")
+
+
+def number(function: str, name: str, value: object) -> float:
+    """A finite Python number (a bool or a tensor is neither)."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{function}: {name} is {type(value).__name__}, expected a number")
+    result = float(value)
+    if not math.isfinite(result):
+        raise ValueError(f"{function}: {name} is {result}, expected a finite number")
+    return result
+
+
+def positive(function: str, name: str, value: object) -> float:
+    result = number(function, name, value)
+    if result <= 0:
+        raise ValueError(f"{function}: {name} is {result}, expected more than 0")
+    return result
+
+
+def row_weight(function: str, weight: object, shape: torch.Size, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """`weight` (one entry a row; bool or number) as a flat tensor of `dtype` (float32 or float64)."""
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{function}: weight is {type(weight).__name__}, expected a torch.Tensor")
+    if weight.dtype.is_complex:
+        raise TypeError(f"{function}: weight has dtype {weight.dtype}, expected bool, integer or floating")
+    same_shape(function, "weight", weight, "the rows", shape)
+    same_device(function, "weight", weight, "the rows", device)
+    constant(function, "weight", weight)
+    return weight.reshape(-1).to(dtype)
+
+
+def row_scale(
+    function: str,
+    rows: int,
+    weight: Tensor | None,
+    reduction: str,
+    num_items: object,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The factor of each row (rows,): w/Σw or w/num_items for "mean" (0 where Σw = 0), w for "sum" and "none".
+
+    `weight` is what `row_weight` returned. Nothing here waits for the device.
+    """
+    if num_items is not None and reduction != "mean":
+        raise ValueError(f"{function}: num_items came with reduction={reduction!r}, expected reduction='mean'")
+    if isinstance(num_items, Tensor):
+        if num_items.numel() != 1:
+            raise ValueError(f"{function}: num_items has shape {tuple(num_items.shape)}, expected one number")
+        same_device(function, "num_items", num_items, "the rows", device)
+        items: Tensor | float = num_items.detach().reshape(()).to(dtype)
+    elif num_items is not None:
+        items = positive(function, "num_items", num_items)
+    elif reduction != "mean":
+        items = 1.0
+    elif weight is None:
+        items = float(max(rows, 1))
+    else:
+        total = weight.sum()
+        items = torch.where(total == 0, torch.ones_like(total), total)
+    return (torch.ones(rows, device=device, dtype=dtype) if weight is None else weight) / items

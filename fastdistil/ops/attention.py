@@ -1,0 +1,147 @@
+"""Custom ops of the attention losses: `attention_rows`, one value a query row, and `attention_total`, their sum.
+
+A backend's `attention` returns the rows and, where asked, the gradients of their sum. `attention_total` asks for both
+at once and keeps the gradients (as large as Q and K) for its backward pass, which only multiplies them with the
+incoming gradient: no tile of the map is computed twice. `attention_rows` has a gradient a row to honour, so its
+backward pass runs the kernel again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdistil import backends
+from fastdistil.backends import low_rank
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """What values, statistics and sums are computed in: float64 for float64 inputs, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _compute(
+    student_q: Tensor,
+    student_k: Tensor,
+    teacher_q: Tensor,
+    teacher_k: Tensor,
+    key_mask: Tensor | None,
+    row_scale: Tensor,
+    kind: str,
+    causal: bool,
+    student_scale: float,
+    teacher_scale: float,
+    backend: str,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    tensors = (student_q, student_k, teacher_q, teacher_k, key_mask, row_scale)
+    name = backends.choose(backend, student_q.device)
+    if name != "reference" and kind == "score_mse" and not causal and student_q.shape[-1] == teacher_q.shape[-1]:
+        return low_rank.score_mse(*tensors, student_scale, teacher_scale, need_grad)
+    if name == "triton" and student_q.dtype == torch.float64:
+        if backend == "triton":
+            raise ValueError("attention_loss: backend 'triton' has no float64 kernel, expected backend='reference'")
+        name = "reference"
+    module = backends.get("attention", name, student_q.device)
+    found: tuple[Tensor, Tensor | None, Tensor | None] = module.attention(
+        *tensors, kind, causal, student_scale, teacher_scale, need_grad
+    )
+    return found
+
+
+@torch.library.custom_op("fastdistil::attention_rows", mutates_args=())
+def attention_rows(
+    student_q: Tensor,
+    student_k: Tensor,
+    teacher_q: Tensor,
+    teacher_k: Tensor,
+    key_mask: Tensor | None,
+    row_scale: Tensor,
+    kind: str,
+    causal: bool,
+    student_scale: float,
+    teacher_scale: float,
+    backend: str,
+) -> Tensor:
+    """student_q, student_k (B, H, S, d_s), teacher_q, teacher_k (B, H, S, d_t), key_mask (B, S) bool, row_scale
+    (B, H, S) float32 (float64 for float64 inputs) -> rows (B, H, S), already times row_scale."""
+    return _compute(
+        student_q, student_k, teacher_q, teacher_k, key_mask, row_scale, kind, causal, student_scale, teacher_scale,
+        backend, False,
+    )[0]  # fmt: skip
+
+
+@torch.library.custom_op("fastdistil::attention_total", mutates_args=())
+def attention_total(
+    student_q: Tensor,
+    student_k: Tensor,
+    teacher_q: Tensor,
+    teacher_k: Tensor,
+    key_mask: Tensor | None,
+    row_scale: Tensor,
+    kind: str,
+    causal: bool,
+    student_scale: float,
+    teacher_scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `attention_rows` -> the rows' sum (), and its gradients in student_q and student_k in row_scale's dtype."""
+    rows, dq, dk = _compute(
+        student_q, student_k, teacher_q, teacher_k, key_mask, row_scale, kind, causal, student_scale, teacher_scale,
+        backend, True,
+    )  # fmt: skip
+    assert dq is not None and dk is not None  # need_grad
+    return rows.sum(), dq, dk
+
+
+@attention_rows.register_fake
+def _(student_q: Tensor, student_k: Tensor, teacher_q: Tensor, *args: Any) -> Tensor:
+    return student_q.new_empty(student_q.shape[:3], dtype=accumulator(student_q.dtype))
+
+
+@attention_total.register_fake
+def _(student_q: Tensor, student_k: Tensor, teacher_q: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = accumulator(student_q.dtype)
+    return (
+        student_q.new_empty((), dtype=dtype),
+        student_q.new_empty(student_q.shape, dtype=dtype),
+        student_q.new_empty(student_k.shape, dtype=dtype),
+    )
+
+
+def refuse_double_backward(function: str) -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{function}: its gradient cannot be differentiated again (create_graph=True)")
+
+
+def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.kind, ctx.causal, ctx.student_scale, ctx.teacher_scale, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward_rows(ctx: Any, drows: Tensor) -> tuple[Tensor | None, ...]:
+    refuse_double_backward("attention_loss")
+    *tensors, row_scale = ctx.saved_tensors
+    scale = torch.where(row_scale == 0, 0.0, row_scale * drows)
+    _, dq, dk = attention_total(
+        *tensors, scale, ctx.kind, ctx.causal, ctx.student_scale, ctx.teacher_scale, ctx.backend
+    )
+    return dq.to(tensors[0].dtype), dk.to(tensors[1].dtype), *[None] * 9
+
+
+def _setup_total(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[1:])
+    ctx.dtype = inputs[0].dtype
+
+
+def _backward_total(ctx: Any, dtotal: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    refuse_double_backward("attention_loss")
+    dq, dk = ctx.saved_tensors
+    return (dq * dtotal).to(ctx.dtype), (dk * dtotal).to(ctx.dtype), *[None] * 9
+
+
+attention_rows.register_autograd(_backward_rows, setup_context=_setup_rows)
+attention_total.register_autograd(_backward_total, setup_context=_setup_total)

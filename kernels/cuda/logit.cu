@@ -1,0 +1,192 @@
+// Divergence of two rows of logits, value and gradient: one thread block a row, each logit read twice.
+//
+// Floor: (2 reads + 1 write) x N x V x bytes an element over the copy bandwidth if both rows stayed on chip between the
+// passes; this form reads them again (from L2 where they fit), a centred rule a third time. The mathematics is
+// csrc/rules/, the same headers that the CPU kernel compiles.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "../../csrc/rules/pair.h"
+#include "launch.h"
+
+namespace fastdistil {
+namespace {
+
+constexpr int kThreads = 512;
+constexpr int kWarps = kThreads / 32;
+
+template <class E> struct ComputeOf { using type = float; };
+template <> struct ComputeOf<double> { using type = double; };
+template <class E> using Compute = typename ComputeOf<E>::type;
+
+__device__ float to_compute(float x) { return x; }
+__device__ double to_compute(double x) { return x; }
+__device__ float to_compute(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ float to_compute(__half x) { return __half2float(x); }
+__device__ void from_compute(float x, float& y) { y = x; }
+__device__ void from_compute(double x, double& y) { y = x; }
+__device__ void from_compute(float x, __nv_bfloat16& y) { y = __float2bfloat16_rn(x); }
+__device__ void from_compute(float x, __half& y) { y = __float2half_rn(x); }
+
+template <class E>
+struct alignas(16) Pack {
+  static constexpr int size = 16 / sizeof(E);
+  E element[size];
+};
+
+// Calls action(column, student, teacher) for this thread's share of the row: 16-byte loads on the part of the row where
+// both pointers are aligned, single elements before and behind it (an odd V moves the alignment from row to row).
+template <class E, class Action>
+__device__ void for_columns(const E* student, const E* teacher, int64_t columns, Action&& action) {
+  constexpr int kPack = Pack<E>::size;
+  const int64_t ahead = (16 - reinterpret_cast<uintptr_t>(student) % 16) % 16 / sizeof(E);
+  const bool aligned = reinterpret_cast<uintptr_t>(student + ahead) % 16 == 0 &&
+                       reinterpret_cast<uintptr_t>(teacher + ahead) % 16 == 0;
+  const int64_t head = !aligned || ahead > columns ? columns : ahead;
+  for (int64_t i = threadIdx.x; i < head; i += kThreads) action(i, to_compute(student[i]), to_compute(teacher[i]));
+  const int64_t packs = (columns - head) / kPack;
+  const auto* s = reinterpret_cast<const Pack<E>*>(student + head);
+  const auto* t = reinterpret_cast<const Pack<E>*>(teacher + head);
+  for (int64_t k = threadIdx.x; k < packs; k += kThreads) {
+    const Pack<E> ps = s[k], pt = t[k];
+#pragma unroll
+    for (int j = 0; j < kPack; ++j)
+      action(head + k * kPack + j, to_compute(ps.element[j]), to_compute(pt.element[j]));
+  }
+  for (int64_t i = head + packs * kPack + threadIdx.x; i < columns; i += kThreads)
+    action(i, to_compute(student[i]), to_compute(teacher[i]));
+}
+
+template <class T, class Combine>
+__device__ T block_reduce(T x, Combine&& combine) {
+  __shared__ T parts[kWarps];
+  for (int offset = 16; offset > 0; offset /= 2) x = combine(x, __shfl_xor_sync(0xffffffffu, x, offset));
+  __syncthreads();  // the parts of an earlier reduction have been read
+  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
+  __syncthreads();
+  T result = parts[0];
+  for (int w = 1; w < kWarps; ++w) result = combine(result, parts[w]);
+  return result;
+}
+
+template <class T>
+__device__ T block_sum(T x) { return block_reduce(x, [](T a, T b) { return a + b; }); }
+
+template <class T>
+__device__ T block_max(T x) { return block_reduce(x, [](T a, T b) { return a > b ? a : b; }); }
+
+template <class E>
+__device__ Compute<E> plain_logsumexp(const E* student, const E* teacher, int64_t columns,
+                                      const Tempering<Compute<E>>& tempering) {
+  using T = Compute<E>;
+  Masses<T, T> masses;
+  for_columns(student, teacher, columns, [&](int64_t, T s, T t) {
+    const T a = scores(s, t, tempering).a;
+    const T m = masses.raise(a);
+    masses.sum += math::exp(a - m);
+  });
+  const T max = block_max(masses.max);
+  return max + ::log(block_sum(masses.sum * math::exp(masses.unit() - max)));
+}
+
+template <class E>
+__device__ RowStats<Compute<E>> statistics(const E* student, const E* teacher, int64_t columns,
+                                           const Tempering<Compute<E>>& tempering) {
+  using T = Compute<E>;
+  Masses<T, T> masses;
+  for_columns(student, teacher, columns, [&](int64_t, T s, T t) {
+    const Scores<T> c = scores(s, t, tempering);
+    const T m = masses.raise(c.b);
+    const Mass<T> part = mass<false>(c, m);
+    masses.sum += part.sum;
+    masses.difference += part.difference;
+  });
+  const T max = block_max(masses.max);
+  const double factor = ::exp(static_cast<double>(masses.unit()) - max);
+  const double sum = block_sum(masses.sum * factor);
+  const double difference = block_sum(masses.difference * factor);
+  RowStats<T> stats{max > T(-INFINITY) ? max : T(NAN), static_cast<T>(1.0 / sum), T(0), T(0)};
+  if (!exact_log_ratio(difference / sum, stats.log_ratio))  // the same for every thread of the block
+    stats.log_ratio = static_cast<T>(plain_logsumexp(student, teacher, columns, tempering) - (max + ::log(sum)));
+  return stats;
+}
+
+template <class Rule, class E>
+__global__ void __launch_bounds__(kThreads) logit_kernel(LogitArgs args) {
+  using T = Compute<E>;
+  const T beta = static_cast<T>(args.beta);
+  for (int64_t r = blockIdx.x; r < args.rows; r += gridDim.x) {
+    const E* student = static_cast<const E*>(args.student) + r * args.student_stride;
+    const E* teacher = static_cast<const E*>(args.teacher) + r * args.teacher_stride;
+    E* gradient = args.gradient ? static_cast<E*>(args.gradient) + r * args.gradient_stride : nullptr;
+    T* saved = static_cast<T*>(args.stats) + r * kStats;
+    const T scale = static_cast<const T*>(args.row_scale)[r];
+    if (scale == T(0)) {
+      if (gradient)
+        for (int64_t i = threadIdx.x; i < args.columns; i += kThreads) from_compute(T(0), gradient[i]);
+      if (args.loss && threadIdx.x == 0) static_cast<T*>(args.loss)[r] = T(0);
+      if (args.loss && threadIdx.x < kStats) saved[threadIdx.x] = T(0);
+      continue;
+    }
+    Tempering<T> tempering{static_cast<T>(1.0 / args.student_temperature), static_cast<T>(1.0 / args.teacher_temperature),
+                           args.student_temperature == args.teacher_temperature, T(0)};
+    RowStats<T> stats{T(0), static_cast<T>(1.0 / args.columns), T(0), T(0)};
+    if (!args.loss) {
+      stats = {saved[kMax], saved[kInvSum], saved[kLogRatio], saved[kCentre]};
+      tempering.shift = saved[kShift];
+    } else if (Rule::softmax) {
+      tempering.shift = row_shift<T>(to_compute(student[0]), to_compute(teacher[0]), tempering);
+      stats = statistics(student, teacher, args.columns, tempering);
+    }
+    const T factor = static_cast<T>(scale * args.value_factor / args.student_temperature);
+    if (args.loss) {
+      T value = 0, centre = 0;
+      for_columns(student, teacher, args.columns, [&](int64_t i, T s, T t) {
+        const Result<T> part = result<Rule, false>(scores(s, t, tempering), stats, beta);
+        value += part.value;
+        centre += part.centre;
+        if (!Rule::centred && gradient) from_compute(factor * part.gradient, gradient[i]);
+      });
+      value = block_sum(value);
+      if (Rule::centred) stats.centre = block_sum(centre);
+      if (threadIdx.x == 0) {
+        static_cast<T*>(args.loss)[r] = static_cast<T>(value * args.value_factor * scale);
+        saved[kMax] = stats.max, saved[kInvSum] = stats.inv_sum, saved[kShift] = tempering.shift;
+        saved[kLogRatio] = stats.log_ratio, saved[kCentre] = stats.centre;
+      }
+    }
+    if (gradient && (Rule::centred || !args.loss))
+      for_columns(student, teacher, args.columns, [&](int64_t i, T s, T t) {
+        from_compute(factor * result<Rule, false>(scores(s, t, tempering), stats, beta).gradient, gradient[i]);
+      });
+  }
+}
+
+template <class Rule, class E>
+void launch(const LogitArgs& args, cudaStream_t stream) {
+  if (args.rows == 0) return;
+  const int blocks = static_cast<int>(args.rows < (1 << 30) ? args.rows : (1 << 30));
+  logit_kernel<Rule, E><<<blocks, kThreads, 0, stream>>>(args);
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess) throw std::runtime_error(std::string("logit: launch failed: ") + cudaGetErrorString(error));
+}
+
+}  // namespace
+
+void cuda::logit(const LogitArgs& args, void* stream) {
+  with_rule(static_cast<Divergence>(args.divergence), [&](auto rule) {
+    using Rule = decltype(rule);
+    const auto s = static_cast<cudaStream_t>(stream);
+    switch (args.dtype) {
+      case DType::f32: return launch<Rule, float>(args, s);
+      case DType::bf16: return launch<Rule, __nv_bfloat16>(args, s);
+      case DType::f16: return launch<Rule, __half>(args, s);
+      case DType::f64: return launch<Rule, double>(args, s);
+    }
+  });
+}
+
+}  // namespace fastdistil
