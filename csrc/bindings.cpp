@@ -19,11 +19,14 @@ namespace {
 
 using Optional = std::optional<TensorView>;
 
-// loss given: forward, which writes loss, stats and (where given) gradient. loss None: backward, which reads stats.
+// The rule and its constants, the same for every call of the stem.
+struct Rule {
+  int divergence;
+  double beta, student_temperature, teacher_temperature, value_factor;
+};
+
 LogitArgs logit_args(const TensorView& student, const TensorView& teacher, const TensorView& row_scale,
-                     const Optional& loss, const TensorView& stats, const Optional& gradient, int divergence,
-                     double beta, double student_temperature, double teacher_temperature, double value_factor,
-                     bool cpu) {
+                     const TensorView& stats, const Optional& gradient, const Rule& rule, bool cpu) {
   if (student.shape.size() != 2) throw std::invalid_argument("student is not a matrix");
   const int64_t rows = student.size(0), columns = student.size(1);
   const DType accumulator = student.dtype == DType::f64 ? DType::f64 : DType::f32;
@@ -32,50 +35,76 @@ LogitArgs logit_args(const TensorView& student, const TensorView& teacher, const
   row_scale.expect_vector("row_scale", rows, accumulator).expect_device("row_scale", cpu);
   stats.expect_rows("stats", rows, fastdistil::kStats, accumulator).expect_device("stats", cpu);
   if (stats.stride(0) != fastdistil::kStats && rows > 1) throw std::invalid_argument("stats is not contiguous");
-  if (loss) loss->expect_vector("loss", rows, accumulator).expect_device("loss", cpu);
   if (gradient) gradient->expect_rows("gradient", rows, columns, student.dtype).expect_device("gradient", cpu);
-  if (!loss && !gradient) throw std::invalid_argument("neither loss nor gradient was given: nothing to compute");
-  if (divergence < 0 || divergence > static_cast<int>(fastdistil::kDivergences) - 1)
-    throw std::invalid_argument("divergence " + std::to_string(divergence) + " does not exist");
-  return {student.data, teacher.data, row_scale.data, loss ? loss->data : nullptr, stats.data,
-          gradient ? gradient->data : nullptr, rows, columns, student.stride(0), teacher.stride(0),
-          gradient ? gradient->stride(0) : 0, student.dtype, divergence, beta, student_temperature,
-          teacher_temperature, value_factor};
+  if (rule.divergence < 0 || rule.divergence >= fastdistil::kDivergences)
+    throw std::invalid_argument("divergence " + std::to_string(rule.divergence) + " does not exist");
+  LogitArgs args{};
+  args.student = student.data, args.teacher = teacher.data, args.row_scale = row_scale.data, args.stats = stats.data;
+  args.rows = rows, args.columns = columns, args.dtype = student.dtype;
+  args.student_stride = student.stride(0), args.teacher_stride = teacher.stride(0);
+  if (gradient) args.gradient = gradient->data, args.gradient_stride = gradient->stride(0);
+  args.divergence = rule.divergence, args.beta = rule.beta, args.value_factor = rule.value_factor;
+  args.student_temperature = rule.student_temperature, args.teacher_temperature = rule.teacher_temperature;
+  return args;
 }
 
-void logit(const TensorView& student, const TensorView& teacher, const TensorView& row_scale, const Optional& loss,
-           const TensorView& stats, const Optional& gradient, int divergence, double beta, double student_temperature,
-           double teacher_temperature, double value_factor, int threads) {
-  const LogitArgs args = logit_args(student, teacher, row_scale, loss, stats, gradient, divergence, beta,
-                                    student_temperature, teacher_temperature, value_factor, true);
-  if (threads < 1) throw std::invalid_argument("threads is " + std::to_string(threads) + ", expected 1 or more");
+using Run = void (*)(const LogitArgs&, uintptr_t where);
+
+// `where`: the number of threads on the CPU, the stream on a GPU.
+template <Run run, bool cpu>
+void logit_fwd(const TensorView& student, const TensorView& teacher, const TensorView& row_scale,
+               const TensorView& loss, const TensorView& stats, const Optional& gradient, int divergence, double beta,
+               double student_temperature, double teacher_temperature, double value_factor, uintptr_t where) {
+  const Rule rule{divergence, beta, student_temperature, teacher_temperature, value_factor};
+  LogitArgs args = logit_args(student, teacher, row_scale, stats, gradient, rule, cpu);
+  loss.expect_vector("loss", args.rows, row_scale.dtype).expect_device("loss", cpu);
+  args.loss = loss.data;
   py::gil_scoped_release release;
-  fastdistil::cpu::logit(args, threads);
+  run(args, where);
+}
+
+template <Run run, bool cpu>
+void logit_bwd(const TensorView& student, const TensorView& teacher, const TensorView& row_scale,
+               const TensorView& stats, const TensorView& gradient, const TensorView& dloss, bool keep_unit,
+               int divergence, double beta, double student_temperature, double teacher_temperature,
+               double value_factor, uintptr_t where) {
+  const Rule rule{divergence, beta, student_temperature, teacher_temperature, value_factor};
+  LogitArgs args = logit_args(student, teacher, row_scale, stats, gradient, rule, cpu);
+  dloss.expect_vector("dloss", args.rows, row_scale.dtype).expect_device("dloss", cpu);
+  args.dloss = dloss.data, args.keep_unit = keep_unit;
+  py::gil_scoped_release release;
+  run(args, where);
+}
+
+void logit_cpu(const LogitArgs& args, uintptr_t threads) {
+  fastdistil::cpu::logit(args, threads < 1 ? 1 : static_cast<int>(threads));
 }
 
 #if defined(FD_CUDA)
-void logit_cuda(const TensorView& student, const TensorView& teacher, const TensorView& row_scale,
-                const Optional& loss, const TensorView& stats, const Optional& gradient, int divergence, double beta,
-                double student_temperature, double teacher_temperature, double value_factor, uintptr_t stream) {
-  const LogitArgs args = logit_args(student, teacher, row_scale, loss, stats, gradient, divergence, beta,
-                                    student_temperature, teacher_temperature, value_factor, false);
-  py::gil_scoped_release release;
+void logit_cuda(const LogitArgs& args, uintptr_t stream) {
   fastdistil::cuda::logit(args, reinterpret_cast<void*>(stream));
 }
 #endif
+
+template <Run run, bool cpu>
+void define_logit(py::module_& m, const char* forward, const char* backward, const char* where) {
+  m.def(forward, &logit_fwd<run, cpu>, py::arg("student"), py::arg("teacher"), py::arg("row_scale"), py::arg("loss"),
+        py::arg("stats"), py::arg("gradient"), py::arg("divergence"), py::arg("beta"), py::arg("student_temperature"),
+        py::arg("teacher_temperature"), py::arg("value_factor"), py::arg(where));
+  m.def(backward, &logit_bwd<run, cpu>, py::arg("student"), py::arg("teacher"), py::arg("row_scale"),
+        py::arg("stats"), py::arg("gradient"), py::arg("dloss"), py::arg("keep_unit"), py::arg("divergence"),
+        py::arg("beta"), py::arg("student_temperature"), py::arg("teacher_temperature"), py::arg("value_factor"),
+        py::arg(where));
+}
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "fastdistil's compiled kernels";
   m.def("isa", &fastdistil::cpu::isa, "the instruction set that the CPU kernels use here");
-  m.def("logit", &logit, py::arg("student"), py::arg("teacher"), py::arg("row_scale"), py::arg("loss"),
-        py::arg("stats"), py::arg("gradient"), py::arg("divergence"), py::arg("beta"), py::arg("student_temperature"),
-        py::arg("teacher_temperature"), py::arg("value_factor"), py::arg("threads"));
+  define_logit<logit_cpu, true>(m, "logit_fwd", "logit_bwd", "threads");
 #if defined(FD_CUDA)
-  m.def("logit_cuda", &logit_cuda, py::arg("student"), py::arg("teacher"), py::arg("row_scale"), py::arg("loss"),
-        py::arg("stats"), py::arg("gradient"), py::arg("divergence"), py::arg("beta"), py::arg("student_temperature"),
-        py::arg("teacher_temperature"), py::arg("value_factor"), py::arg("stream"));
+  define_logit<logit_cuda, false>(m, "logit_fwd_cuda", "logit_bwd_cuda", "stream");
   m.attr("cuda_arches") = FD_CUDA;
 #else
   m.attr("cuda_arches") = "";

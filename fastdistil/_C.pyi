@@ -3,11 +3,11 @@ from torch import Tensor
 cuda_arches: str
 
 def isa() -> str: ...
-def logit(
+def logit_fwd(
     student: Tensor,
     teacher: Tensor,
     row_scale: Tensor,
-    loss: Tensor | None,
+    loss: Tensor,
     stats: Tensor,
     gradient: Tensor | None,
     divergence: int,
@@ -17,13 +17,43 @@ def logit(
     value_factor: float,
     threads: int,
 ) -> None: ...
-def logit_cuda(
+def logit_bwd(
     student: Tensor,
     teacher: Tensor,
     row_scale: Tensor,
-    loss: Tensor | None,
+    stats: Tensor,
+    gradient: Tensor,
+    dloss: Tensor,
+    keep_unit: bool,
+    divergence: int,
+    beta: float,
+    student_temperature: float,
+    teacher_temperature: float,
+    value_factor: float,
+    threads: int,
+) -> None: ...
+def logit_fwd_cuda(
+    student: Tensor,
+    teacher: Tensor,
+    row_scale: Tensor,
+    loss: Tensor,
     stats: Tensor,
     gradient: Tensor | None,
+    divergence: int,
+    beta: float,
+    student_temperature: float,
+    teacher_temperature: float,
+    value_factor: float,
+    stream: int,
+) -> None: ...
+def logit_bwd_cuda(
+    student: Tensor,
+    teacher: Tensor,
+    row_scale: Tensor,
+    stats: Tensor,
+    gradient: Tensor,
+    dloss: Tensor,
+    keep_unit: bool,
     divergence: int,
     beta: float,
     student_temperature: float,

@@ -154,13 +154,15 @@ class Kernel {
       : args_(args), beta_(static_cast<T>(args.beta)), value_factor_(static_cast<T>(args.value_factor)) {}
 
   T scale(int64_t r) const { return static_cast<const T*>(args_.row_scale)[r]; }
+  T dloss(int64_t r) const { return args_.dloss ? static_cast<const T*>(args_.dloss)[r] : T(1); }
+  bool keeps(int64_t r) const { return args_.keep_unit && dloss(r) == T(1); }
   T* stats(int64_t r) const { return static_cast<T*>(args_.stats) + r * kStats; }
   E* gradient(int64_t r) const {
     return args_.gradient ? static_cast<E*>(args_.gradient) + r * args_.gradient_stride : nullptr;
   }
   // d loss / d student logit = (d loss / d tempered logit) / T_s
   T gradient_factor(int64_t r) const {
-    return static_cast<T>(scale(r) * args_.value_factor / args_.student_temperature);
+    return static_cast<T>(scale(r) * dloss(r) * args_.value_factor / args_.student_temperature);
   }
 
   Row<E> row(int64_t r) const {
@@ -215,11 +217,15 @@ class Kernel {
 template <class Rule, class E>
 void run(const LogitArgs& args, int threads) {
   const Kernel<Rule, E> kernel(args);
+  // A share of rows worth about 16 blocks: narrow rows would cost more in scheduling than in work.
+  const int64_t share = 1 + 16 * kBlock / (args.columns + 1);
+  if (args.rows <= share) threads = 1;
 #pragma omp parallel num_threads(threads)
   {
     Block<E> block;
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, share)
     for (int64_t r = 0; r < args.rows; ++r) {
+      if (kernel.keeps(r)) continue;
       if (kernel.scale(r) == 0)
         kernel.zero(r);
       else if (args.loss)

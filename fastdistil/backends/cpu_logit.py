@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from fastdistil import _C
+from fastdistil.ops.logit_rule import LogitRule
 
 
 def logit_fwd(
@@ -15,18 +17,10 @@ def logit_fwd(
     loss: Tensor,
     stats: Tensor,
     gradient: Tensor | None,
-    *,
-    divergence: int,
-    beta: float,
-    student_temperature: float,
-    teacher_temperature: float,
-    value_factor: float,
+    **rule: Unpack[LogitRule],
 ) -> None:
     """Writes loss (N,), stats (N, 5) and, where given, gradient (N, V) = d sum(loss) / d student."""
-    _C.logit(
-        student, teacher, row_scale, loss, stats, gradient, divergence, beta,
-        student_temperature, teacher_temperature, value_factor, torch.get_num_threads(),
-    )  # fmt: skip
+    _C.logit_fwd(student, teacher, row_scale, loss, stats, gradient, **rule, threads=torch.get_num_threads())
 
 
 def logit_bwd(
@@ -35,15 +29,12 @@ def logit_bwd(
     row_scale: Tensor,
     stats: Tensor,
     gradient: Tensor,
-    *,
-    divergence: int,
-    beta: float,
-    student_temperature: float,
-    teacher_temperature: float,
-    value_factor: float,
+    dloss: Tensor,
+    keep_unit: bool,
+    **rule: Unpack[LogitRule],
 ) -> None:
-    """Writes gradient (N, V) from the statistics that logit_fwd left; gradient may be the student's own memory."""
-    _C.logit(
-        student, teacher, row_scale, None, stats, gradient, divergence, beta,
-        student_temperature, teacher_temperature, value_factor, torch.get_num_threads(),
-    )  # fmt: skip
+    """Writes gradient (N, V), times dloss (N,), from what logit_fwd left in stats; it may be the student's memory.
+
+    With keep_unit, rows whose dloss is 1 already hold their gradient and are left alone.
+    """
+    _C.logit_bwd(student, teacher, row_scale, stats, gradient, dloss, keep_unit, **rule, threads=torch.get_num_threads())

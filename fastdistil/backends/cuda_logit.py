@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from fastdistil import _C
+from fastdistil.ops.logit_rule import LogitRule
 
 
 def logit_fwd(
@@ -15,19 +17,11 @@ def logit_fwd(
     loss: Tensor,
     stats: Tensor,
     gradient: Tensor | None,
-    *,
-    divergence: int,
-    beta: float,
-    student_temperature: float,
-    teacher_temperature: float,
-    value_factor: float,
+    **rule: Unpack[LogitRule],
 ) -> None:
-    """As fastdistil.backends.cpu_logit.logit_fwd, for CUDA tensors."""
+    """Writes loss (N,), stats (N, 5) and, where given, gradient (N, V) = d sum(loss) / d student."""
     with torch.cuda.device(student.device):
-        _C.logit_cuda(
-            student, teacher, row_scale, loss, stats, gradient, divergence, beta,
-            student_temperature, teacher_temperature, value_factor, torch.cuda.current_stream().cuda_stream,
-        )  # fmt: skip
+        _C.logit_fwd_cuda(student, teacher, row_scale, loss, stats, gradient, **rule, stream=torch.cuda.current_stream(student.device).cuda_stream)
 
 
 def logit_bwd(
@@ -36,16 +30,13 @@ def logit_bwd(
     row_scale: Tensor,
     stats: Tensor,
     gradient: Tensor,
-    *,
-    divergence: int,
-    beta: float,
-    student_temperature: float,
-    teacher_temperature: float,
-    value_factor: float,
+    dloss: Tensor,
+    keep_unit: bool,
+    **rule: Unpack[LogitRule],
 ) -> None:
-    """As fastdistil.backends.cpu_logit.logit_bwd, for CUDA tensors."""
+    """Writes gradient (N, V), times dloss (N,), from what logit_fwd left in stats; it may be the student's memory.
+
+    With keep_unit, rows whose dloss is 1 already hold their gradient and are left alone.
+    """
     with torch.cuda.device(student.device):
-        _C.logit_cuda(
-            student, teacher, row_scale, None, stats, gradient, divergence, beta,
-            student_temperature, teacher_temperature, value_factor, torch.cuda.current_stream().cuda_stream,
-        )  # fmt: skip
+        _C.logit_bwd_cuda(student, teacher, row_scale, stats, gradient, dloss, keep_unit, **rule, stream=torch.cuda.current_stream(student.device).cuda_stream)

@@ -124,6 +124,8 @@ __global__ void __launch_bounds__(kThreads) logit_kernel(LogitArgs args) {
     E* gradient = args.gradient ? static_cast<E*>(args.gradient) + r * args.gradient_stride : nullptr;
     T* saved = static_cast<T*>(args.stats) + r * kStats;
     const T scale = static_cast<const T*>(args.row_scale)[r];
+    const T dloss = args.dloss ? static_cast<const T*>(args.dloss)[r] : T(1);
+    if (args.keep_unit && dloss == T(1)) continue;
     if (scale == T(0)) {
       if (gradient)
         for (int64_t i = threadIdx.x; i < args.columns; i += kThreads) from_compute(T(0), gradient[i]);
@@ -141,7 +143,7 @@ __global__ void __launch_bounds__(kThreads) logit_kernel(LogitArgs args) {
       tempering.shift = row_shift<T>(to_compute(student[0]), to_compute(teacher[0]), tempering);
       stats = statistics(student, teacher, args.columns, tempering);
     }
-    const T factor = static_cast<T>(scale * args.value_factor / args.student_temperature);
+    const T factor = static_cast<T>(scale * dloss * args.value_factor / args.student_temperature);
     if (args.loss) {
       T value = 0, centre = 0;
       for_columns(student, teacher, args.columns, [&](int64_t i, T s, T t) {

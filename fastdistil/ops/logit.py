@@ -1,0 +1,183 @@
+"""The custom ops behind logit_loss.
+
+``fastdistil::logit`` computes the scaled value of each row and, where the caller says that a gradient will be wanted,
+the gradient for a dloss of 1 in the same pass over the logits. The backward hands that buffer out if dloss is 1
+(the usual case: the loss is what `backward()` was called on), and rewrites it from the logits, not from the rounded
+gradient, if not. A second backward through a retained graph computes into fresh memory. Under torch.compile the
+gradient is always computed in the backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdistil.backends import get
+from fastdistil.ops.logit_rule import STATS, LogitRule
+
+
+def _rule(divergence: int, beta: float, t_s: float, t_t: float, value_factor: float) -> LogitRule:
+    return {
+        "divergence": divergence,
+        "beta": beta,
+        "student_temperature": t_s,
+        "teacher_temperature": t_t,
+        "value_factor": value_factor,
+    }
+
+
+@torch.library.custom_op("fastdistil::logit", mutates_args=())
+def logit(
+    student: Tensor,  # (N, V)
+    teacher: Tensor,  # (N, V)
+    row_scale: Tensor,  # (N,) float32, float64 for float64 logits
+    divergence: int,
+    beta: float,
+    student_temperature: float,
+    teacher_temperature: float,
+    value_factor: float,
+    with_gradient: bool,
+    inplace_backward: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Row losses (N,), row statistics (N, 5) and the gradient for dloss = 1 ((N, V), or (0, V) if not wanted)."""
+    loss, stats, gradient = _outputs(student, row_scale, with_gradient)
+    rule = _rule(divergence, beta, student_temperature, teacher_temperature, value_factor)
+    module = get("logit", backend, student.device)
+    module.logit_fwd(student, teacher, row_scale, loss, stats, gradient if with_gradient else None, **rule)
+    return loss, stats, gradient
+
+
+def _outputs(student: Tensor, row_scale: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+    rows, columns = student.shape
+    stats = row_scale.new_empty(rows, STATS)
+    return torch.empty_like(row_scale), stats, student.new_empty(rows if with_gradient else 0, columns)
+
+
+@logit.register_fake
+def _(
+    student: Tensor,
+    teacher: Tensor,
+    row_scale: Tensor,
+    divergence: int,
+    beta: float,
+    student_temperature: float,
+    teacher_temperature: float,
+    value_factor: float,
+    with_gradient: bool,
+    inplace_backward: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _outputs(student, row_scale, with_gradient)
+
+
+@torch.library.custom_op("fastdistil::logit_bwd", mutates_args=())
+def logit_bwd(
+    student: Tensor,
+    teacher: Tensor,
+    row_scale: Tensor,
+    stats: Tensor,
+    dloss: Tensor,  # (N,)
+    divergence: int,
+    beta: float,
+    student_temperature: float,
+    teacher_temperature: float,
+    value_factor: float,
+    backend: str,
+) -> Tensor:
+    """The student's gradient (N, V), times dloss, in fresh memory."""
+    gradient = student.new_empty(student.shape)
+    rule = _rule(divergence, beta, student_temperature, teacher_temperature, value_factor)
+    module = get("logit", backend, student.device)
+    module.logit_bwd(student, teacher, row_scale, stats, gradient, dloss.contiguous(), False, **rule)
+    return gradient
+
+
+@logit_bwd.register_fake
+def _(
+    student: Tensor,
+    teacher: Tensor,
+    row_scale: Tensor,
+    stats: Tensor,
+    dloss: Tensor,
+    divergence: int,
+    beta: float,
+    student_temperature: float,
+    teacher_temperature: float,
+    value_factor: float,
+    backend: str,
+) -> Tensor:
+    return student.new_empty(student.shape)
+
+
+@torch.library.custom_op("fastdistil::logit_rescale_", mutates_args={"gradient"})
+def logit_rescale_(
+    gradient: Tensor,  # (N, V): what logit computed for dloss = 1
+    student: Tensor,
+    teacher: Tensor,
+    row_scale: Tensor,
+    stats: Tensor,
+    dloss: Tensor,  # (N,)
+    divergence: int,
+    beta: float,
+    student_temperature: float,
+    teacher_temperature: float,
+    value_factor: float,
+    backend: str,
+) -> None:
+    """Computes the rows of `gradient` whose dloss is not 1 again, from the logits."""
+    rule = _rule(divergence, beta, student_temperature, teacher_temperature, value_factor)
+    module = get("logit", backend, student.device)
+    module.logit_bwd(student, teacher, row_scale, stats, gradient, dloss.contiguous(), True, **rule)
+
+
+@torch.library.custom_op("fastdistil::logit_overwrite_", mutates_args={"student"})
+def logit_overwrite_(
+    student: Tensor,  # (N, V): becomes its own gradient
+    teacher: Tensor,
+    row_scale: Tensor,
+    stats: Tensor,
+    dloss: Tensor,  # (N,)
+    divergence: int,
+    beta: float,
+    student_temperature: float,
+    teacher_temperature: float,
+    value_factor: float,
+    backend: str,
+) -> None:
+    """The student's gradient, times dloss, written over the student's logits."""
+    rule = _rule(divergence, beta, student_temperature, teacher_temperature, value_factor)
+    module = get("logit", backend, student.device)
+    module.logit_bwd(student, teacher, row_scale, stats, student, dloss.contiguous(), False, **rule)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    student, teacher, row_scale, *rule, with_gradient, inplace_backward, backend = inputs
+    _, stats, gradient = output
+    ctx.mark_non_differentiable(stats, gradient)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(student, teacher, row_scale, stats)
+    ctx.rule, ctx.backend, ctx.inplace = rule, backend, inplace_backward
+    # Not saved but held: the first backward gives the buffer away, so that nobody has to copy it.
+    ctx.gradient = gradient if with_gradient else None
+
+
+def _backward(ctx: Any, dloss: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+    gradient = None
+    if dloss is not None and ctx.needs_input_grad[0]:
+        student, teacher, row_scale, stats = ctx.saved_tensors
+        rest = (teacher, row_scale, stats, dloss, *ctx.rule, ctx.backend)
+        gradient, ctx.gradient = ctx.gradient, None
+        if ctx.inplace:
+            gradient = student.detach()
+            logit_overwrite_(gradient, *rest)
+        elif gradient is not None:
+            logit_rescale_(gradient, student, *rest)
+        else:
+            gradient = logit_bwd(student, *rest)
+    return (gradient, *(None,) * 10)
+
+
+logit.register_autograd(_backward, setup_context=_setup)

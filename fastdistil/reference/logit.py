@@ -1,0 +1,115 @@
+"""The divergences of two rows of logits in plain PyTorch: what every other backend of logit_loss is compared with.
+
+Source: docs/losses.md, section 1. Nothing is formed as a difference of two rounded numbers: delta = log p - log q comes
+from `softmax_difference`, values are sums of non-negative terms, gradients products.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from fastdistil.ops.logit_rule import DIVERGENCES, LogitRule
+from fastdistil.reference.exact import expm1_minus_x, log_mass_ratio, scaled_expm1
+
+
+def _excess(w: Tensor, gap: Tensor, l: Tensor) -> Tensor:
+    """w (e^l - 1 - l) >= 0, where gap = w (e^l - 1) is known exactly; 0 * inf counts as 0."""
+    return torch.where(l.abs() < 0.5, w * expm1_minus_x(l.clamp(-0.5, 0.5)), gap - torch.where(w == 0, 0.0, w * l))
+
+
+def _shares(name: str, beta: float, p: Tensor, q: Tensor, delta: Tensor, gap: Tensor) -> tuple[Tensor, Tensor]:
+    """A column's shares of value and slope; gap = p - q. A centred rule's gradient is p (slope - sum(p slope))."""
+    rest = 1.0 - beta
+    bounded = delta.clamp(-80.0, 80.0)  # keeps e^delta finite in float32
+    forth, back = torch.expm1(bounded), torch.expm1(-bounded)  # p/q - 1, q/p - 1
+    if name == "forward_kl":
+        return _excess(q, gap, delta), gap
+    if name == "reverse_kl":
+        return _excess(p, -gap, -delta), delta.clamp(-1e4, 1e4)
+    if name == "tvd":
+        return 0.5 * gap.abs(), 0.5 * gap.sign()
+    if name == "jsd":
+        m_over_q, m_over_p = torch.log1p(rest * forth), torch.log1p(beta * back)
+        value = beta * _excess(q, rest * gap, m_over_q) + rest * _excess(p, -beta * gap, m_over_p)
+        return value, -rest * m_over_p
+    if name == "skew_kl":
+        return _excess(q, rest * gap, torch.log1p(rest * forth)), -rest * rest * back / (1.0 + beta * back)
+    skewed = rest * torch.where(delta.isinf(), back.clamp_min(-1.0), back)
+    m_over_p = torch.log1p(skewed)
+    slope = beta * skewed / (1.0 + skewed).clamp_min(1e-30) - m_over_p.clamp(-1e4, 1e4)
+    return _excess(p, -rest * gap, m_over_p), slope
+
+
+def _scores(student: Tensor, teacher: Tensor, rule: LogitRule, shifted: bool) -> tuple[Tensor, Tensor]:
+    """Tempered teacher scores b and d = a - b after the shift, exact where student and teacher are close."""
+    t_s, t_t = rule["student_temperature"], rule["teacher_temperature"]
+    equal = t_s == t_t
+    s, t = (student, teacher) if equal else (student / t_s, teacher / t_t)
+    if shifted:
+        offset = s[:, :1] - t[:, :1]
+        s = s - torch.where(offset.abs() < 1e6, (offset * 1024).round() / 1024, 0.0)
+    d = torch.where(s == t, 0.0, s - t)
+    return (t / t_t, d / t_s) if equal else (t, d)
+
+
+def _rows(student: Tensor, teacher: Tensor, rule: LogitRule) -> tuple[Tensor, Tensor]:
+    """The value of each row (N,) and its gradient in the tempered student logits (N, V), without any scale."""
+    name = DIVERGENCES[rule["divergence"]]
+    b, d = _scores(student, teacher, rule, shifted=name != "mse")
+    if name == "mse":
+        return (d * d).mean(-1), 2.0 * d / d.shape[-1]
+    a = b + d
+    ratio = log_mass_ratio(b, d)
+    log_q = b - torch.logsumexp(b, -1, keepdim=True)
+    q, delta = torch.exp(log_q), d - ratio
+    p = torch.exp(a - torch.logsumexp(a, -1, keepdim=True))
+    gap = torch.where(delta.abs() <= 1, scaled_expm1(log_q, delta), p - q)
+    gap = torch.where(torch.isnan(q), q, gap)
+    value, slope = _shares(name, rule["beta"], p, q, delta, gap)
+    if name == "forward_kl":
+        return value.sum(-1), slope
+    return value.sum(-1), p * (slope - (p * slope).sum(-1, keepdim=True))
+
+
+def _compute(student: Tensor, teacher: Tensor, row_scale: Tensor, rule: LogitRule) -> tuple[Tensor, Tensor, Tensor]:
+    """Scaled values, their gradients (times row_scale), and which rows count."""
+    counts = row_scale != 0
+    s, t = (torch.where(counts[:, None], x, 0).to(row_scale.dtype) for x in (student, teacher))
+    value, gradient = _rows(s, t, rule)
+    factor = row_scale * rule["value_factor"]
+    return torch.where(counts, value * factor, 0.0), gradient * (factor / rule["student_temperature"])[:, None], counts
+
+
+def logit_fwd(
+    student: Tensor,
+    teacher: Tensor,
+    row_scale: Tensor,
+    loss: Tensor,
+    stats: Tensor,
+    gradient: Tensor | None,
+    **rule: Unpack[LogitRule],
+) -> None:
+    """Writes loss (N,) and, where given, gradient (N, V). Nothing is kept in stats: the backward starts afresh."""
+    value, slope, counts = _compute(student, teacher, row_scale, rule)
+    loss.copy_(value)
+    stats.zero_()
+    if gradient is not None:
+        gradient.copy_(torch.where(counts[:, None], slope, 0.0))
+
+
+def logit_bwd(
+    student: Tensor,
+    teacher: Tensor,
+    row_scale: Tensor,
+    stats: Tensor,
+    gradient: Tensor,
+    dloss: Tensor,
+    keep_unit: bool,
+    **rule: Unpack[LogitRule],
+) -> None:
+    """Writes gradient (N, V), times dloss (N,); with keep_unit, rows whose dloss is 1 are left alone."""
+    _, slope, counts = _compute(student, teacher, row_scale, rule)
+    result = torch.where(counts[:, None], slope * dloss[:, None], 0.0).to(gradient.dtype)
+    gradient.copy_(torch.where((dloss == 1)[:, None], gradient, result) if keep_unit else result)
