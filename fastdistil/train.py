@@ -1,0 +1,237 @@
+"""The minimal training loop: one stage of a distillation, from a list of examples to a trained module.
+
+An `Objective` maps a batch to the *sum* of each of its loss terms, and says from the batch alone how many items each
+sum runs over. The loop adds up those counts over all micro-batches and processes of a step before the first backward,
+and divides each sum by its total: accumulation and data parallelism then give the gradient of one big batch, however
+many tokens each part holds.
+
+Stop it at any moment and call it again: it continues from its newest checkpoint, on the CPU bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm import tqdm
+
+Example = TypeVar("Example")
+Batch = Mapping[str, Tensor]
+
+
+class Objective(Protocol):
+    """What a stage minimises: an nn.Module that holds the student and whatever else trains with it."""
+
+    def __call__(self, batch: Batch) -> Mapping[str, Tensor]:
+        """Weighted sum of each term over the batch, 0-d, by the term's name; the loss is Σ sum/count."""
+
+    def counts(self, batch: Batch) -> Mapping[str, Tensor]:
+        """Number of items of each term in the batch, 0-d, by the same names; needs no forward pass."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """One stage's optimisation. A step is one update from `accumulate` micro-batches of `batch_size` on each process.
+
+    `lr` falls to zero by `schedule` ("cosine", "linear" or "constant") after `warmup` steps of linear rise. Parameters
+    of one dimension or less (biases, LayerNorm) get no weight decay. `precision` is accelerate's mixed_precision.
+    """
+
+    steps: int
+    lr: float = 1e-3
+    batch_size: int = 32
+    accumulate: int = 1
+    warmup: int = 20
+    schedule: str = "cosine"
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    save_every: int = 100
+    precision: str = "no"
+
+    def __post_init__(self) -> None:
+        for field in ("steps", "batch_size", "accumulate", "save_every"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"Options: {field} is {getattr(self, field)}, expected at least 1")
+        if self.schedule not in ("cosine", "linear", "constant"):
+            raise ValueError(f"Options: schedule is {self.schedule!r}, expected 'cosine', 'linear' or 'constant'")
+
+    def lr_factor(self, step: int) -> float:
+        """The learning rate of 0-based `step` as a fraction of `lr`."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[self.schedule]
+
+
+@lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, n: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)  # a prime apart: seeds share no epoch
+    order: list[int] = torch.randperm(n, generator=generator).tolist()
+    return order
+
+
+def batch_indices(seed: int, n: int, batch_size: int, k: int) -> list[int]:
+    """Indices of micro-batch `k` in an endless stream of shuffled epochs over `n` examples.
+
+    A pure function: the data order needs no state in a checkpoint, and nobody can read it from the wrong place.
+    """
+    positions = range(k * batch_size, (k + 1) * batch_size)
+    return [_permutation(seed, position // n, n)[position % n] for position in positions]
+
+
+@contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C sets, so that a step ends and is saved; a second Ctrl-C stops at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def handle(signum: int, frame: Any) -> None:
+        asked.set()
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class _Checkpoints:
+    """Folders `step-N` under `out`, complete or absent: written under another name, then renamed."""
+
+    def __init__(self, out: Path, accelerator: Accelerator, fingerprint: dict[str, Any]) -> None:
+        self.out, self.accelerator, self.fingerprint = out, accelerator, fingerprint
+
+    def save(self, step: int, history: list[dict[str, float]]) -> None:
+        final, partial = self.out / f"step-{step}", self.out / f"partial-{step}"
+        self.accelerator.save_state(str(partial))  # weights, optimizer, scheduler, and each process's generators
+        if self.accelerator.is_main_process:
+            state = {"step": step, "run": self.fingerprint, "history": history}
+            (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
+            if not final.exists():
+                os.rename(partial, final)
+            for old in self.out.iterdir():
+                if old != final and old.name.startswith(("step-", "partial-")):
+                    shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    def load(self) -> tuple[int, list[dict[str, float]]]:
+        """Restore the newest checkpoint: (steps done, history), or (0, []) where there is none."""
+        found = [int(path.name.removeprefix("step-")) for path in self.out.glob("step-*")]
+        if not found:
+            return 0, []
+        newest = self.out / f"step-{max(found)}"
+        state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
+        for key, value in self.fingerprint.items():
+            if state["run"].get(key) != value:
+                raise ValueError(
+                    f"train: {newest} was written with {key} = {state['run'].get(key)!r}, this run has {value!r}; "
+                    "choose another folder or delete this one"
+                )
+        self.accelerator.load_state(str(newest))
+        return int(state["step"]), list(state["history"])
+
+
+def _optimizer(module: nn.Module, options: Options) -> tuple[torch.optim.AdamW, LambdaLR]:
+    trained = [p for p in module.parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError("train: objective has no parameter that requires grad")
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": options.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=options.lr)
+    return optimizer, LambdaLR(optimizer, options.lr_factor)
+
+
+def _step(module: nn.Module, group: list[Batch], counts: list[Mapping[str, Tensor]], accelerator: Accelerator) -> Any:
+    """Gradients of one step, added up over the group's micro-batches; returns {term: mean over all processes}."""
+    totals = {name: accelerator.reduce(torch.stack([c[name].float() for c in counts]).sum()) for name in counts[0]}
+    logged = {name: torch.zeros((), device=accelerator.device) for name in totals}
+    for index, batch in enumerate(group):
+        last = index == len(group) - 1
+        with nullcontext() if last else accelerator.no_sync(module):  # processes exchange gradients once a step
+            sums = module(batch)
+            terms = {name: value / totals[name].clamp(min=1) for name, value in sums.items()}
+            # Data parallelism averages gradients over processes; the totals already run over all of them.
+            accelerator.backward(torch.stack(list(terms.values())).sum() * accelerator.num_processes)
+        for name, value in terms.items():
+            logged[name] += value.detach()
+    return {name: accelerator.reduce(value) for name, value in logged.items()}
+
+
+def train(
+    objective: nn.Module,
+    data: Sequence[Example],
+    collate: Callable[[list[Example]], Batch],
+    options: Options,
+    *,
+    out: Path | None = None,
+    name: str = "train",
+) -> list[dict[str, float]]:
+    """Train `objective` (an nn.Module that is an `Objective`) in place for one stage.
+
+    `collate` makes a batch from a list of examples. With `out`, checkpoints are kept there and a second call continues
+    from the newest one; after the last step it only restores the trained weights. Returns the loss of every step from
+    the first: {"step", "lr", one entry a term}.
+
+    Raises ValueError where `data` is empty, nothing trains, or `out` holds a checkpoint of other options, and
+    KeyboardInterrupt after Ctrl-C, once the current step is saved.
+    """
+    if len(data) == 0:
+        raise ValueError("train: data is empty")
+    accelerator = Accelerator(mixed_precision=options.precision)
+    optimizer, scheduler = _optimizer(objective, options)
+    torch.manual_seed(options.seed)  # dropout; after a resume the checkpoint's generators replace it
+    module, optimizer = accelerator.prepare(objective, optimizer)
+    accelerator.register_for_checkpointing(scheduler)
+    start, history = 0, list[dict[str, float]]()
+    checkpoints = None
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        checkpoints = _Checkpoints(out, accelerator, {**asdict(options), "examples": len(data)})
+        start, history = checkpoints.load()
+    counted: Any = objective
+    module.train()
+    bar = tqdm(total=options.steps, initial=start, desc=name, unit="step", disable=None, leave=False)
+    with bar, _interrupts() as asked:
+        for step in range(start, options.steps):
+            first = step * options.accumulate * accelerator.num_processes + accelerator.process_index
+            micro = [first + i * accelerator.num_processes for i in range(options.accumulate)]
+            picked = [batch_indices(options.seed, len(data), options.batch_size, k) for k in micro]
+            group = [send_to_device(collate([data[i] for i in rows]), accelerator.device) for rows in picked]
+            losses = _step(module, group, [counted.counts(batch) for batch in group], accelerator)
+            accelerator.clip_grad_norm_(module.parameters(), options.max_grad_norm)
+            record = {"step": float(step), "lr": float(scheduler.get_last_lr()[0])}
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            history.append(record | {key: float(value) for key, value in losses.items()})
+            bar.update()
+            if step % 10 == 0:
+                bar.set_postfix({key: f"{history[-1][key]:.4f}" for key in losses})
+            stop = asked.is_set()
+            if checkpoints and (stop or step + 1 == options.steps or (step + 1) % options.save_every == 0):
+                checkpoints.save(step + 1, history)
+            if stop:
+                saved = f"saved after step {step + 1} in {out}" if checkpoints else "nothing saved"
+                raise KeyboardInterrupt(f"{name}: interrupted, {saved}")
+    return history
