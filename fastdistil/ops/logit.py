@@ -9,12 +9,13 @@ gradient is always computed in the backward.
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastdistil.backends import get
+from fastdistil.backends import choose, get
 from fastdistil.ops.logit_rule import STATS, LogitRule
 
 
@@ -26,6 +27,15 @@ def _rule(divergence: int, beta: float, t_s: float, t_t: float, value_factor: fl
         "teacher_temperature": t_t,
         "value_factor": value_factor,
     }
+
+
+def _module(backend: str, student: Tensor) -> ModuleType:
+    name = choose(backend, student.device)
+    if name == "triton" and student.dtype == torch.float64:
+        if backend == "triton":
+            raise ValueError("logit_loss: backend 'triton' has no float64 kernel, expected backend='reference'")
+        name = "reference"
+    return get("logit", name, student.device)
 
 
 @torch.library.custom_op("fastdistil::logit", mutates_args=())
@@ -45,7 +55,7 @@ def logit(
     """Row losses (N,), row statistics (N, 5) and the gradient for dloss = 1 ((N, V), or (0, V) if not wanted)."""
     loss, stats, gradient = _outputs(student, row_scale, with_gradient)
     rule = _rule(divergence, beta, student_temperature, teacher_temperature, value_factor)
-    module = get("logit", backend, student.device)
+    module = _module(backend, student)
     module.logit_fwd(student, teacher, row_scale, loss, stats, gradient if with_gradient else None, **rule)
     return loss, stats, gradient
 
@@ -90,7 +100,7 @@ def logit_bwd(
     """The student's gradient (N, V), times dloss, in fresh memory."""
     gradient = student.new_empty(student.shape)
     rule = _rule(divergence, beta, student_temperature, teacher_temperature, value_factor)
-    module = get("logit", backend, student.device)
+    module = _module(backend, student)
     module.logit_bwd(student, teacher, row_scale, stats, gradient, dloss.contiguous(), False, **rule)
     return gradient
 
@@ -129,7 +139,7 @@ def logit_rescale_(
 ) -> None:
     """Computes the rows of `gradient` whose dloss is not 1 again, from the logits."""
     rule = _rule(divergence, beta, student_temperature, teacher_temperature, value_factor)
-    module = get("logit", backend, student.device)
+    module = _module(backend, student)
     module.logit_bwd(student, teacher, row_scale, stats, gradient, dloss.contiguous(), True, **rule)
 
 
@@ -149,7 +159,7 @@ def logit_overwrite_(
 ) -> None:
     """The student's gradient, times dloss, written over the student's logits."""
     rule = _rule(divergence, beta, student_temperature, teacher_temperature, value_factor)
-    module = get("logit", backend, student.device)
+    module = _module(backend, student)
     module.logit_bwd(student, teacher, row_scale, stats, student, dloss.contiguous(), False, **rule)
 
 

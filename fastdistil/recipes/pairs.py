@@ -1,0 +1,94 @@
+"""What a recipe is written in: pairs of a student and a teacher tensor with a loss, and stages that add them up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdistil.train import Batch, Options
+
+PairLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(student (..., C), teacher (..., C) or (...), weight (...)) -> 0-d sum of weight * loss over rows."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One term of a stage.
+
+    `student` picks a tensor from the student's transformers output; `teacher` and `weight` name entries of the batch
+    (the weight has one 0/1 entry a token and its sum is the term's number of items); `loss` returns a sum;
+    `projection` maps the student's tensor to the teacher's width and trains with the student; `scale` is the term's
+    share in the stage's loss.
+    """
+
+    name: str
+    student: Callable[[Any], Tensor]
+    teacher: str
+    loss: PairLoss
+    weight: str
+    projection: nn.Module | None = None
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Pairs whose sum is minimised, on which `examples` of the data, with which options, training which parameters.
+
+    `frozen` names, by substring, the student's parameters that stay as they are. `initialise` is called on the student
+    when the stage begins, as for a new head.
+    """
+
+    name: str
+    pairs: Sequence[Pair]
+    examples: Sequence[Any]
+    options: Options
+    frozen: tuple[str, ...] = ()
+
+
+class PairObjective(nn.Module):
+    """The `Objective` of a stage: one forward pass of the student, then the sum of every pair's loss."""
+
+    def __init__(self, student: nn.Module, pairs: Sequence[Pair]) -> None:
+        super().__init__()
+        self.student = student
+        self.projections = nn.ModuleDict({p.name: p.projection for p in pairs if p.projection is not None})
+        self.pairs = tuple(pairs)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        out = self.student(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True
+        )
+        sums: dict[str, Tensor] = {}
+        for pair in self.pairs:
+            student = pair.student(out)
+            if pair.name in self.projections:
+                student = self.projections[pair.name](student)
+            sums[pair.name] = pair.scale * pair.loss(student, batch[pair.teacher], batch[pair.weight])
+        return sums
+
+    def counts(self, batch: Batch) -> Mapping[str, Tensor]:
+        return {pair.name: batch[pair.weight].sum() for pair in self.pairs}
+
+
+def set_trainable(student: nn.Module, frozen: Iterable[str]) -> None:
+    """requires_grad False for parameters whose name holds one of `frozen`, True for all others.
+
+    Raises ValueError where an entry of `frozen` matches no parameter: a misspelt name would train silently.
+    """
+    names = [name for name, _ in student.named_parameters()]
+    parts = tuple(frozen)
+    for part in parts:
+        if not any(part in name for name in names):
+            raise ValueError(f"set_trainable: frozen holds {part!r}, which is part of no parameter's name")
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(not any(part in name for part in parts))
+
+
+def cross_entropy(student: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
+    """Sum of weight * cross entropy: `student` (..., C) logits, `labels` (...) int64, `weight` (...) 0/1."""
+    keep = weight.bool()
+    return torch.nn.functional.cross_entropy(student[keep].float(), labels[keep], reduction="sum")
