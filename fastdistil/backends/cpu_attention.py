@@ -55,19 +55,19 @@ def attention(
                 seen = min(n_keys, r.stop) if causal else n_keys  # keys beyond the block's last row are invisible
                 scale = row_scale[b, h, r]
                 skipped = None if bool((scale != 0).all()) else (scale == 0)
-                queries = [_load(x[b, h, r], dtype, skipped) for x in (student_q, teacher_q)]
+                q_s, q_t = (_load(x[b, h, r], dtype, skipped) for x in (student_q, teacher_q))
                 invisible = None if hidden_keys is None else hidden_keys[:seen].expand(r.stop - r.start, seen)
                 if causal:
                     ahead = torch.arange(seen) > torch.arange(r.start, r.stop)[:, None]
                     invisible = ahead if invisible is None else ahead | invisible
                 k_s, k_t = (k[:, :seen] for k in keys)
-                teacher_scores, difference = _scores(*queries, k_s, k_t, student_scale, teacher_scale)
+                teacher_scores, difference = _scores(q_s, q_t, k_s, k_t, student_scale, teacher_scale)
                 values, dscores = _RULES[kind](teacher_scores, difference, invisible, need_grad)
                 rows[b, h, r] = values * scale
                 if dq is not None and dk is not None:
                     dscores *= (student_scale * scale)[..., None]
                     torch.bmm(dscores, k_s, out=dq[b, h, r])
-                    dk[b, h, :seen].baddbmm_(dscores.mT, queries[0])
+                    dk[b, h, :seen].baddbmm_(dscores.mT, q_s)
     return rows, dq, dk
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdistil import backends
+from fastdistil.backends import choose
 from fastdistil.losses import _check
 from fastdistil.ops.attention import accumulator, attention_rows, attention_total
 
@@ -64,7 +64,7 @@ def attention_loss(
             ("teacher_scale", teacher_scale, teacher_q),
         )
     ]
-    backends.choose(backend, student_q.device)
+    choose(backend, student_q.device)
 
     row_scale = _row_scale(tensors[0], mask, kind, causal, mask_queries, reduction)
     arguments = (*tensors, mask, row_scale, kind, causal, scales[0], scales[1], backend)
@@ -74,7 +74,8 @@ def attention_loss(
     if torch.is_grad_enabled() and (student_q.requires_grad or student_k.requires_grad):
         total: Tensor = attention_total(*arguments)[0]
         return total
-    return attention_rows(*arguments).sum()
+    value: Tensor = attention_rows(*arguments).sum()
+    return value
 
 
 def _check_tensors(student_q: Tensor, student_k: Tensor, teacher_q: Tensor, teacher_k: Tensor) -> tuple[Tensor, ...]:

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdistil import backends
-from fastdistil.backends import low_rank
+from fastdistil.backends import choose, get, low_rank
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -37,14 +36,14 @@ def _compute(
     need_grad: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     tensors = (student_q, student_k, teacher_q, teacher_k, key_mask, row_scale)
-    name = backends.choose(backend, student_q.device)
+    name = choose(backend, student_q.device)
     if name != "reference" and kind == "score_mse" and not causal and student_q.shape[-1] == teacher_q.shape[-1]:
         return low_rank.score_mse(*tensors, student_scale, teacher_scale, need_grad)
     if name == "triton" and student_q.dtype == torch.float64:
         if backend == "triton":
             raise ValueError("attention_loss: backend 'triton' has no float64 kernel, expected backend='reference'")
         name = "reference"
-    module = backends.get("attention", name, student_q.device)
+    module = get("attention", name, student_q.device)
     found: tuple[Tensor, Tensor | None, Tensor | None] = module.attention(
         *tensors, kind, causal, student_scale, teacher_scale, need_grad
     )

@@ -26,7 +26,7 @@ def attention(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Rows of the loss times `row_scale`, and the gradients of their sum.
 
-    student_q, student_k: (B, H, S, d_s); teacher_q, teacher_k: (B, H, S, d_t); key_mask: (B, S) bool, True = real token;
+    student_q, student_k: (B, H, S, d_s); teacher_q, teacher_k: (B, H, S, d_t); key_mask: (B, S) bool, True = real;
     row_scale: (B, H, S), rows with 0 are skipped whatever they hold. kind: "prob_mse" sum over keys of (P_s - P_t)^2,
     "prob_kl" KL(P_t || P_s), "score_mse" sum over keys of (A_s - A_t)^2.
     Returns rows (B, H, S), dstudent_q, dstudent_k (B, H, S, d_s) in row_scale's dtype; None without `need_grad`.

@@ -15,14 +15,14 @@ def hidden_rows(
     row_scale: Tensor,
     kind: str,
     activation: str,
-    need_grad: bool,
+    grad_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Rows of the loss times `row_scale`, and the gradient of their sum in `student`.
 
     student: (N, D), already projected where there is a projection; teacher: (N, D); bias: (D,) added to the student
     before the activation ("none" or "gelu", the exact one); row_scale: (N,), rows with 0 are skipped whatever they
     hold. kind: "mse" squared distance / D, "cosine" 1 - cos, "kl" KL(softmax(teacher) || softmax(student)).
-    Returns rows (N,), dstudent (N, D) in row_scale's dtype; None without `need_grad`.
+    Returns rows (N,) in row_scale's dtype, dstudent (N, D) in `grad_dtype`, or None where that is None.
     """
     dtype = row_scale.dtype
     keep = (row_scale != 0)[:, None]
@@ -33,15 +33,16 @@ def hidden_rows(
     h = torch.nn.functional.gelu(z) if activation == "gelu" else z
     rows, dh = {"mse": _mse, "cosine": _cosine, "kl": _kl}[kind](h, t)
     rows = torch.where(keep[:, 0], row_scale * rows, 0.0)
-    if not need_grad:
+    if grad_dtype is None:
         return rows, None
     dz = dh * gelu_derivative(z) if activation == "gelu" else dh
-    return rows, torch.where(keep, row_scale[:, None] * dz, 0.0)
+    return rows, torch.where(keep, row_scale[:, None] * dz, 0.0).to(grad_dtype)
 
 
 def gelu_derivative(z: Tensor) -> Tensor:
     """d gelu(z) / dz = Phi(z) + z * phi(z), Phi and phi of the normal distribution."""
-    return 0.5 * torch.erfc(-z * 0.5**0.5) + z * torch.exp(-0.5 * z * z) * (2 * torch.pi) ** -0.5
+    density: Tensor = torch.exp(-0.5 * z * z) * (2 * torch.pi) ** -0.5
+    return 0.5 * torch.erfc(-z * 0.5**0.5) + z * density
 
 
 def _mse(h: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

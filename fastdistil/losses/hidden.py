@@ -1,0 +1,170 @@
+"""Losses between hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from fastdistil.backends import choose
+from fastdistil.losses import _check
+from fastdistil.ops.hidden import hidden_rows, hidden_total
+
+KINDS = ("mse", "cosine", "kl")
+ACTIVATIONS = ("none", "gelu")
+_NAME = "hidden_loss"
+
+TensorOrLayers = Tensor | Sequence[Tensor]
+
+
+def hidden_loss(
+    student: TensorOrLayers,
+    teacher: TensorOrLayers,
+    *,
+    kind: str = "mse",
+    projection: TensorOrLayers | None = None,
+    bias: TensorOrLayers | None = None,
+    activation: str | None = None,
+    weight: Tensor | None = None,
+    layer_weights: Sequence[float] | None = None,
+    reduction: str = "mean",
+    num_items: float | Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The distance between hidden states, `h = act(student P^T + bias)` against the teacher's, row by row.
+
+    Args:
+        student: (..., D_s) float32, bfloat16, float16 or float64, or a list of such layers.
+        teacher: (..., D_t), a constant, or as many layers. Without a projection D_t = D_s.
+        kind: "mse" |h - t|^2 / D_t; "cosine" 1 - cos(h, t), where a zero vector has cos = 0 and no gradient; "kl"
+            KL(softmax(t) || softmax(h)) over the D_t entries (XtremeDistil's option, arXiv 2004.05686).
+        projection: P (D_t, D_s) as in torch.nn.Linear.weight, for all layers or a list with one for each.
+        bias: (D_t,) as in torch.nn.Linear.bias, likewise; needs a projection.
+        activation: None or "none", or "gelu" (the exact one), after projection and bias.
+        weight: (...), one entry a row, bool or number; a row with weight 0 contributes 0 whatever it holds.
+        layer_weights: one finite number a layer, used as they are; by default 1 / number of layers each.
+        reduction: "mean" = sum of w * l / sum of w, "sum", or "none" (...), float32, w * l a row.
+        num_items: replaces the sum of w in "mean": a number or a tensor with one entry.
+        backend: "auto", "reference", "cpu" or "triton".
+
+    Returns:
+        A scalar, or (...) for "none": float32 (float64 for float64 inputs). 0 where all weights are 0.
+
+    Raises:
+        TypeError, ValueError: what came and what was wanted, by argument; a teacher that requires grad.
+    """
+    _check.one_of(_NAME, "kind", kind, KINDS)
+    _check.one_of(_NAME, "reduction", reduction, _check.REDUCTIONS)
+    activation = "none" if activation is None else activation
+    _check.one_of(_NAME, "activation", activation, ACTIVATIONS)
+    layers = _layers("student", student)
+    teachers = _layers("teacher", teacher, len(layers))
+    projections = _optional_layers("projection", projection, len(layers))
+    biases = _optional_layers("bias", bias, len(layers))
+    factors = _layer_weights(layer_weights, len(layers))
+    for s, t, p, c in zip(layers, teachers, projections, biases, strict=True):
+        _check_layer(s, t, p, c)
+    first = layers[0]
+    shape = first.shape[:-1]
+    for s in layers[1:]:
+        _check.same_device(_NAME, "student", s, "its first layer", first.device)
+        if s.shape[:-1] != shape:
+            raise ValueError(
+                f"{_NAME}: student has layers with rows {tuple(shape)} and {tuple(s.shape[:-1])}, expected equal ones"
+            )
+    choose(backend, first.device)
+
+    wide = any(x.dtype == torch.float64 for x in (*layers, *teachers))
+    dtype = torch.float64 if wide else torch.float32
+    rows_weight = None if weight is None else _check.row_weight(_NAME, weight, shape, first.device, dtype)
+    scale = _check.row_scale(_NAME, shape.numel(), rows_weight, reduction, num_items, first.device, dtype)
+    losses = [
+        _layer(s, t, p, c, scale * factor, kind, activation, reduction, backend)
+        for s, t, p, c, factor in zip(layers, teachers, projections, biases, factors, strict=True)
+    ]
+    loss = losses[0]
+    for other in losses[1:]:
+        loss = loss + other
+    return loss.reshape(shape) if reduction == "none" else loss
+
+
+def _layer(
+    student: Tensor,
+    teacher: Tensor,
+    projection: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor,
+    kind: str,
+    activation: str,
+    reduction: str,
+    backend: str,
+) -> Tensor:
+    """One layer's loss; see ops/hidden.py for which op serves which case."""
+    arguments = (student.flatten(0, -2), teacher.flatten(0, -2), projection, bias, scale, kind, activation, backend)
+    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (student, projection, bias)]
+    if projection is not None and reduction != "none" and any(wanted):
+        total: Tensor = hidden_total(*arguments, wanted, False)[0]
+        return total
+    rows: Tensor = hidden_rows(*arguments)
+    return rows if reduction == "none" else rows.sum()
+
+
+def _layers(name: str, value: object, count: int | None = None) -> list[Tensor]:
+    """`value` as a list of layers, `count` of them where that is known."""
+    if isinstance(value, Tensor):
+        found: list[object] = [value]
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        found = list(value)
+    else:
+        raise TypeError(f"{_NAME}: {name} is {type(value).__name__}, expected a torch.Tensor or a list of them")
+    if not found:
+        raise ValueError(f"{_NAME}: {name} is an empty list, expected at least one layer")
+    if count is not None and len(found) != count:
+        raise ValueError(f"{_NAME}: {name} has {len(found)} layers, expected {count} to match student")
+    return [_check.float_tensor(_NAME, name, x) for x in found]
+
+
+def _optional_layers(name: str, value: TensorOrLayers | None, count: int) -> list[Tensor | None]:
+    """A tensor serves all layers."""
+    if value is None:
+        return [None] * count
+    if isinstance(value, Tensor):
+        return [_check.float_tensor(_NAME, name, value)] * count
+    return cast("list[Tensor | None]", _layers(name, value, count))
+
+
+def _layer_weights(layer_weights: Sequence[float] | None, count: int) -> list[float]:
+    if layer_weights is None:
+        return [1.0 / count] * count
+    if isinstance(layer_weights, (str, Tensor)) or not isinstance(layer_weights, Sequence):
+        raise TypeError(f"{_NAME}: layer_weights is {type(layer_weights).__name__}, expected a list of numbers")
+    if len(layer_weights) != count:
+        raise ValueError(f"{_NAME}: layer_weights has {len(layer_weights)} entries, expected {count}, one a layer")
+    return [_check.number(_NAME, "layer_weights", x) for x in layer_weights]
+
+
+def _check_layer(student: Tensor, teacher: Tensor, projection: Tensor | None, bias: Tensor | None) -> None:
+    for name, x in (("student", student), ("teacher", teacher)):
+        if x.ndim < 1 or x.shape[-1] == 0:
+            raise ValueError(f"{_NAME}: {name} has shape {tuple(x.shape)}, expected (..., D) with D > 0")
+    _check.constant(_NAME, "teacher", teacher)
+    for name, y in (("teacher", teacher), ("projection", projection), ("bias", bias)):
+        if y is not None:
+            _check.same_device(_NAME, name, y, "student", student.device)
+    if projection is None:
+        if bias is not None:
+            raise ValueError(f"{_NAME}: bias came without a projection, expected both or neither")
+        _check.same_shape(_NAME, "teacher", teacher, "student", student.shape)
+        return
+    size_s, size_t = student.shape[-1], teacher.shape[-1]
+    if teacher.shape[:-1] != student.shape[:-1]:
+        wanted = (*student.shape[:-1], size_t)
+        raise ValueError(f"{_NAME}: teacher has shape {tuple(teacher.shape)}, expected {wanted} to match student")
+    if tuple(projection.shape) != (size_t, size_s):
+        raise ValueError(
+            f"{_NAME}: projection has shape {tuple(projection.shape)}, expected {(size_t, size_s)}, (D_t, D_s)"
+        )
+    if bias is not None and tuple(bias.shape) != (size_t,):
+        raise ValueError(f"{_NAME}: bias has shape {tuple(bias.shape)}, expected {(size_t,)}, (D_t,)")

@@ -1,0 +1,214 @@
+"""Custom ops of the hidden-state losses: `hidden_rows`, one value a row, and `hidden_total`, their sum with gradients.
+
+With a projection the loop below runs the matrix products of one chunk of rows at a time around the backend's row
+kernel, so that the projected states exist for one chunk only. `hidden_total` keeps the gradients for its backward
+pass, which then needs no product again; without a projection `hidden_rows` is enough, its gradient costs one more read.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdistil.backends import choose, get
+from fastdistil.ops.attention import refuse_double_backward
+
+# Elements of one chunk of projected states: 2 MiB of float32 on a CPU, 128 MiB on a GPU.
+CHUNK_ELEMENTS = {"cpu": 2**19, "gpu": 2**25}
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # in student, projection, bias
+
+
+def _compute(
+    student: Tensor,
+    teacher: Tensor,
+    projection: Tensor | None,
+    bias: Tensor | None,
+    row_scale: Tensor,
+    kind: str,
+    activation: str,
+    backend: str,
+    wanted: tuple[bool, bool, bool],
+    rounded: bool,
+) -> tuple[Tensor, Gradients]:
+    """Rows (N,), and the gradients that are `wanted`, in the inputs' dtypes where `rounded`, else in row_scale's."""
+    name = choose(backend, student.device)
+    if name == "triton" and row_scale.dtype == torch.float64:
+        if backend == "triton":
+            raise ValueError("hidden_loss: backend 'triton' has no float64 kernel, expected backend='reference'")
+        name = "reference"
+    module = get("hidden", name, student.device)
+    if projection is not None:
+        rows, found = _projected(module, student, teacher, projection, bias, row_scale, kind, activation, wanted)
+        if rounded:
+            inputs = (student, projection, bias)
+            found = tuple(g if g is None or x is None else g.to(x.dtype) for g, x in zip(found, inputs, strict=True))  # type: ignore[assignment]
+        return rows, found
+    dtype = (student.dtype if rounded else row_scale.dtype) if wanted[0] else None
+    rows, dstudent = module.hidden_rows(student, teacher, None, row_scale, kind, activation, dtype)
+    return rows, (dstudent, None, None)
+
+
+def _projected(
+    module: ModuleType,
+    student: Tensor,
+    teacher: Tensor,
+    projection: Tensor,
+    bias: Tensor | None,
+    row_scale: Tensor,
+    kind: str,
+    activation: str,
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor, Gradients]:
+    dtype, (count, size_s), size_t = row_scale.dtype, student.shape, projection.shape[0]
+    on_cpu = student.device.type == "cpu"
+    kept = row_scale.nonzero()[:, 0] if on_cpu else None  # a GPU would have to wait for their number
+    if kept is not None and len(kept) == count:
+        kept = None
+    zeros = torch.zeros if kept is not None else torch.empty
+    rows = zeros(count, dtype=dtype, device=student.device)
+    dstudent = zeros((count, size_s), dtype=dtype, device=student.device) if wanted[0] else None
+    dprojection = torch.zeros_like(projection, dtype=dtype) if wanted[1] else None
+    dbias = torch.zeros(size_t, dtype=dtype, device=student.device) if wanted[2] else None
+    low = projection.dtype if not on_cpu and student.dtype == projection.dtype else dtype  # what is multiplied
+    weight = projection.to(low)
+    shift = None if bias is None else bias.to(dtype)
+    step = max(1, CHUNK_ELEMENTS["cpu" if on_cpu else "gpu"] // max(1, size_t))
+    for start in range(0, count if kept is None else len(kept), step):
+        chunk = slice(start, min(start + step, count)) if kept is None else kept[start : start + step]
+        scale, h = row_scale[chunk], student[chunk].to(low)
+        if not on_cpu:
+            h = torch.where((scale == 0)[:, None], 0.0, h)
+        z = _product(h, weight.T, dtype)
+        need = dtype if any(wanted) else None
+        rows[chunk], dz = module.hidden_rows(z, teacher[chunk], shift, scale, kind, activation, need)
+        if dstudent is not None:
+            dstudent[chunk] = _product(dz, weight, dtype)
+        if dprojection is not None:
+            dprojection += _product(dz.T, h, dtype)
+        if dbias is not None:
+            dbias += dz.sum(0)
+    return rows, (dstudent, dprojection, dbias)
+
+
+def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """left @ right accumulated and returned in `dtype`. 16-bit `right`: the tensor cores' product, for which a float32
+    `left` is scaled to at most 1, since float16 has not the range of a gradient, and rounded once."""
+    if right.dtype == dtype:
+        return left @ right
+    if left.dtype == right.dtype:
+        return _low_product(left, right, dtype)
+    largest = left.abs().amax().clamp(min=torch.finfo(dtype).tiny)
+    return _low_product((left / largest).to(right.dtype), right, dtype) * largest
+
+
+def _low_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    if hasattr(torch.ops.aten.mm, "dtype"):  # torch 2.8
+        found: Tensor = torch.ops.aten.mm.dtype(left, right, dtype)
+        return found
+    return (left @ right).to(dtype)
+
+
+@torch.library.custom_op("fastdistil::hidden_rows", mutates_args=())
+def hidden_rows(
+    student: Tensor,
+    teacher: Tensor,
+    projection: Tensor | None,
+    bias: Tensor | None,
+    row_scale: Tensor,
+    kind: str,
+    activation: str,
+    backend: str,
+) -> Tensor:
+    """student (N, D_s), teacher (N, D_t), projection (D_t, D_s), bias (D_t,), row_scale (N,) float32 (float64 for
+    float64 students) -> rows (N,), already times row_scale."""
+    no = (False, False, False)
+    return _compute(student, teacher, projection, bias, row_scale, kind, activation, backend, no, True)[0]
+
+
+@torch.library.custom_op("fastdistil::hidden_total", mutates_args=())
+def hidden_total(
+    student: Tensor,
+    teacher: Tensor,
+    projection: Tensor | None,
+    bias: Tensor | None,
+    row_scale: Tensor,
+    kind: str,
+    activation: str,
+    backend: str,
+    wanted: list[bool],
+    rounded: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `hidden_rows` -> the rows' sum (), and its gradients in student, projection and bias, empty where not wanted;
+    in the inputs' dtypes where `rounded`, else in row_scale's."""
+    flags = (wanted[0], wanted[1], wanted[2])
+    arguments = (student, teacher, projection, bias, row_scale, kind, activation, backend)
+    rows, found = _compute(*arguments, flags, rounded)
+    dstudent, dprojection, dbias = (row_scale.new_empty(0) if g is None else g for g in found)
+    return rows.sum(), dstudent, dprojection, dbias
+
+
+@hidden_rows.register_fake
+def _(student: Tensor, teacher: Tensor, projection: Any, bias: Any, row_scale: Tensor, *args: Any) -> Tensor:
+    return row_scale.new_empty(row_scale.shape)
+
+
+@hidden_total.register_fake
+def _(
+    student: Tensor,
+    teacher: Tensor,
+    projection: Tensor | None,
+    bias: Tensor | None,
+    row_scale: Tensor,
+    kind: str,
+    activation: str,
+    backend: str,
+    wanted: list[bool],
+    rounded: bool,
+) -> tuple[Tensor, ...]:
+    inputs = (student, projection, bias)
+    return row_scale.new_empty(()), *(
+        row_scale.new_empty(x.shape, dtype=x.dtype if rounded else row_scale.dtype)
+        if want and x is not None
+        else row_scale.new_empty(0)
+        for x, want in zip(inputs, wanted, strict=True)
+    )
+
+
+def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.kind, ctx.activation, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward_rows(ctx: Any, drows: Tensor) -> tuple[Tensor | None, ...]:
+    refuse_double_backward("hidden_loss")
+    *tensors, row_scale = ctx.saved_tensors
+    scale = torch.where(row_scale == 0, 0.0, row_scale * drows)
+    needed = ctx.needs_input_grad
+    wanted = [needed[0], needed[2], needed[3]]
+    _, *found = hidden_total(*tensors, scale, ctx.kind, ctx.activation, ctx.backend, wanted, True)
+    dstudent, dprojection, dbias = (g if want else None for g, want in zip(found, wanted, strict=True))
+    return dstudent, None, dprojection, dbias, None, None, None, None
+
+
+def _setup_total(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[1:])
+    ctx.dtypes = [None if x is None else x.dtype for x in (inputs[0], inputs[2], inputs[3])]
+    ctx.wanted = inputs[8]
+
+
+def _backward_total(ctx: Any, dtotal: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    refuse_double_backward("hidden_loss")
+    dstudent, dprojection, dbias = (
+        (g * dtotal).to(dtype) if want else None
+        for g, dtype, want in zip(ctx.saved_tensors, ctx.dtypes, ctx.wanted, strict=True)
+    )
+    return dstudent, None, dprojection, dbias, *[None] * 6
+
+
+hidden_rows.register_autograd(_backward_rows, setup_context=_setup_rows)
+hidden_total.register_autograd(_backward_total, setup_context=_setup_total)

@@ -1,0 +1,158 @@
+"""Losses between two attention maps on the GPU: the configuration, the launcher and what is compiled ahead of time.
+
+The kernels and how they share the work are in `attention_kernels.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from fastdistil.kernels.triton.attention_kernels import (
+    attention_dk_kernel,
+    attention_dq_kernel,
+    attention_fwd_kernel,
+    attention_value_kernel,
+)
+
+
+LARGEST_HEAD = 128
+
+
+def attention_config(widest: int, itemsize: int, hip: bool) -> tuple[int, int, dict[str, int]]:
+    """Rows of the tile that a program owns, of the tiles that it walks over, and the compiler's options.
+
+    widest: the larger head size, padded to a power of two; itemsize: bytes of an element. These are the largest tiles
+    that compile without a spill for sm_80, sm_90a and gfx942; they are not yet tuned for speed on a GPU.
+    """
+    if hip:
+        return 32, 16, {"num_warps": 4, "num_stages": 1}
+    if itemsize == 4:
+        return (32 if widest <= 64 else 16), 16, {"num_warps": 8, "num_stages": 1}
+    return 64, 32, {"num_warps": 4, "num_stages": 3}
+
+
+def attention(
+    student_q: Tensor,
+    student_k: Tensor,
+    teacher_q: Tensor,
+    teacher_k: Tensor,
+    key_mask: Tensor | None,
+    row_scale: Tensor,
+    kind: str,
+    causal: bool,
+    student_scale: float,
+    teacher_scale: float,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """As `fastdistil.reference.attention.attention`, for float32, bfloat16 and float16 tensors of one dtype."""
+    batch, heads, length, size_s = student_q.shape
+    size_t = teacher_q.shape[-1]
+    if max(size_s, size_t) > LARGEST_HEAD:
+        raise ValueError(
+            f"attention_loss: backend 'triton' takes head sizes up to {LARGEST_HEAD}, not {max(size_s, size_t)}; "
+            "expected backend='reference'"
+        )
+    tensors = [x if x.stride(-1) == 1 else x.contiguous() for x in (student_q, student_k, teacher_q, teacher_k)]
+    row_scale = row_scale.contiguous()
+    rows = torch.empty_like(row_scale)
+    dq, dk = (
+        torch.empty(x.shape, dtype=torch.float32, device=x.device) if need_grad else None
+        for x in (student_q, student_k)
+    )
+    if rows.numel() == 0:
+        return rows, dq, dk
+    stats = torch.empty((3, *row_scale.shape), dtype=torch.float32, device=rows.device)
+    if kind == "score_mse":
+        stats.zero_()
+    positions = torch.arange(1, length + 1, dtype=torch.int32, device=rows.device)
+    row_end = ((row_scale != 0).any(1) * positions).amax(1)
+    key_end = row_end if key_mask is None else (key_mask * positions).amax(1)
+    mask = row_end if key_mask is None else key_mask.contiguous().view(torch.uint8)  # without a mask it is not read
+
+    float32, hip = student_q.dtype == torch.float32, torch.version.hip is not None
+    constants, outer, inner, options = _configure(kind, causal, key_mask is not None, size_s, size_t, float32, hip)
+    by_rows = {**constants, "BLOCK_M": outer, "BLOCK_N": inner, **options}
+    by_keys = {**constants, "BLOCK_M": inner, "BLOCK_N": outer, **options}
+    strides = [x.stride(i) for x in tensors for i in range(3)]
+    scalars = (*strides, heads, length, rows.numel(), student_scale, teacher_scale)
+    grid = (triton.cdiv(length, outer), batch * heads)
+    if kind != "score_mse":
+        attention_fwd_kernel[grid](*tensors, mask, key_end, row_scale, stats, *scalars, **by_rows)
+    attention_value_kernel[grid](*tensors, mask, key_end, row_scale, rows, stats, *scalars, **by_rows)
+    if need_grad:
+        attention_dq_kernel[grid](*tensors, mask, key_end, row_scale, stats, dq, *scalars, **by_rows)
+        attention_dk_kernel[grid](*tensors, mask, row_end, row_scale, stats, dk, *scalars, **by_keys)
+    return rows, dq, dk
+
+
+def _configure(
+    kind: str, causal: bool, masked: bool, size_s: int, size_t: int, float32: bool, hip: bool
+) -> tuple[dict[str, object], int, int, dict[str, int]]:
+    """The kernels' constants but for the tile, and `attention_config` of them."""
+    pad_s, pad_t = (max(16, triton.next_power_of_2(size)) for size in (size_s, size_t))
+    constants = {
+        "KIND": kind,
+        "CAUSAL": causal,
+        "HAS_MASK": masked,
+        "DIFFERENCE": size_s == size_t and float32,
+        "SIZE_S": size_s,
+        "SIZE_T": size_t,
+        "PAD_S": pad_s,
+        "PAD_T": pad_t,
+        "PRECISION": "ieee",  # TF32 would keep three digits; its three-product form spills
+    }
+    return constants, *attention_config(max(pad_s, pad_t), 4 if float32 else 2, hip)
+
+
+def aot_cases() -> list[dict[str, object]]:
+    """Every kernel in the configurations that the launcher reaches for the head sizes of real encoders."""
+    inputs = (
+        ("fp32", ((64, 64), (32, 64), (128, 128))),
+        ("bf16", ((64, 64), (32, 128))),
+        ("fp16", ((64, 64), (128, 128))),
+    )
+    rules = (("prob_mse", False, True), ("prob_kl", True, False), ("score_mse", True, True))
+    return [
+        _aot_case(kernel, dtype, *sizes, *rule, hip)
+        for kernel in (attention_fwd_kernel, attention_value_kernel, attention_dq_kernel, attention_dk_kernel)
+        for dtype, all_sizes in inputs
+        for sizes in all_sizes
+        for rule in rules
+        for hip in (False, True)
+        if (kernel, rule[0]) != (attention_fwd_kernel, "score_mse")  # it needs no statistics
+    ]
+
+
+def _aot_case(
+    kernel: triton.JITFunction,
+    dtype: str,
+    size_s: int,
+    size_t: int,
+    kind: str,
+    causal: bool,
+    masked: bool,
+    hip: bool,
+) -> dict[str, object]:
+    constants, outer, inner, options = _configure(kind, causal, masked, size_s, size_t, dtype == "fp32", hip)
+    if kernel is attention_dk_kernel:
+        outer, inner = inner, outer
+    tensors = ("qs_ptr", "ks_ptr", "qt_ptr", "kt_ptr")
+    strides = tuple(f"{x}_{axis}" for x in ("qs", "ks", "qt", "kt") for axis in "bhn")
+    signature = {
+        **dict.fromkeys(tensors, f"*{dtype}"),
+        **dict.fromkeys(strides, "i32"),
+        **{"key_mask_ptr": "*u8", "key_end_ptr": "*i32", "row_end_ptr": "*i32"},
+        **dict.fromkeys(("scale_ptr", "rows_ptr", "stats_ptr", "dq_ptr", "dk_ptr"), "*fp32"),
+        **{"heads": "i32", "length": "i32", "plane": "i32", "scale_s": "fp32", "scale_t": "fp32"},
+    }
+    return {
+        "name": f"{kernel.__name__}-{dtype}-{size_s}-{size_t}-{kind}{'-causal' * causal}{'-mask' * masked}",
+        "kernel": kernel,
+        "signature": {name: kind_ for name, kind_ in signature.items() if name in kernel.arg_names},
+        "constants": {**constants, "BLOCK_M": outer, "BLOCK_N": inner},
+        "divisible": [*tensors, *strides],
+        "options": options,
+        "targets": ("gfx942",) if hip else ("sm_80", "sm_90a"),
+    }

@@ -1,0 +1,304 @@
+"""The kernels of the losses between two attention maps: a tile at a time, never S x S in memory (losses.md, section 4).
+
+`attention_fwd_kernel` walks a block of query rows over the keys for the statistics of the rows (the teacher's logsumexp
+and D = A - B, both online); `attention_value_kernel` and `attention_dq_kernel` walk the same way again for values and
+gradients, `attention_dk_kernel` walks a block of keys over the query rows. Each output is written by one program, no
+atomics, so that equal inputs give equal bits. Where the inputs are float32 and the head sizes agree, the scores'
+difference is formed as [X_s - X_t, X_t] [Y_s, Y_s - Y_t]^T (X = scale * Q, Y = K) and stays exact near convergence;
+16-bit inputs are their own rounding, there the difference of two float32 accumulators is enough.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastdistil.kernels.triton.exact import add_to_masses, forward_kl_terms, log_mass_ratio, scaled_expm1
+
+
+@triton.jit
+def _load(ptr, stride, rows, count, keep, SIZE: tl.constexpr, PAD: tl.constexpr):
+    """Rows of a (count, SIZE) matrix as (BLOCK, PAD); rows that are not kept become zeros, whatever they hold."""
+    columns = tl.arange(0, PAD)
+    offsets = rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    mask = (keep & (rows < count))[:, None] & (columns < SIZE)[None, :]
+    return tl.load(ptr + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
+def _query_operands(q_s, q_t, scale_s, scale_t, DIFFERENCE: tl.constexpr):
+    """The left factors of the student's part, of the rest of the difference and of the teacher's scores."""
+    if DIFFERENCE:
+        x_t = q_t * scale_t
+        return (q_s - q_t) * scale_s + q_t * (scale_s - scale_t), x_t, x_t
+    else:
+        return q_s, q_t, q_t
+
+
+@triton.jit
+def _key_operands(k_s, k_t, DIFFERENCE: tl.constexpr):
+    if DIFFERENCE:
+        return k_s, k_s - k_t, k_t
+    else:
+        return k_s, k_t, k_t
+
+
+@triton.jit
+def _scores(l1, l2, l3, r1, r2, r3, scale_s, scale_t, DIFFERENCE: tl.constexpr, PRECISION: tl.constexpr):
+    """The teacher's scores b and student minus teacher c of a tile, float32; either side may be the queries."""
+    b = tl.dot(l3, tl.trans(r3), input_precision=PRECISION)
+    c = tl.dot(l1, tl.trans(r1), input_precision=PRECISION)
+    if DIFFERENCE:
+        c += tl.dot(l2, tl.trans(r2), input_precision=PRECISION)
+    else:
+        b *= scale_t
+        c = c * scale_s - b
+    return b, c
+
+
+@triton.jit
+def _dscores(b, c, visible, lse_t, log_ratio, mean, scale, KIND: tl.constexpr):
+    """The gradient in the student's scores; lse_t, log_ratio, mean and scale are broadcastable to the tile."""
+    if KIND == "score_mse":
+        d = tl.where(visible, 2.0 * c, 0.0)
+    else:
+        log_q = tl.where(visible, b - lse_t, -float("inf"))
+        q = tl.exp(log_q)
+        d = scaled_expm1(log_q, q, c - log_ratio)
+        if KIND == "prob_mse":
+            d = 2.0 * (q + d) * (d - mean)
+    return d * scale
+
+
+@triton.jit
+def _dot_accumulate(acc, d, right, PRECISION: tl.constexpr):
+    """acc + d @ right, d float32. float16 has not the range for d: each of its rows is scaled to at most 1."""
+    if right.dtype == tl.float16:
+        largest = tl.max(tl.abs(d), 1)
+        largest = tl.where(largest > 0, largest, 1.0)
+        return acc + tl.dot((d / largest[:, None]).to(tl.float16), right) * largest[:, None]
+    else:
+        return tl.dot(d.to(right.dtype), right, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _seen_keys(key_mask_ptr, key_end, columns, length, HAS_MASK: tl.constexpr):
+    if HAS_MASK:
+        return tl.load(key_mask_ptr + columns, mask=columns < key_end, other=0) != 0
+    else:
+        return columns < length
+
+
+@triton.jit
+def attention_fwd_kernel(
+    qs_ptr, ks_ptr, qt_ptr, kt_ptr, key_mask_ptr, key_end_ptr, scale_ptr, stats_ptr,
+    qs_b, qs_h, qs_n, ks_b, ks_h, ks_n, qt_b, qt_h, qt_n, kt_b, kt_h, kt_n,
+    heads, length, plane, scale_s, scale_t,
+    KIND: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, DIFFERENCE: tl.constexpr,
+    SIZE_S: tl.constexpr, SIZE_T: tl.constexpr, PAD_S: tl.constexpr, PAD_T: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A program: the statistics of BLOCK_M query rows of one head. stats (3, B*H, S): teacher's logsumexp, D, unused."""
+    head = tl.program_id(1).to(tl.int64)
+    ib, ih = head // heads, head % heads
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    scale = tl.load(scale_ptr + head * length + rows, mask=rows < length, other=0.0)
+    keep = scale != 0
+    q_s = _load(qs_ptr + ib * qs_b + ih * qs_h, qs_n, rows, length, keep, SIZE_S, PAD_S)
+    q_t = _load(qt_ptr + ib * qt_b + ih * qt_h, qt_n, rows, length, keep, SIZE_T, PAD_T)
+    l1, l2, l3 = _query_operands(q_s, q_t, scale_s, scale_t, DIFFERENCE)
+    ks_ptr += ib * ks_b + ih * ks_h
+    kt_ptr += ib * kt_b + ih * kt_h
+    key_mask_ptr += ib * length
+    end = tl.load(key_end_ptr + ib) if HAS_MASK else length
+    if CAUSAL:
+        end = tl.minimum(end, (tl.program_id(0) + 1) * BLOCK_M)
+    end = tl.where(tl.max(keep.to(tl.int32), 0) > 0, end, 0)  # a block without rows that count walks nowhere
+
+    max_a = tl.full((BLOCK_M,), -1e30, tl.float32)
+    max_b = tl.full((BLOCK_M,), -1e30, tl.float32)
+    mass_a = tl.zeros((BLOCK_M,), tl.float32)
+    mass_b = tl.zeros((BLOCK_M,), tl.float32)
+    excess = tl.zeros((BLOCK_M,), tl.float32)
+    for start in range(0, end, BLOCK_N):
+        columns = start + tl.arange(0, BLOCK_N)
+        real = _seen_keys(key_mask_ptr, end, columns, length, HAS_MASK)
+        r1, r2, r3 = _key_operands(
+            _load(ks_ptr, ks_n, columns, length, real, SIZE_S, PAD_S),
+            _load(kt_ptr, kt_n, columns, length, real, SIZE_T, PAD_T),
+            DIFFERENCE,
+        )
+        b, c = _scores(l1, l2, l3, r1, r2, r3, scale_s, scale_t, DIFFERENCE, PRECISION)
+        visible = real[None, :] & keep[:, None]
+        if CAUSAL:
+            visible = visible & (columns[None, :] <= rows[:, None])
+        b = tl.where(visible, b, -float("inf"))
+        c = tl.where(visible, c, 0.0)
+        max_a, mass_a, max_b, mass_b, excess = add_to_masses(b, c, 1, max_a, mass_a, max_b, mass_b, excess)
+    lse_t, log_ratio = log_mass_ratio(max_a, mass_a, max_b, mass_b, excess)
+    at = head * length + rows
+    tl.store(stats_ptr + at, lse_t, mask=rows < length)
+    tl.store(stats_ptr + plane + at, log_ratio, mask=rows < length)
+
+
+@triton.jit
+def attention_value_kernel(
+    qs_ptr, ks_ptr, qt_ptr, kt_ptr, key_mask_ptr, key_end_ptr, scale_ptr, rows_ptr, stats_ptr,
+    qs_b, qs_h, qs_n, ks_b, ks_h, ks_n, qt_b, qt_h, qt_n, kt_b, kt_h, kt_n,
+    heads, length, plane, scale_s, scale_t,
+    KIND: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, DIFFERENCE: tl.constexpr,
+    SIZE_S: tl.constexpr, SIZE_T: tl.constexpr, PAD_S: tl.constexpr, PAD_T: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A program: the values of BLOCK_M rows of one head; for prob_mse also sum of P_s (P_s - P_t) into stats[2]."""
+    head = tl.program_id(1).to(tl.int64)
+    ib, ih = head // heads, head % heads
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = rows < length
+    at = head * length + rows
+    scale = tl.load(scale_ptr + at, mask=inside, other=0.0)
+    keep = scale != 0
+    q_s = _load(qs_ptr + ib * qs_b + ih * qs_h, qs_n, rows, length, keep, SIZE_S, PAD_S)
+    q_t = _load(qt_ptr + ib * qt_b + ih * qt_h, qt_n, rows, length, keep, SIZE_T, PAD_T)
+    l1, l2, l3 = _query_operands(q_s, q_t, scale_s, scale_t, DIFFERENCE)
+    lse_t = tl.load(stats_ptr + at, mask=inside, other=0.0)
+    log_ratio = tl.load(stats_ptr + plane + at, mask=inside, other=0.0)
+    ks_ptr += ib * ks_b + ih * ks_h
+    kt_ptr += ib * kt_b + ih * kt_h
+    key_mask_ptr += ib * length
+    end = tl.load(key_end_ptr + ib) if HAS_MASK else length
+    if CAUSAL:
+        end = tl.minimum(end, (tl.program_id(0) + 1) * BLOCK_M)
+    end = tl.where(tl.max(keep.to(tl.int32), 0) > 0, end, 0)
+
+    value = tl.zeros((BLOCK_M,), tl.float32)
+    mean = tl.zeros((BLOCK_M,), tl.float32)
+    for start in range(0, end, BLOCK_N):
+        columns = start + tl.arange(0, BLOCK_N)
+        real = _seen_keys(key_mask_ptr, end, columns, length, HAS_MASK)
+        r1, r2, r3 = _key_operands(
+            _load(ks_ptr, ks_n, columns, length, real, SIZE_S, PAD_S),
+            _load(kt_ptr, kt_n, columns, length, real, SIZE_T, PAD_T),
+            DIFFERENCE,
+        )
+        b, c = _scores(l1, l2, l3, r1, r2, r3, scale_s, scale_t, DIFFERENCE, PRECISION)
+        visible = real[None, :] & keep[:, None]
+        if CAUSAL:
+            visible = visible & (columns[None, :] <= rows[:, None])
+        if KIND == "score_mse":
+            value += tl.sum(tl.where(visible, c * c, 0.0), 1)
+        else:
+            log_q = tl.where(visible, b - lse_t[:, None], -float("inf"))
+            q = tl.exp(log_q)
+            delta = c - log_ratio[:, None]
+            e = scaled_expm1(log_q, q, delta)
+            if KIND == "prob_mse":
+                value += tl.sum(e * e, 1)
+                mean += tl.sum((q + e) * e, 1)
+            else:
+                value += tl.sum(forward_kl_terms(q, delta, e), 1)
+
+    tl.store(rows_ptr + at, tl.where(keep, value * scale, 0.0), mask=inside)
+    if KIND == "prob_mse":
+        tl.store(stats_ptr + 2 * plane + at, mean, mask=inside)
+
+
+@triton.jit
+def attention_dq_kernel(
+    qs_ptr, ks_ptr, qt_ptr, kt_ptr, key_mask_ptr, key_end_ptr, scale_ptr, stats_ptr, dq_ptr,
+    qs_b, qs_h, qs_n, ks_b, ks_h, ks_n, qt_b, qt_h, qt_n, kt_b, kt_h, kt_n,
+    heads, length, plane, scale_s, scale_t,
+    KIND: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, DIFFERENCE: tl.constexpr,
+    SIZE_S: tl.constexpr, SIZE_T: tl.constexpr, PAD_S: tl.constexpr, PAD_T: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A program: dstudent_q (contiguous float32) of BLOCK_M query rows of one head, scale_s * dA K_s."""
+    head = tl.program_id(1).to(tl.int64)
+    ib, ih = head // heads, head % heads
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = rows < length
+    at = head * length + rows
+    scale = tl.load(scale_ptr + at, mask=inside, other=0.0)
+    keep = scale != 0
+    q_s = _load(qs_ptr + ib * qs_b + ih * qs_h, qs_n, rows, length, keep, SIZE_S, PAD_S)
+    q_t = _load(qt_ptr + ib * qt_b + ih * qt_h, qt_n, rows, length, keep, SIZE_T, PAD_T)
+    l1, l2, l3 = _query_operands(q_s, q_t, scale_s, scale_t, DIFFERENCE)
+    lse_t = tl.load(stats_ptr + at, mask=inside, other=0.0)
+    log_ratio = tl.load(stats_ptr + plane + at, mask=inside, other=0.0)
+    mean = tl.load(stats_ptr + 2 * plane + at, mask=inside, other=0.0)
+    ks_ptr += ib * ks_b + ih * ks_h
+    kt_ptr += ib * kt_b + ih * kt_h
+    key_mask_ptr += ib * length
+    end = tl.load(key_end_ptr + ib) if HAS_MASK else length
+    if CAUSAL:
+        end = tl.minimum(end, (tl.program_id(0) + 1) * BLOCK_M)
+    end = tl.where(tl.max(keep.to(tl.int32), 0) > 0, end, 0)
+
+    dq = tl.zeros((BLOCK_M, PAD_S), tl.float32)
+    for start in range(0, end, BLOCK_N):
+        columns = start + tl.arange(0, BLOCK_N)
+        real = _seen_keys(key_mask_ptr, end, columns, length, HAS_MASK)
+        k_s = _load(ks_ptr, ks_n, columns, length, real, SIZE_S, PAD_S)
+        r1, r2, r3 = _key_operands(k_s, _load(kt_ptr, kt_n, columns, length, real, SIZE_T, PAD_T), DIFFERENCE)
+        b, c = _scores(l1, l2, l3, r1, r2, r3, scale_s, scale_t, DIFFERENCE, PRECISION)
+        visible = real[None, :] & keep[:, None]
+        if CAUSAL:
+            visible = visible & (columns[None, :] <= rows[:, None])
+        d = _dscores(b, c, visible, lse_t[:, None], log_ratio[:, None], mean[:, None], scale[:, None], KIND)
+        dq = _dot_accumulate(dq, d, k_s, PRECISION)
+
+    out = dq_ptr + at[:, None] * SIZE_S + tl.arange(0, PAD_S)[None, :]
+    tl.store(out, dq * scale_s, mask=inside[:, None] & (tl.arange(0, PAD_S) < SIZE_S)[None, :])
+
+
+@triton.jit
+def attention_dk_kernel(
+    qs_ptr, ks_ptr, qt_ptr, kt_ptr, key_mask_ptr, row_end_ptr, scale_ptr, stats_ptr, dk_ptr,
+    qs_b, qs_h, qs_n, ks_b, ks_h, ks_n, qt_b, qt_h, qt_n, kt_b, kt_h, kt_n,
+    heads, length, plane, scale_s, scale_t,
+    KIND: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, DIFFERENCE: tl.constexpr,
+    SIZE_S: tl.constexpr, SIZE_T: tl.constexpr, PAD_S: tl.constexpr, PAD_T: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A program: dstudent_k (contiguous float32) of BLOCK_N keys of one head, scale_s * dA^T Q_s; all tiles transposed,
+    so that dA^T leaves the scores' registers as the left operand of the next product."""
+    head = tl.program_id(1).to(tl.int64)
+    ib, ih = head // heads, head % heads
+    first = tl.program_id(0) * BLOCK_N
+    columns = first + tl.arange(0, BLOCK_N)
+    inside = columns < length
+    real = _seen_keys(key_mask_ptr + ib * length, length, columns, length, HAS_MASK)
+    r1, r2, r3 = _key_operands(
+        _load(ks_ptr + ib * ks_b + ih * ks_h, ks_n, columns, length, real, SIZE_S, PAD_S),
+        _load(kt_ptr + ib * kt_b + ih * kt_h, kt_n, columns, length, real, SIZE_T, PAD_T),
+        DIFFERENCE,
+    )
+    qs_ptr += ib * qs_b + ih * qs_h
+    qt_ptr += ib * qt_b + ih * qt_h
+    scale_ptr += head * length
+    stats_ptr += head * length
+    end = tl.load(row_end_ptr + ib)  # query rows behind it have scale 0
+    end = tl.where(tl.max(real.to(tl.int32), 0) > 0, end, 0)
+    begin = (first // BLOCK_M) * BLOCK_M if CAUSAL else 0
+
+    dk = tl.zeros((BLOCK_N, PAD_S), tl.float32)
+    for start in range(begin, end, BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)
+        scale = tl.load(scale_ptr + rows, mask=rows < length, other=0.0)
+        keep = scale != 0
+        lse_t = tl.load(stats_ptr + rows, mask=rows < length, other=0.0)
+        log_ratio = tl.load(stats_ptr + plane + rows, mask=rows < length, other=0.0)
+        mean = tl.load(stats_ptr + 2 * plane + rows, mask=rows < length, other=0.0)
+        q_s = _load(qs_ptr, qs_n, rows, length, keep, SIZE_S, PAD_S)
+        l1, l2, l3 = _query_operands(
+            q_s, _load(qt_ptr, qt_n, rows, length, keep, SIZE_T, PAD_T), scale_s, scale_t, DIFFERENCE
+        )
+        b, c = _scores(r1, r2, r3, l1, l2, l3, scale_s, scale_t, DIFFERENCE, PRECISION)
+        visible = real[:, None] & keep[None, :]
+        if CAUSAL:
+            visible = visible & (columns[:, None] <= rows[None, :])
+        d = _dscores(b, c, visible, lse_t[None, :], log_ratio[None, :], mean[None, :], scale[None, :], KIND)
+        dk = _dot_accumulate(dk, d, q_s, PRECISION)
+
+    out = dk_ptr + (head * length + columns)[:, None] * SIZE_S + tl.arange(0, PAD_S)[None, :]
+    tl.store(out, dk * scale_s, mask=inside[:, None] & (tl.arange(0, PAD_S) < SIZE_S)[None, :])

@@ -1,0 +1,54 @@
+"""Device functions shared by the softmax rules: `fastdistil.reference.exact` for one row or tile at a time."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastdistil.kernels.triton.numerics import expm1, expm1_minus_x, log1p
+
+
+@triton.jit
+def scaled_expm1(log_weight, weight, x):
+    """weight * expm1(x) with weight = exp(log_weight), also where it underflows while exp(x) overflows."""
+    near = tl.abs(x) <= 1.0
+    return tl.where(near, weight * expm1(tl.where(near, x, 0.0)), tl.exp(log_weight + x) - weight)
+
+
+@triton.jit
+def add_to_masses(b, c, axis: tl.constexpr, max_a, mass_a, max_b, mass_b, excess):
+    """One more tile in the running maxima, masses and sum of exp(b - max_b) * expm1(c); b = -inf and c = 0 where
+    nothing is visible. Start from -1e30 for the maxima and 0 for the rest."""
+    new_a = tl.maximum(max_a, tl.max(b + c, axis))
+    new_b = tl.maximum(max_b, tl.max(b, axis))
+    if axis == 1:
+        from_a, log_weight = b + c - new_a[:, None], b - new_b[:, None]
+    else:
+        from_a, log_weight = b + c - new_a, b - new_b
+    weight = tl.exp(log_weight)
+    rescale = tl.exp(max_b - new_b)
+    mass_a = mass_a * tl.exp(max_a - new_a) + tl.sum(tl.exp(from_a), axis)
+    mass_b = mass_b * rescale + tl.sum(weight, axis)
+    excess = excess * rescale + tl.sum(scaled_expm1(log_weight, weight, c), axis)
+    return new_a, mass_a, new_b, mass_b, excess
+
+
+@triton.jit
+def log_mass_ratio(max_a, mass_a, max_b, mass_b, excess):
+    """The teacher's logsumexp and D = A - B: log1p(excess / mass_b), or its mirror image where the student has less
+    mass, or the plain difference where the maxima lie too far apart for either. 0 and 0 where nothing is visible."""
+    seen = mass_b > 0
+    mass_a = tl.where(seen, mass_a, 1.0)
+    mass_b = tl.where(seen, mass_b, 1.0)
+    ratio = tl.where(excess >= 0, excess / mass_b, -excess * tl.exp(max_b - max_a) / mass_a)
+    exact = log1p(tl.where(ratio < 1e30, ratio, 0.0))
+    plain = (max_a - max_b) + tl.log(mass_a / mass_b)
+    log_ratio = tl.where(ratio < 1e30, tl.where(excess >= 0, exact, -exact), plain)
+    return tl.where(seen, max_b + tl.log(mass_b), 0.0), log_ratio
+
+
+@triton.jit
+def forward_kl_terms(q, delta, p_minus_q):
+    """q * (expm1(delta) - delta)."""
+    near = tl.abs(delta) <= 1.0
+    return tl.where(near, q * expm1_minus_x(tl.where(near, delta, 0.0)), p_minus_q - q * delta)

@@ -1,0 +1,201 @@
+"""Losses between two hidden states, a row per program (losses.md, section 3): mse, cosine and kl in one kernel.
+
+Float64 is left to the reference. A row is read twice for cosine and kl (statistics, then value and gradient) and once
+for mse; the second read comes from the cache.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastdistil.kernels.triton.exact import add_to_masses, forward_kl_terms, log_mass_ratio, scaled_expm1
+
+
+def hidden_config(size: int) -> tuple[int, dict[str, int]]:
+    """Columns that a program holds at a time, and its warps: 16 elements a thread at most. Wider
+    rows take several steps: 4096 columns at a time spilled on sm_80 for kl."""
+    block = min(triton.next_power_of_2(size), 2048)
+    return block, {"num_warps": max(1, block // 512)}
+
+
+@triton.jit
+def _load_pair(z_ptr, t_ptr, bias_ptr, columns, inside, HAS_BIAS: tl.constexpr, GELU: tl.constexpr):
+    """The student before and after the activation, and the teacher, float32."""
+    z = tl.load(z_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    t = tl.load(t_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        z += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    h = z
+    if GELU:
+        h = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+    return z, tl.where(inside, h, 0.0), t
+
+
+@triton.jit
+def _offset(h, t):
+    """The multiple of 1/1024 nearest to the row's first difference, which kl does not see; 0 where it is not finite."""
+    steps = tl.floor((h - t) * 1024.0 + 0.5)
+    return tl.where(tl.abs(steps) < 1e30, steps, 0.0) / 1024.0
+
+
+@triton.jit
+def hidden_fwd_kernel(
+    z_ptr, t_ptr, bias_ptr, scale_ptr, rows_ptr, dz_ptr, z_stride, t_stride, size,
+    KIND: tl.constexpr, GELU: tl.constexpr, HAS_BIAS: tl.constexpr, NEED_GRAD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """rows (N,) and, with NEED_GRAD, dz (N, size, contiguous), both times the row's scale; scale 0 reads nothing."""
+    row = tl.program_id(0).to(tl.int64)
+    z_ptr += row * z_stride
+    t_ptr += row * t_stride
+    dz_ptr += row * size
+    scale = tl.load(scale_ptr + row)
+    end = tl.where(scale != 0, size, 0)
+    lanes = tl.arange(0, BLOCK)
+
+    # Statistics of the row. cosine: |h|^2, |t|^2, h t, (h - t) h. kl: see exact.py.
+    hh = 0.0
+    tt = 0.0
+    ht = 0.0
+    rh = 0.0
+    max_a = -1e30
+    max_b = -1e30
+    mass_a = 0.0
+    mass_b = 0.0
+    excess = 0.0
+    offset = 0.0
+    if KIND == "kl":
+        _, h, t = _load_pair(z_ptr, t_ptr, bias_ptr, lanes, lanes < tl.minimum(end, 1), HAS_BIAS, GELU)
+        offset = _offset(tl.sum(h, 0), tl.sum(t, 0))  # the first element; the others are 0
+    if KIND != "mse":
+        for start in range(0, end, BLOCK):
+            columns = start + lanes
+            inside = columns < end
+            _, h, t = _load_pair(z_ptr, t_ptr, bias_ptr, columns, inside, HAS_BIAS, GELU)
+            if KIND == "cosine":
+                hh += tl.sum(h * h, 0)
+                tt += tl.sum(t * t, 0)
+                ht += tl.sum(h * t, 0)
+                rh += tl.sum((h - t) * h, 0)
+            else:
+                b = tl.where(inside, t, -float("inf"))
+                c = tl.where(inside, (h - offset) - t, 0.0)
+                max_a, mass_a, max_b, mass_b, excess = add_to_masses(b, c, 0, max_a, mass_a, max_b, mass_b, excess)
+    lse_t, log_ratio = log_mass_ratio(max_a, mass_a, max_b, mass_b, excess)
+    nonzero = (hh > 0) & (tt > 0)
+    hh = tl.where(nonzero, hh, 1.0)
+    tt = tl.where(nonzero, tt, 1.0)
+    inverse = tl.where(nonzero, 1.0 / (tl.sqrt(hh) * tl.sqrt(tt)), 0.0)
+    cos = ht * inverse
+
+    value = 0.0
+    for start in range(0, end, BLOCK):
+        columns = start + lanes
+        inside = columns < end
+        z, h, t = _load_pair(z_ptr, t_ptr, bias_ptr, columns, inside, HAS_BIAS, GELU)
+        if KIND == "mse":
+            r = h - t
+            value += tl.sum(r * r, 0)
+            d = r * (2.0 / size)
+        elif KIND == "cosine":
+            w = (h - t) - h * (rh / hh)  # the part of h - t that is perpendicular to h
+            value += tl.sum(w * w, 0)
+            d = w * inverse
+        else:
+            log_q = tl.where(inside, t - lse_t, -float("inf"))
+            q = tl.exp(log_q)
+            delta = tl.where(inside, ((h - offset) - t) - log_ratio, 0.0)
+            d = scaled_expm1(log_q, q, delta)
+            value += tl.sum(forward_kl_terms(q, delta, d), 0)
+        if NEED_GRAD:
+            if GELU:
+                density = tl.exp(-0.5 * z * z) * 0.3989422804014327
+                d *= 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * density
+            tl.store(dz_ptr + columns, d * scale, mask=inside)
+    if KIND == "mse":
+        value /= size
+    if KIND == "cosine":
+        value = tl.where(cos > 0, value / (tt * (1.0 + tl.maximum(cos, 0.0))), 1.0 - cos)
+    tl.store(rows_ptr + row, tl.where(scale != 0, value * scale, 0.0))
+    if NEED_GRAD:
+        for start in range(end, size, BLOCK):  # a skipped row
+            tl.store(dz_ptr + start + lanes, tl.zeros((BLOCK,), tl.float32), mask=start + lanes < size)
+
+
+def hidden_rows(
+    student: Tensor,
+    teacher: Tensor,
+    bias: Tensor | None,
+    row_scale: Tensor,
+    kind: str,
+    activation: str,
+    grad_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor | None]:
+    """As `fastdistil.reference.hidden.hidden_rows`, for float32, bfloat16 and float16 tensors."""
+    count, size = student.shape
+    student, teacher = (x if x.stride(1) == 1 else x.contiguous() for x in (student, teacher))
+    rows = torch.empty_like(row_scale)
+    dz = None if grad_dtype is None else torch.empty((count, size), dtype=grad_dtype, device=student.device)
+    if count == 0:
+        return rows, dz
+    block, options = hidden_config(size)
+    hidden_fwd_kernel[(count,)](
+        student,
+        teacher,
+        row_scale if bias is None else bias.contiguous(),
+        row_scale.contiguous(),
+        rows,
+        rows if dz is None else dz,
+        student.stride(0),
+        teacher.stride(0),
+        size,
+        KIND=kind,
+        GELU=activation == "gelu",
+        HAS_BIAS=bias is not None,
+        NEED_GRAD=dz is not None,
+        BLOCK=block,
+        **options,
+    )
+    return rows, dz
+
+
+def aot_cases() -> list[dict[str, object]]:
+    """Each kind with and without bias, activation and gradient, for a narrow, a wide and an odd row."""
+    cases = []
+    for size in (384, 1024, 7168):
+        block, options = hidden_config(size)
+        for dtype, kind, extras, need_grad in (
+            ("fp32", "mse", True, True),
+            ("bf16", "mse", False, True),
+            ("bf16", "cosine", False, True),
+            ("fp16", "cosine", True, False),
+            ("fp32", "kl", True, True),
+            ("bf16", "kl", False, True),
+        ):
+            cases.append(
+                {
+                    "name": f"hidden_fwd_kernel-{dtype}-{size}-{kind}{'-bias-gelu' * extras}{'-grad' * need_grad}",
+                    "kernel": hidden_fwd_kernel,
+                    "signature": {
+                        "z_ptr": f"*{dtype}",
+                        "t_ptr": f"*{dtype}",
+                        "bias_ptr": "*fp32",
+                        "scale_ptr": "*fp32",
+                        "rows_ptr": "*fp32",
+                        "dz_ptr": f"*{dtype}",
+                        **dict.fromkeys(("z_stride", "t_stride", "size"), "i32"),
+                    },
+                    "constants": {
+                        "KIND": kind,
+                        "GELU": extras,
+                        "HAS_BIAS": extras,
+                        "NEED_GRAD": need_grad,
+                        "BLOCK": block,
+                    },
+                    "divisible": ["z_ptr", "t_ptr", "bias_ptr", "dz_ptr", "z_stride", "t_stride", "size"],
+                    "options": options,
+                }
+            )
+    return cases
