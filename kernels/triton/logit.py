@@ -55,8 +55,11 @@ def _load(s_ptr, t_ptr, columns, mask, inv_s, inv_t, shift, EQUAL: tl.constexpr)
 
 
 @triton.jit
-def _add_masses(a, b, d, largest, total, difference):
+def _add_masses(
+    s_ptr, t_ptr, columns, mask, inv_s, inv_t, shift, largest, total, difference, EQUAL: tl.constexpr
+):  # fmt: skip
     """One more tile in S = sum e^(b-m) and X = sum e^(b-m) expm1(d). The unit is 1 until a finite b was seen."""
+    a, b, d = _load(s_ptr, t_ptr, columns, mask, inv_s, inv_t, shift, EQUAL)
     new = tl.maximum(largest, tl.max(b, 0))
     m = tl.where(new == float("-inf"), 0.0, new)
     rescale = tl.exp(tl.where(largest == float("-inf"), 0.0, largest) - m)
@@ -69,7 +72,9 @@ def _add_masses(a, b, d, largest, total, difference):
 
 
 @triton.jit
-def _add_to_lse(a, largest, total):
+def _add_to_lse(s_ptr, t_ptr, columns, mask, inv_s, inv_t, shift, largest, total, EQUAL: tl.constexpr):
+    """One more tile in the student's own maximum and sum of exponentials."""
+    a, b, d = _load(s_ptr, t_ptr, columns, mask, inv_s, inv_t, shift, EQUAL)
     new = tl.maximum(largest, tl.max(a, 0))
     m = tl.where(new == float("-inf"), 0.0, new)
     return new, tl.where(total == 0.0, 0.0, total * tl.exp(largest - m)) + tl.sum(tl.exp(a - m), 0)
@@ -178,20 +183,26 @@ def _statistics(
     s0 = tl.load(s_row, mask=live, other=0.0).to(tl.float32)
     t0 = tl.load(t_row, mask=live, other=0.0).to(tl.float32)
     shift = _row_shift(s0, t0, inv_s, inv_t, EQUAL)
-    a, b, d = _load(s_row, t_row, edge, at_edge, inv_s, inv_t, shift, EQUAL)
-    largest, total, difference = _add_masses(a, b, d, float("-inf"), 0.0, 0.0)
+    largest, total, difference = _add_masses(
+        s_row, t_row, edge, at_edge, inv_s, inv_t, shift, float("-inf"), 0.0, 0.0, EQUAL
+    )
     for begin in range(0, end, BLOCK):
-        a, b, d = _load(s_body, t_body, begin + lanes, begin + lanes < end, inv_s, inv_t, shift, EQUAL)
-        largest, total, difference = _add_masses(a, b, d, largest, total, difference)
+        columns = begin + lanes
+        largest, total, difference = _add_masses(
+            s_body, t_body, columns, columns < end, inv_s, inv_t, shift, largest, total, difference, EQUAL
+        )
     ratio = difference / total
     near = (ratio > -0.9) & (ratio < 1e30)
     log_ratio = log1p(tl.where(near, ratio, 0.0))
     if live & (near == 0):  # the rows lie so far apart that the plain difference is good enough
-        a, b, d = _load(s_row, t_row, edge, at_edge, inv_s, inv_t, shift, EQUAL)
-        largest_a, total_a = _add_to_lse(a, float("-inf"), 0.0)
+        largest_a, total_a = _add_to_lse(
+            s_row, t_row, edge, at_edge, inv_s, inv_t, shift, float("-inf"), 0.0, EQUAL
+        )
         for begin in range(0, end, BLOCK):
-            a, b, d = _load(s_body, t_body, begin + lanes, begin + lanes < end, inv_s, inv_t, shift, EQUAL)
-            largest_a, total_a = _add_to_lse(a, largest_a, total_a)
+            columns = begin + lanes
+            largest_a, total_a = _add_to_lse(
+                s_body, t_body, columns, columns < end, inv_s, inv_t, shift, largest_a, total_a, EQUAL
+            )
         log_ratio = (largest_a + tl.log(total_a)) - (largest + tl.log(total))
     # A teacher of -inf alone is the caller's error and stays visible.
     return tl.where(largest == float("-inf"), float("nan"), largest), 1.0 / total, shift, log_ratio
@@ -324,7 +335,7 @@ def aot_cases() -> list[dict[str, Any]]:
             block, options = logit_config(119_547, itemsize)
             pointers = {name: f"*{dtype}" for name in ("student_ptr", "teacher_ptr", "gradient_ptr")}
             floats = {name: "*fp32" for name in ("scale_ptr", "dloss_ptr", "loss_ptr", "stats_ptr")}
-            scalars = {"V": "i32", **{f"{x}_stride": "i64" for x in ("student", "teacher", "gradient")}}
+            scalars = {"V": "i32", **{f"{x}_stride": "i32" for x in ("student", "teacher", "gradient")}}
             scalars |= {x: "fp32" for x in ("inv_s", "inv_t", "value_factor", "gradient_factor", "beta")}
             constants = {
                 "RULE": rule.share, "CENTRED": rule.centred, "SOFTMAX": rule.softmax, "EQUAL": True, "STATS": 5,

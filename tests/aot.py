@@ -1,0 +1,110 @@
+"""Ahead-of-time compilation of every Triton kernel, for GPUs that are not there: what `python tests/aot.py` prints.
+
+One JSON line a kernel, configuration and target: registers, spilled bytes, shared memory, assembler warnings, counts of
+some instructions. It runs in a process of its own, because a kernel decorated under TRITON_INTERPRET cannot be compiled.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import fastdistil.kernels.triton as kernels
+
+# Target and the shared memory that one block may use, in bytes (the vendors' documentation; triton does not check it).
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), 166_912),
+    "sm_90a": (GPUTarget("cuda", 90, 32), 232_448),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 65_536),
+}
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+INSTRUCTIONS = ("HGMMA", "HMMA", r"LDG\.E\.128", r"LDG\.E\.U16", r"STG\.E\.128")
+
+
+def cases() -> list[tuple[str, int]]:
+    """Module and index of each case that a kernel file declares in `aot_cases()`."""
+    found = []
+    for module in pkgutil.iter_modules(kernels.__path__):
+        name = f"fastdistil.kernels.triton.{module.name}"
+        declared = getattr(importlib.import_module(name), "aot_cases", list)()
+        found += [(name, index) for index in range(len(declared))]
+    return found
+
+
+def compile_case(case: dict[str, Any], target: GPUTarget) -> Any:
+    kernel = case["kernel"]
+    names = kernel.arg_names
+    source = ASTSource(
+        fn=kernel,
+        signature={name: case["signature"].get(name, "constexpr") for name in names},
+        constexprs={(names.index(name),): value for name, value in case["constants"].items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in case["divisible"]},
+    )
+    options = dict(case.get("options", {}))
+    return triton.compile(source, target=target, options=options)
+
+
+def resources(compiled: Any, arch: str) -> dict[str, Any]:
+    if "amdgcn" in compiled.asm:
+        return _amd_resources(compiled)
+    with tempfile.TemporaryDirectory() as folder:
+        ptx, cubin = Path(folder, "k.ptx"), Path(folder, "k.cubin")
+        ptx.write_text(compiled.asm["ptx"])
+        cubin.write_bytes(compiled.asm["cubin"])
+        assemble = [TOOLS / "ptxas", "-v", f"--gpu-name={arch}", ptx, "-o", Path(folder, "o")]
+        log = subprocess.run(assemble, capture_output=True, text=True, check=True).stderr
+        sass = subprocess.run([TOOLS / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True).stdout
+    return {
+        "shared_bytes": compiled.metadata.shared,
+        "registers": max(map(int, re.findall(r"Used (\d+) registers", log))),
+        "spill_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", log))),
+        "warnings": re.findall(r"\((C\d+)\)", log),
+        "instructions": {name.replace("\\", ""): len(re.findall(name, sass)) for name in INSTRUCTIONS},
+    }
+
+
+def _amd_resources(compiled: Any) -> dict[str, Any]:
+    text = compiled.asm["amdgcn"]
+
+    def first(key: str) -> int:
+        return int((re.findall(rf"\.{key}:\s+(\d+)", text) or ["0"])[0])
+
+    return {
+        "shared_bytes": compiled.metadata.shared,
+        "registers": first("vgpr_count"),
+        # Scratch memory. Scalar registers that overflow go to lanes of vector registers, not to memory.
+        "spill_bytes": max(4 * first("vgpr_spill_count"), first("private_segment_fixed_size")),
+        "warnings": [],
+        "instructions": {"wide": len(re.findall(r"(?:global|buffer)_load_dwordx4", text))},
+    }
+
+
+def run(job: tuple[str, int, str]) -> dict[str, Any]:
+    module, index, arch = job
+    case = importlib.import_module(module).aot_cases()[index]
+    target, limit = TARGETS[arch]
+    record = {"case": f"{module.rsplit('.', 1)[1]}:{case['name']}", "target": arch, "shared_limit": limit}
+    return record | {"wide_loads": case.get("wide_loads", False)} | resources(compile_case(case, target), arch)
+
+
+def main() -> None:
+    jobs = [(module, index, arch) for module, index in cases() for arch in TARGETS]
+    with ProcessPoolExecutor(2) as pool:
+        for record in pool.map(run, jobs, chunksize=4):
+            print(json.dumps(record), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""Set before anything imports triton: without a GPU its kernels run in the interpreter, on CPU tensors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+
+import fastdistil
+from fastdistil.backends import interpreting
+
+if interpreting():
+    import triton_interpreter_fix  # noqa: F401
+
+
+@pytest.fixture(autouse=True)
+def seed(request: pytest.FixtureRequest) -> int:
+    """Each test draws its own numbers, the same ones every time."""
+    value = int.from_bytes(request.node.nodeid.encode()[-6:], "little") % (1 << 31)
+    torch.manual_seed(value)
+    return value
+
+
+@pytest.fixture(autouse=True)
+def poison() -> Iterator[None]:
+    """torch.empty is full of NaN, so that an element which a kernel forgets to write is seen."""
+    fill, deterministic = torch.utils.deterministic.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.use_deterministic_algorithms(deterministic)
+
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def available(*names: str) -> list[str]:
+    """Those of the backends that can run here on the tests' device."""
+    status = fastdistil.backends()
+    on_cpu = DEVICE.type == "cpu"
+    return [n for n in names if status[n] is True and n != ("cuda" if on_cpu else "cpu")]

@@ -1,0 +1,53 @@
+"""Every Triton kernel and CUDA source, compiled for GPUs that need not be here."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.aot
+@pytest.mark.timeout(1200)
+def test_triton_kernels_compile_for_every_target_without_spills() -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, ROOT / "tests/aot.py"], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-4000:]
+    records = [json.loads(line) for line in result.stdout.splitlines()]
+    assert {r["case"].split(":")[0] for r in records} >= {"logit", "hidden", "attention"}
+    assert {r["target"] for r in records} == {"sm_80", "sm_90a", "gfx942"}
+    problems = [f"{r['case']} on {r['target']}: {p}" for r in records for p in _problems(r)]
+    assert not problems, "\n".join(problems)
+
+
+def _problems(record: dict) -> list[str]:
+    found = []
+    if record["spill_bytes"]:
+        found.append(f"spills {record['spill_bytes']} bytes")
+    if record["shared_bytes"] > record["shared_limit"]:
+        found.append(f"needs {record['shared_bytes']} bytes of shared memory, the limit is {record['shared_limit']}")
+    if "C7515" in record["warnings"]:
+        found.append("wgmma is serialised (C7515)")
+    if record["wide_loads"] and not (record["instructions"].get("LDG.E.128") or record["instructions"].get("wide")):
+        found.append("has no 16-byte loads")
+    return found
+
+
+@pytest.mark.aot
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("source", sorted((ROOT / "kernels/cuda").glob("*.cu")), ids=lambda path: path.name)
+def test_cuda_sources_compile_without_spills(source: Path, arch: str, tmp_path: Path) -> None:
+    command = ["nvcc", f"-arch={arch}", "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xptxas=-v", "-cubin"]
+    result = subprocess.run([*command, source, "-o", tmp_path / "k.cubin"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-4000:]
+    spills = [line for line in result.stderr.splitlines() if "spill" in line and "0 bytes spill stores" not in line]
+    assert "registers" in result.stderr
+    assert not spills, "\n".join(spills)
