@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import torch
 import triton
-from torch import Tensor
-
 from fastdistil.kernels.triton.attention_kernels import (
     attention_dk_kernel,
     attention_dq_kernel,
     attention_fwd_kernel,
     attention_value_kernel,
 )
-
+from torch import Tensor
 
 LARGEST_HEAD = 128
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from fastdistil.kernels.triton.exact import add_to_masses, forward_kl_terms, log_mass_ratio, scaled_expm1
 
 
@@ -98,7 +97,7 @@ def attention_fwd_kernel(
     SIZE_S: tl.constexpr, SIZE_T: tl.constexpr, PAD_S: tl.constexpr, PAD_T: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A program: the statistics of BLOCK_M query rows of one head. stats (3, B*H, S): teacher's logsumexp, D, unused."""
+    """A program: the statistics of BLOCK_M query rows of one head. stats[:2]: the teacher's logsumexp and D."""
     head = tl.program_id(1).to(tl.int64)
     ib, ih = head // heads, head % heads
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)

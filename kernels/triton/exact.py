@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from fastdistil.kernels.triton.numerics import expm1, expm1_minus_x, log1p
 
 

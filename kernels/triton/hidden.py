@@ -9,9 +9,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fastdistil.kernels.triton.exact import add_to_masses, forward_kl_terms, log_mass_ratio, scaled_expm1
+from torch import Tensor
 
 
 def hidden_config(size: int) -> tuple[int, dict[str, int]]:
