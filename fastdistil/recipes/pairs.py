@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastdistil.train import Batch, Options
+from fastdistil.train import Batch, Options, train
 
 PairLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(student (..., C), teacher (..., C) or (...), weight (...)) -> 0-d sum of weight * loss over rows."""
@@ -38,8 +39,6 @@ class Pair:
 class Stage:
     """Pairs whose sum is minimised, on which `examples` of the data, with which options, training which parameters.
 
-    `frozen` names, by substring, the student's parameters that stay as they are. `initialise` is called on the student
-    when the stage begins, as for a new head.
     """
 
     name: str
@@ -92,3 +91,31 @@ def cross_entropy(student: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
     """Sum of weight * cross entropy: `student` (..., C) logits, `labels` (...) int64, `weight` (...) 0/1."""
     keep = weight.bool()
     return torch.nn.functional.cross_entropy(student[keep].float(), labels[keep], reduction="sum")
+
+
+def run_stages(
+    student: nn.Module,
+    stages: Sequence[Stage],
+    collate: Callable[[list[Any]], Batch],
+    *,
+    out: Path | None = None,
+    name: str = "student",
+) -> dict[str, list[dict[str, float]]]:
+    """Train `student` in place through `stages`, one after the other; returns the losses of every step by stage.
+
+    `collate` makes a batch from a list of a stage's examples. With `out`, each stage keeps its checkpoint in a folder
+    there, and a second call after an interruption continues where the first one was. Errors as `train.train`.
+    """
+    history = {}
+    for index, stage in enumerate(stages):
+        set_trainable(student, stage.frozen)
+        history[stage.name] = train(
+            PairObjective(student, stage.pairs),
+            stage.examples,
+            collate,
+            stage.options,
+            out=None if out is None else out / f"{index}-{stage.name}",
+            name=f"{name}: {stage.name}",
+        )
+    set_trainable(student, ())
+    return history

@@ -1,0 +1,92 @@
+"""The teacher's side of the demo: a frozen encoder, a linear tagging head, and targets for the students, computed once.
+
+Features of a piece are its states at LAYERS, standardised. The head is a ridge-penalised softmax fitted on the labelled
+words; the target basis holds the features' leading principal components, scaled to variance 1 (whitened), because
+raw states share one large direction that a squared error would learn first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import BertModel
+
+from fastdistil.demo.encode import Encoded, pad
+
+LAYERS = (0, 3, 6, 9, 12)  # 0 is the embedding output
+TARGET_SIZE = 128  # principal components; the student's width
+RIDGE = 1e-2
+BATCH = 32  # sentences a forward pass
+
+
+@dataclass(frozen=True)
+class Head:
+    """Standardisation `mean`, `std` (F,), F = len(LAYERS) * D; `weight` (F, C), `bias` (C,); `basis` (F, TARGET_SIZE):
+    standardised features times `basis` are whitened."""
+
+    mean: Tensor
+    std: Tensor
+    weight: Tensor
+    bias: Tensor
+    basis: Tensor
+
+    def logits(self, features: Tensor) -> Tensor:
+        """(N, F) -> (N, C)."""
+        return (features - self.mean) / self.std @ self.weight + self.bias
+
+    def targets(self, features: Tensor) -> Tensor:
+        """(N, F) -> (N, TARGET_SIZE)."""
+        return (features - self.mean) / self.std @ self.basis
+
+
+@torch.no_grad()
+def features(model: BertModel, rows: Sequence[Encoded], pad_id: int, what: str) -> Iterator[tuple[int, Tensor]]:
+    """(index, (pieces, F) float32) of every row; by rising length, so that little is padding."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+    with tqdm(total=len(rows), desc=what, unit="sentence", disable=None, leave=False) as bar:
+        for start in range(0, len(order), BATCH):
+            chosen = order[start : start + BATCH]
+            batch = pad([rows[i] for i in chosen], pad_id)
+            out = model(
+                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True
+            )
+            states = torch.cat([out.hidden_states[layer] for layer in LAYERS], dim=-1)  # (B, S, F)
+            for row, index in enumerate(chosen):
+                yield index, states[row, : len(rows[index].ids)].clone()
+            bar.update(len(chosen))
+
+
+def fit_head(states: Sequence[Tensor], rows: Sequence[Encoded], classes: int) -> Head:
+    """Fit standardisation and basis on all pieces of `states` ((pieces, F) a sentence), the head on the tagged ones.
+
+    Deterministic: L-BFGS from zero, no draw anywhere.
+    """
+    pieces = torch.cat(list(states))
+    mean, std = pieces.mean(0), pieces.std(0).clamp(min=1e-6)
+    scaled = ((pieces - mean) / std).double()
+    values, vectors = torch.linalg.eigh(scaled.T @ scaled / len(scaled))  # ascending
+    basis = vectors.flip(1)[:, :TARGET_SIZE] / values.flip(0)[:TARGET_SIZE].clamp(min=1e-6).sqrt()
+    words = torch.cat([(state[row.first] - mean) / std for state, row in zip(states, rows, strict=True)])
+    tags = torch.tensor([tag for row in rows for tag in row.tags])
+    weight = torch.zeros(words.shape[1], classes, requires_grad=True)
+    bias = torch.zeros(classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=60, line_search_fn="strong_wolfe")
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(words @ weight + bias, tags) + RIDGE * weight.square().sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return float(loss)
+
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    return Head(mean, std, weight.detach(), bias.detach(), basis.float())
+
+
+def accuracy(logits: Sequence[Tensor], rows: Sequence[Encoded]) -> float:
+    """Percent of the rows' words whose highest logit, at the first piece, is the tag. `logits`: (pieces, C) a row."""
+    right = sum(int((z[r.first].argmax(-1) == torch.tensor(r.tags)).sum()) for z, r in zip(logits, rows, strict=True))
+    return 100.0 * right / sum(len(row.tags) for row in rows)
