@@ -33,13 +33,13 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 INSTRUCTIONS = ("HGMMA", "HMMA", r"LDG\.E\.128", r"LDG\.E\.U16", r"STG\.E\.128")
 
 
-def cases() -> list[tuple[str, int]]:
-    """Module and index of each case that a kernel file declares in `aot_cases()`."""
+def cases() -> list[tuple[str, int, str]]:
+    """Module, index and target of each case that a kernel file declares in `aot_cases()` (all `TARGETS` by default)."""
     found = []
     for module in pkgutil.iter_modules(kernels.__path__):
         name = f"fastdistil.kernels.triton.{module.name}"
         declared = getattr(importlib.import_module(name), "aot_cases", list)()
-        found += [(name, index) for index in range(len(declared))]
+        found += [(name, i, arch) for i, case in enumerate(declared) for arch in case.get("targets", TARGETS)]
     return found
 
 
@@ -100,7 +100,7 @@ def run(job: tuple[str, int, str]) -> dict[str, Any]:
 
 
 def main() -> None:
-    jobs = [(module, index, arch) for module, index in cases() for arch in TARGETS]
+    jobs = cases()
     with ProcessPoolExecutor(2) as pool:
         for record in pool.map(run, jobs, chunksize=4):
             print(json.dumps(record), flush=True)

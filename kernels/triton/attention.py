@@ -105,21 +105,22 @@ def _configure(
 
 
 def aot_cases() -> list[dict[str, object]]:
-    """Every kernel in the configurations that the launcher reaches for the head sizes of real encoders."""
-    inputs = (
-        ("fp32", ((64, 64), (32, 64), (128, 128))),
-        ("bf16", ((64, 64), (32, 128))),
-        ("fp16", ((64, 64), (128, 128))),
+    """Every kernel in every tile that the launcher reaches, each rule and mask among them."""
+    choices = (
+        ("fp32", 64, 64, "prob_mse", False, True),
+        ("fp32", 32, 64, "score_mse", True, True),
+        ("fp32", 128, 128, "prob_kl", True, False),
+        ("bf16", 64, 64, "prob_mse", False, True),
+        ("bf16", 32, 128, "prob_kl", True, False),
+        ("fp16", 64, 64, "score_mse", True, True),
+        ("fp16", 64, 64, "prob_kl", False, False),
     )
-    rules = (("prob_mse", False, True), ("prob_kl", True, False), ("score_mse", True, True))
     return [
-        _aot_case(kernel, dtype, *sizes, *rule, hip)
+        _aot_case(kernel, *choice, hip)
         for kernel in (attention_fwd_kernel, attention_value_kernel, attention_dq_kernel, attention_dk_kernel)
-        for dtype, all_sizes in inputs
-        for sizes in all_sizes
-        for rule in rules
+        for choice in choices
         for hip in (False, True)
-        if (kernel, rule[0]) != (attention_fwd_kernel, "score_mse")  # it needs no statistics
+        if (kernel, choice[3]) != (attention_fwd_kernel, "score_mse")  # it needs no statistics
     ]
 
 
