@@ -170,8 +170,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(student, teacher, row_scale, stats)
     ctx.rule, ctx.backend, ctx.inplace = rule, backend, inplace_backward
-    # Not saved but held: the first backward gives the buffer away, so that nobody has to copy it.
-    ctx.gradient = gradient if with_gradient else None
+    # Not saved but held: the first backward gives the buffer away, so that nobody has to copy it. A tensor that is being
+    # traced cannot be held that way; its backward computes the gradient instead.
+    ctx.gradient = gradient if with_gradient and type(gradient) is Tensor else None
 
 
 def _backward(ctx: Any, dloss: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -42,8 +42,8 @@ def _shares(name: str, beta: float, p: Tensor, q: Tensor, delta: Tensor, gap: Te
     return _excess(p, -rest * gap, m_over_p), slope
 
 
-def _scores(student: Tensor, teacher: Tensor, rule: LogitRule, shifted: bool) -> tuple[Tensor, Tensor]:
-    """Tempered teacher scores b and d = a - b after the shift, exact where student and teacher are close."""
+def _scores(student: Tensor, teacher: Tensor, rule: LogitRule, shifted: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Tempered scores a and b after the shift, and d = a - b, exact where student and teacher are close."""
     t_s, t_t = rule["student_temperature"], rule["teacher_temperature"]
     equal = t_s == t_t
     s, t = (student, teacher) if equal else (student / t_s, teacher / t_t)
@@ -51,22 +51,19 @@ def _scores(student: Tensor, teacher: Tensor, rule: LogitRule, shifted: bool) ->
         offset = s[:, :1] - t[:, :1]
         s = s - torch.where(offset.abs() < 1e6, (offset * 1024).round() / 1024, 0.0)
     d = torch.where(s == t, 0.0, s - t)
-    return (t / t_t, d / t_s) if equal else (t, d)
+    return (s / t_s, t / t_t, d / t_s) if equal else (s, t, d)
 
 
 def _rows(student: Tensor, teacher: Tensor, rule: LogitRule) -> tuple[Tensor, Tensor]:
     """The value of each row (N,) and its gradient in the tempered student logits (N, V), without any scale."""
     name = DIVERGENCES[rule["divergence"]]
-    b, d = _scores(student, teacher, rule, shifted=name != "mse")
+    a, b, d = _scores(student, teacher, rule, shifted=name != "mse")
     if name == "mse":
         return (d * d).mean(-1), 2.0 * d / d.shape[-1]
-    a = b + d
-    ratio = log_mass_ratio(b, d)
-    log_q = b - torch.logsumexp(b, -1, keepdim=True)
-    q, delta = torch.exp(log_q), d - ratio
-    p = torch.exp(a - torch.logsumexp(a, -1, keepdim=True))
-    gap = torch.where(delta.abs() <= 1, scaled_expm1(log_q, delta), p - q)
-    gap = torch.where(torch.isnan(q), q, gap)
+    ratio = log_mass_ratio(b, d, a)
+    log_p, log_q = (x - torch.logsumexp(x, -1, keepdim=True) for x in (a, b))
+    p, q, delta = log_p.exp(), log_q.exp(), d - ratio
+    gap = scaled_expm1(log_q, delta, log_p)
     value, slope = _shares(name, rule["beta"], p, q, delta, gap)
     if name == "forward_kl":
         return value.sum(-1), slope

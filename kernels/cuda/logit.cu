@@ -115,7 +115,7 @@ __device__ RowStats<Compute<E>> statistics(const E* student, const E* teacher, i
 }
 
 template <class Rule, class E>
-__global__ void __launch_bounds__(kThreads) logit_kernel(LogitArgs args) {
+__global__ void __launch_bounds__(kThreads, 1) logit_kernel(LogitArgs args) {
   using T = Compute<E>;
   const T beta = static_cast<T>(args.beta);
   for (int64_t r = blockIdx.x; r < args.rows; r += gridDim.x) {
