@@ -103,7 +103,8 @@ def load_source(cache: Path | None, say: Callable[[str], None]) -> Source:
     say("trimming the vocabulary")
     encoder = WordEncoder(tokenizer)
     words = {pair for c in loaded for s in c.train for pair in zip(s.words, s.spaces, strict=True)}
-    student_tokenizer, rows = trim_vocabulary(tokenizer, {i for word, space in words for i in encoder.word(word, space)})
+    used = {i for word, space in words for i in encoder.word(word, space)}
+    student_tokenizer, rows = trim_vocabulary(tokenizer, used)
     return Source(teacher.build_model(parsed), tokenizer, len(data), loaded, student_tokenizer, rows)
 
 

@@ -51,9 +51,7 @@ def features(model: BertModel, rows: Sequence[Encoded], pad_id: int, what: str) 
         for start in range(0, len(order), BATCH):
             chosen = order[start : start + BATCH]
             batch = pad([rows[i] for i in chosen], pad_id)
-            out = model(
-                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True
-            )
+            out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True)
             states = torch.cat([out.hidden_states[layer] for layer in LAYERS], dim=-1)  # (B, S, F)
             for row, index in enumerate(chosen):
                 yield index, states[row, : len(rows[index].ids)].clone()
@@ -80,7 +78,7 @@ def fit_head(states: Sequence[Tensor], rows: Sequence[Encoded], classes: int) ->
         optimizer.zero_grad()
         loss = torch.nn.functional.cross_entropy(words @ weight + bias, tags) + RIDGE * weight.square().sum()
         loss.backward()  # type: ignore[no-untyped-call]
-        return float(loss)
+        return float(loss.detach())
 
     optimizer.step(closure)  # type: ignore[no-untyped-call]
     return Head(mean, std, weight.detach(), bias.detach(), basis.float())

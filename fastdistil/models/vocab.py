@@ -39,9 +39,7 @@ def _renumber(document: dict[str, Any], new_id: dict[int, int]) -> None:
             processor[field][1] = new_id[processor[field][1]]
 
 
-def trim_vocabulary(
-    tokenizer: PreTrainedTokenizerFast, keep: Iterable[int]
-) -> tuple[PreTrainedTokenizerFast, Tensor]:
+def trim_vocabulary(tokenizer: PreTrainedTokenizerFast, keep: Iterable[int]) -> tuple[PreTrainedTokenizerFast, Tensor]:
     """Drop all pieces but `keep` and the special tokens.
 
     Returns the new tokenizer and `rows` (V_new,) int64: new id -> old id, ascending, to slice embedding tables with.

@@ -37,9 +37,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Stage:
-    """Pairs whose sum is minimised, on which `examples` of the data, with which options, training which parameters.
-
-    """
+    """Pairs whose sum is minimised, on which `examples` of the data, with which options, training which parameters."""
 
     name: str
     pairs: Sequence[Pair]

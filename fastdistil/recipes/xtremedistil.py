@@ -40,9 +40,7 @@ def logit_kl(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
 
 def representation(projection: nn.Module) -> Pair:
     """The student's last states through `projection` (D_s -> D) against the teacher's, on every real piece."""
-    return Pair(
-        "hidden", lambda out: out.hidden_states[-1], "teacher_hidden", hidden_mse, "attention_mask", projection
-    )
+    return Pair("hidden", lambda out: out.hidden_states[-1], "teacher_hidden", hidden_mse, "attention_mask", projection)
 
 
 def logits(weight: str = "words", scale: float = 1.0) -> Pair:
@@ -63,7 +61,7 @@ def stages(
     lr: float = 2e-3,
     batch_size: int = 32,
     seed: int = 0,
-    shares: tuple[float, float, float] = (0.3, 0.6, 0.1),
+    shares: tuple[float, float, float] = (0.5, 0.4, 0.1),
 ) -> list[Stage]:
     """The whole schedule in `steps` steps, split over the three stages by `shares`; a fresh AdamW each.
 
@@ -78,7 +76,7 @@ def stages(
         return Options(counts[index], lr=lr * factor, batch_size=batch_size, seed=3 * seed + index)
 
     return [
-        Stage("representation", [representation(projection)], examples, options(0), frozen=("classifier",)),
+        Stage("representation", [representation(projection), logits()], examples, options(0)),
         Stage("logits", [logits()], examples, options(1)),
         Stage("labels", [logits(), labels(0.5)], examples, options(2, 0.25)),
     ]

@@ -1,0 +1,164 @@
+"""The demo: one teacher, four students that differ only in what they learn from, one report."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import AutoModelForTokenClassification, AutoTokenizer
+
+import fastdistil
+from fastdistil.demo import measure, report
+from fastdistil.demo.material import Material, Settings, Source, draw, evaluate, load_source
+from fastdistil.demo.tagger import TARGET_SIZE
+from fastdistil.recipes import xtremedistil
+from fastdistil.recipes.pairs import Stage, run_stages
+from fastdistil.train import Options
+
+SAVED_ARM = "whole schedule"
+
+
+def arms(material: Material, settings: Settings, seed: int, student_size: int) -> dict[str, list[Stage]]:
+    """The students' schedules by name, the same number of steps each; each name adds one cause to the one before."""
+    options = Options(settings.steps, lr=settings.lr, batch_size=settings.batch_size, seed=3 * seed)
+    torch.manual_seed(seed)
+    projection = torch.nn.Linear(student_size, TARGET_SIZE)
+    whole = xtremedistil.stages(
+        projection, material.examples, steps=settings.steps, lr=settings.lr, batch_size=settings.batch_size, seed=seed
+    )
+    return {
+        "labels only": [Stage("labels", [xtremedistil.labels()], material.labelled, options)],
+        "logits, labelled text": [Stage("logits", [xtremedistil.logits()], material.labelled, options)],
+        "logits, all text": [Stage("logits", [xtremedistil.logits()], material.examples, options)],
+        SAVED_ARM: whole,
+    }
+
+
+def _losses(history: Mapping[str, list[dict[str, float]]]) -> dict[str, dict[str, list[float]]]:
+    """{stage: {term: one value a step}} from the training records."""
+    return {
+        stage: {term: [r[term] for r in records] for term in records[0] if term not in ("step", "lr")}
+        for stage, records in history.items()
+    }
+
+
+def _run_seed(out: Path, source: Source, settings: Settings, seed: int, material: Material) -> dict[str, Any]:
+    """Train and test every arm; finished arms are read back from `out`, the one in progress from its checkpoint."""
+    found: dict[str, Any] = {}
+    for arm, stages in arms(material, settings, seed, 128).items():
+        folder = out / arm.replace(", ", "-").replace(" ", "-")
+        done = folder / "result.json"
+        if not done.exists():
+            student = source.new_student(seed)
+            start = time.perf_counter()
+            history = run_stages(student, stages, material.collate, out=folder, name=f"seed {seed}, {arm}")
+            seconds = time.perf_counter() - start
+            accuracy = evaluate(student, material)
+            student.save_pretrained(folder / "student")
+            source.student_tokenizer.save_pretrained(folder / "student")
+            report.write_json(done, {"accuracy": accuracy, "loss": _losses(history), "seconds": seconds})
+            for path in folder.glob("[0-9]-*"):
+                shutil.rmtree(path)  # the stages' checkpoints
+        found[arm] = json.loads(done.read_text(encoding="utf-8"))
+    return {"seed": seed, "teacher": material.teacher_accuracy, "arms": found}
+
+
+def _check_folder(out: Path, settings: Settings) -> None:
+    """Refuse a folder that another configuration of the demo has begun."""
+    path = out / "settings.json"
+    wanted = asdict(settings)
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if before != wanted:
+            raise ValueError(f"run_demo: out holds a demo of other settings ({path}: {before}), wanted {wanted}")
+    report.write_json(path, wanted)
+
+
+def run_demo(
+    out: Path,
+    seed: int = 0,
+    seeds: int = 1,
+    cache: Path | None = None,
+    settings: Settings | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Run the whole demo for `seeds` seeds from `seed` on and write the report into `out`; returns metrics.json's
+    content.
+
+    Accuracies in percent, times in milliseconds or seconds, sizes in MiB, as the keys say. The same seed gives the same
+    accuracies and losses on the same machine. Interrupted, it keeps finished students and the checkpoint of the one in
+    training: the same call continues. `cache` is the archives' folder (default: see `fetch.cache_dir`).
+
+    Raises ValueError where `seeds` < 1 or `out` holds a demo of other settings, KeyboardInterrupt after Ctrl-C once the
+    step is saved, and what `fetch.fetch` raises.
+    """
+    if seeds < 1:
+        raise ValueError(f"run_demo: seeds is {seeds}, expected at least 1")
+    settings, console = settings or Settings(), console or Console()
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    _check_folder(out, settings)
+    started = time.perf_counter()
+
+    def say(text: str) -> None:
+        console.print(f"[dim]{time.perf_counter() - started:6.1f} s[/dim]  {text}")
+
+    source = load_source(cache, say)
+    results = []
+    for number in range(seed, seed + seeds):
+        say(f"seed {number}: teacher on {len(source.corpora)} languages")
+        material = draw(source, settings, number)
+        if number == seed:
+            first = material
+        say(f"seed {number}: students")
+        results.append(_run_seed(out / f"seed-{number}", source, settings, number, material))
+    say("measuring sizes, latency and losses")
+    saved = out / f"seed-{seed}" / "whole-schedule" / "student"
+    shutil.copytree(saved, out / "student", dirs_exist_ok=True)
+    metrics = _measure(out / "student", source, first, settings, results)
+    metrics["seconds"] = time.perf_counter() - started
+    report.write(out, metrics)
+    several = seeds > 1
+    report.print_table(report.accuracy_table(metrics["summary"], several), "Held-out words", console)
+    report.print_table(report.cost_table(metrics), "Teacher and student", console)
+    report.print_table(report.loss_table(metrics), "Losses in this run", console)
+    say(f"report: {out / 'report.md'}")
+    return metrics
+
+
+def _measure(
+    folder: Path, source: Source, material: Material, settings: Settings, results: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Everything of metrics.json but the run's length, with the student as transformers loads it from `folder`."""
+    student = AutoModelForTokenClassification.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if evaluate(student, material) != results[0]["arms"][SAVED_ARM]["accuracy"]:
+        raise RuntimeError(f"{folder}: the saved student, loaded again, does not repeat its accuracy")
+    seconds = [arm["seconds"] for result in results for arm in result["arms"].values()]
+    return {
+        "settings": asdict(settings),
+        "vocabulary": len(tokenizer),
+        "saved_arm": SAVED_ARM,
+        "seeds": results,
+        "summary": report.summarise(results),
+        "sizes": measure.sizes(source, student, folder),
+        "latency_ms": measure.latency(source, student, material),
+        "loss_ms": measure.loss_cost(material, settings.batch_size),
+        "step_ms": 1e3 * statistics.fmean(seconds) / settings.steps,
+        "machine": {
+            "platform": platform.platform(),
+            "processor": platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "fastdistil": fastdistil.__version__,
+        },
+    }
