@@ -66,8 +66,8 @@ void logit_fwd(const TensorView& student, const TensorView& teacher, const Tenso
 template <Run run, bool cpu>
 void logit_bwd(const TensorView& student, const TensorView& teacher, const TensorView& row_scale,
                const TensorView& stats, const TensorView& gradient, const TensorView& dloss, bool keep_unit,
-               int divergence, double beta, double student_temperature, double teacher_temperature,
-               double value_factor, uintptr_t where) {
+               int divergence, double beta, double student_temperature, double teacher_temperature, double value_factor,
+               uintptr_t where) {
   const Rule rule{divergence, beta, student_temperature, teacher_temperature, value_factor};
   LogitArgs args = logit_args(student, teacher, row_scale, stats, gradient, rule, cpu);
   dloss.expect_vector("dloss", args.rows, row_scale.dtype).expect_device("dloss", cpu);
@@ -91,10 +91,9 @@ void define_logit(py::module_& m, const char* forward, const char* backward, con
   m.def(forward, &logit_fwd<run, cpu>, py::arg("student"), py::arg("teacher"), py::arg("row_scale"), py::arg("loss"),
         py::arg("stats"), py::arg("gradient"), py::arg("divergence"), py::arg("beta"), py::arg("student_temperature"),
         py::arg("teacher_temperature"), py::arg("value_factor"), py::arg(where));
-  m.def(backward, &logit_bwd<run, cpu>, py::arg("student"), py::arg("teacher"), py::arg("row_scale"),
-        py::arg("stats"), py::arg("gradient"), py::arg("dloss"), py::arg("keep_unit"), py::arg("divergence"),
-        py::arg("beta"), py::arg("student_temperature"), py::arg("teacher_temperature"), py::arg("value_factor"),
-        py::arg(where));
+  m.def(backward, &logit_bwd<run, cpu>, py::arg("student"), py::arg("teacher"), py::arg("row_scale"), py::arg("stats"),
+        py::arg("gradient"), py::arg("dloss"), py::arg("keep_unit"), py::arg("divergence"), py::arg("beta"),
+        py::arg("student_temperature"), py::arg("teacher_temperature"), py::arg("value_factor"), py::arg(where));
 }
 
 }  // namespace

@@ -23,7 +23,8 @@ struct TensorView {
 
   // A matrix whose rows are dense: any row stride, unit column stride.
   const TensorView& expect_rows(const char* name, int64_t rows, int64_t columns, DType wanted) const {
-    if (shape.size() != 2 || size(0) != rows || size(1) != columns || (columns > 1 && stride(1) != 1) || dtype != wanted)
+    if (shape.size() != 2 || size(0) != rows || size(1) != columns || (columns > 1 && stride(1) != 1) ||
+        dtype != wanted)
       throw std::invalid_argument(std::string(name) + " is not a (" + std::to_string(rows) + ", " +
                                   std::to_string(columns) + ") matrix with dense rows and the expected dtype");
     return *this;
@@ -37,7 +38,8 @@ struct TensorView {
   }
 
   const TensorView& expect_device(const char* name, bool cpu) const {
-    if (on_cpu != cpu) throw std::invalid_argument(std::string(name) + (cpu ? " is not on the CPU" : " is not on the GPU"));
+    if (on_cpu != cpu)
+      throw std::invalid_argument(std::string(name) + (cpu ? " is not on the CPU" : " is not on the GPU"));
     return *this;
   }
 };
@@ -71,7 +73,6 @@ struct type_caster<fastdistil::TensorView> {
     value.on_cpu = source.attr("is_cpu").cast<bool>();
     return true;
   }
-
 };
 
 }  // namespace pybind11::detail

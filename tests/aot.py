@@ -17,11 +17,10 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import fastdistil.kernels.triton as kernels
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-import fastdistil.kernels.triton as kernels
 
 # Target and the shared memory that one block may use, in bytes (the vendors' documentation; triton does not check it).
 TARGETS = {

@@ -122,7 +122,9 @@ def test_exact_near_convergence(backend: str, noise: float, dtype: torch.dtype) 
     truth = outcome(lambda s: loss(s, teacher.double(), "reference"), student.double())
     judge_exact(found, truth, dtype)
     if dtype == torch.float32:  # what 16 bits leave of the noise is too little for the textbook form even in float64
-        judge_exact(found, outcome(lambda s: textbook(s.double(), teacher.double(), "forward_kl").sum(), student), dtype)
+        judge_exact(
+            found, outcome(lambda s: textbook(s.double(), teacher.double(), "forward_kl").sum(), student), dtype
+        )
 
 
 @pytest.mark.parametrize("divergence", [d for d in DIVERGENCES if d != "forward_kl"])
@@ -309,20 +311,36 @@ def test_strided_and_misaligned_rows(backend: str) -> None:
         assert (gradient[:, :3] == 0).all() and (gradient[:, 3 + 1021 :] == 0).all()
 
 
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_inplace_backward_overwrites_the_logits(backend: str) -> None:
+def test_inplace_backward_overwrites_the_logits(backend: str, divergence: str) -> None:
     student, teacher = draw(4, 1003, torch.float32)
-    truth = outcome(lambda s: fd.logit_loss(s, teacher, temperature=2.0, backend=backend), student)
-    leaf = student.clone().requires_grad_()
-    logits = leaf * 1.0
-    before = logits.detach().clone()
-    loss = fd.logit_loss(logits, teacher, temperature=2.0, inplace_backward=True, backend=backend)
-    assert torch.equal(logits.detach(), before), "the forward must leave the logits alone"
-    (gradient,) = torch.autograd.grad(loss, leaf, retain_graph=True)
-    assert error(gradient, truth.gradients[0]) < 1e-6
-    assert error(logits, truth.gradients[0]) < 1e-6
+    for dloss in (1.0, 0.37):
+
+        def loss(s: Tensor, inplace: bool) -> Tensor:
+            return fd.logit_loss(
+                s, teacher, divergence=divergence, temperature=2.0, inplace_backward=inplace, backend=backend
+            )
+
+        truth = outcome(lambda s, d=dloss, f=loss: d * f(s, False), student)
+        leaf = student.clone().requires_grad_()
+        logits = leaf * 1.0
+        found = dloss * loss(logits, True)
+        (gradient,) = torch.autograd.grad(found, leaf, retain_graph=True)
+        assert error(found, truth.value) < 1e-6
+        assert error(gradient, truth.gradients[0]) < 1e-6
+        assert error(logits, truth.gradients[0]) < 1e-6, "the gradient was written elsewhere"
+        with pytest.raises(RuntimeError, match="a second backward came through inplace_backward=True"):
+            torch.autograd.grad(found, leaf)
+
+
+def test_inplace_backward_is_noticed_by_whoever_saved_the_logits() -> None:
+    student, teacher = draw(2, 31, torch.float32)
+    logits = student.requires_grad_() * 1.0
+    other = logits.square().sum()
+    total = other + fd.logit_loss(logits, teacher, inplace_backward=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        torch.autograd.grad(loss, leaf)
+        total.backward()
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -346,12 +364,12 @@ def test_opcheck(backend: str, ahead: bool) -> None:
     scale = torch.rand(3, device=DEVICE)
     rule = (0, 0.5, 2.0, 2.0, 4.0)
     leaf = student.clone().requires_grad_()
-    torch.library.opcheck(torch.ops.fastdistil.logit, (leaf, teacher, scale, *rule, ahead, False, backend))
-    _, stats, gradient = torch.ops.fastdistil.logit(student, teacher, scale, *rule, True, False, backend)
+    torch.library.opcheck(torch.ops.fastdistil.logit, (leaf, teacher, scale, *rule, ahead, backend))
+    _, stats, gradient = torch.ops.fastdistil.logit(student, teacher, scale, *rule, True, backend)
     rest = (teacher, scale, stats, torch.rand(3, device=DEVICE), *rule, backend)
     torch.library.opcheck(torch.ops.fastdistil.logit_bwd, (student, *rest))
     torch.library.opcheck(torch.ops.fastdistil.logit_rescale_, (gradient, student, *rest))
-    torch.library.opcheck(torch.ops.fastdistil.logit_overwrite_, (student.clone(), *rest))
+    torch.library.opcheck(torch.ops.fastdistil.logit_overwrite_, (student.clone(), teacher, scale, *rule, backend))
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
@@ -416,5 +434,7 @@ def test_bad_calls(call: Callable[[], Tensor], kind: type[Exception], message: s
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="there is a GPU here")
 def test_a_backend_that_is_not_there_says_why() -> None:
-    with pytest.raises(ValueError, match="backend 'cuda' is not available: (there is no NVIDIA GPU|fastdistil was built)"):
+    with pytest.raises(
+        ValueError, match="backend 'cuda' is not available: (there is no NVIDIA GPU|fastdistil was built)"
+    ):
         fd.logit_loss(GOOD, GOOD, backend="cuda")

@@ -8,8 +8,12 @@
 namespace fastdistil {
 inline namespace FD_ISA {
 
-struct bf16 { uint16_t raw; };
-struct f16 { uint16_t raw; };
+struct bf16 {
+  uint16_t raw;
+};
+struct f16 {
+  uint16_t raw;
+};
 
 template <class E>
 using Compute = std::conditional_t<std::is_same_v<E, double>, double, float>;
@@ -31,16 +35,24 @@ inline float to_compute(f16 x) {
 template <class E>
 E from_compute(Compute<E> x);
 
-template <> inline float from_compute<float>(float x) { return x; }
-template <> inline double from_compute<double>(double x) { return x; }
+template <>
+inline float from_compute<float>(float x) {
+  return x;
+}
+template <>
+inline double from_compute<double>(double x) {
+  return x;
+}
 
-template <> inline bf16 from_compute<bf16>(float x) {
+template <>
+inline bf16 from_compute<bf16>(float x) {
   const uint32_t u = math::bits<uint32_t>(x);
   const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   return {static_cast<uint16_t>(x != x ? 0x7fc0u : rounded)};
 }
 
-template <> inline f16 from_compute<f16>(float x) {
+template <>
+inline f16 from_compute<f16>(float x) {
   const uint32_t u = math::bits<uint32_t>(x);
   const uint32_t sign = (u >> 16) & 0x8000u, rest = u & 0x7fffffffu;
   // Below 2^-14 the sum with 1/2 leaves the subnormal's bits at the bottom, rounded by the addition itself.

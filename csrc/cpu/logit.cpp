@@ -242,10 +242,14 @@ void logit(const LogitArgs& args, int threads) {
   with_rule(static_cast<Divergence>(args.divergence), [&](auto rule) {
     using Rule = decltype(rule);
     switch (args.dtype) {
-      case DType::f32: return run<Rule, float>(args, threads);
-      case DType::bf16: return run<Rule, bf16>(args, threads);
-      case DType::f16: return run<Rule, f16>(args, threads);
-      case DType::f64: return run<Rule, double>(args, threads);
+      case DType::f32:
+        return run<Rule, float>(args, threads);
+      case DType::bf16:
+        return run<Rule, bf16>(args, threads);
+      case DType::f16:
+        return run<Rule, f16>(args, threads);
+      case DType::f64:
+        return run<Rule, double>(args, threads);
     }
   });
 }

@@ -52,7 +52,8 @@ struct JensenShannon {  // beta KL(q || m) + (1-beta) KL(p || m), m = beta q + (
     const T rest = T(1) - beta;
     const T m_over_q = math::log1p(rest * math::expm1(c.delta));
     const T m_over_p = math::log1p(beta * math::expm1(-c.delta));
-    const T value = beta * math::excess(c.q, rest * c.gap, m_over_q) + rest * math::excess(c.p, -beta * c.gap, m_over_p);
+    const T value =
+        beta * math::excess(c.q, rest * c.gap, m_over_q) + rest * math::excess(c.p, -beta * c.gap, m_over_p);
     return {value, -rest * m_over_p};
   }
 };
@@ -105,13 +106,20 @@ enum class Divergence { forward_kl, reverse_kl, jsd, skew_kl, skew_reverse_kl, t
 template <class Action>
 void with_rule(Divergence divergence, Action&& action) {
   switch (divergence) {
-    case Divergence::forward_kl: return action(ForwardKL{});
-    case Divergence::reverse_kl: return action(ReverseKL{});
-    case Divergence::jsd: return action(JensenShannon{});
-    case Divergence::skew_kl: return action(SkewKL{});
-    case Divergence::skew_reverse_kl: return action(SkewReverseKL{});
-    case Divergence::tvd: return action(TotalVariation{});
-    case Divergence::mse: return action(MeanSquare{});
+    case Divergence::forward_kl:
+      return action(ForwardKL{});
+    case Divergence::reverse_kl:
+      return action(ReverseKL{});
+    case Divergence::jsd:
+      return action(JensenShannon{});
+    case Divergence::skew_kl:
+      return action(SkewKL{});
+    case Divergence::skew_reverse_kl:
+      return action(SkewReverseKL{});
+    case Divergence::tvd:
+      return action(TotalVariation{});
+    case Divergence::mse:
+      return action(MeanSquare{});
   }
 }
 

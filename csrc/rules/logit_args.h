@@ -20,21 +20,21 @@ enum LogitStat : int {
 constexpr int kDivergences = 7;  // entries of enum Divergence, rules/divergence.h
 
 struct LogitArgs {
-  const void* student;          // (N, V), row stride student_stride
-  const void* teacher;          // (N, V), row stride teacher_stride
-  const void* row_scale;        // (N,) float32, float64 for float64 logits; rows of scale 0 are not read
-  const void* dloss;            // (N,) as row_scale: what the backward multiplies by, or null (forward: 1)
-  bool keep_unit;               // backward: rows whose dloss is 1 already hold their gradient
-  void* loss;                   // (N,) as row_scale, or null (backward)
-  void* stats;                  // (N, kStats) as row_scale: written by the forward, read by the backward
-  void* gradient;               // (N, V) in the logits' dtype, row stride gradient_stride, or null (forward alone)
-  int64_t rows, columns;        // N, V
+  const void* student;    // (N, V), row stride student_stride
+  const void* teacher;    // (N, V), row stride teacher_stride
+  const void* row_scale;  // (N,) float32, float64 for float64 logits; rows of scale 0 are not read
+  const void* dloss;      // (N,) as row_scale: what the backward multiplies by, or null (forward: 1)
+  bool keep_unit;         // backward: rows whose dloss is 1 already hold their gradient
+  void* loss;             // (N,) as row_scale, or null (backward)
+  void* stats;            // (N, kStats) as row_scale: written by the forward, read by the backward
+  void* gradient;         // (N, V) in the logits' dtype, row stride gradient_stride, or null (forward alone)
+  int64_t rows, columns;  // N, V
   int64_t student_stride, teacher_stride, gradient_stride;  // in elements
   DType dtype;
-  int divergence;               // enum Divergence
+  int divergence;  // enum Divergence
   double beta;
   double student_temperature, teacher_temperature;
-  double value_factor;          // T_s T_t or 1
+  double value_factor;  // T_s T_t or 1
 };
 
 }  // namespace fastdistil

@@ -52,8 +52,8 @@ FD_FUNCTION T magnitude(T x) {
 
 // (e^r - 1 - r) / r^2 for |r| <= ln(2)/2: the Taylor terms, cut where the next is below half an ulp.
 FD_FUNCTION float excess_series(float r) {
-  float s = 1.9841270e-4f;      // 1/7!
-  s = s * r + 1.3888889e-3f;    // 1/6!
+  float s = 1.9841270e-4f;    // 1/7!
+  s = s * r + 1.3888889e-3f;  // 1/6!
   s = s * r + 8.3333333e-3f;
   s = s * r + 4.1666667e-2f;
   s = s * r + 1.6666667e-1f;

@@ -37,4 +37,6 @@ def logit_bwd(
 
     With keep_unit, rows whose dloss is 1 already hold their gradient and are left alone.
     """
-    _C.logit_bwd(student, teacher, row_scale, stats, gradient, dloss, keep_unit, **rule, threads=torch.get_num_threads())
+    _C.logit_bwd(
+        student, teacher, row_scale, stats, gradient, dloss, keep_unit, **rule, threads=torch.get_num_threads()
+    )

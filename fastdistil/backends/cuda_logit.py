@@ -21,7 +21,16 @@ def logit_fwd(
 ) -> None:
     """Writes loss (N,), stats (N, 5) and, where given, gradient (N, V) = d sum(loss) / d student."""
     with torch.cuda.device(student.device):
-        _C.logit_fwd_cuda(student, teacher, row_scale, loss, stats, gradient, **rule, stream=torch.cuda.current_stream(student.device).cuda_stream)
+        _C.logit_fwd_cuda(
+            student,
+            teacher,
+            row_scale,
+            loss,
+            stats,
+            gradient,
+            **rule,
+            stream=torch.cuda.current_stream(student.device).cuda_stream,
+        )
 
 
 def logit_bwd(
@@ -39,4 +48,14 @@ def logit_bwd(
     With keep_unit, rows whose dloss is 1 already hold their gradient and are left alone.
     """
     with torch.cuda.device(student.device):
-        _C.logit_bwd_cuda(student, teacher, row_scale, stats, gradient, dloss, keep_unit, **rule, stream=torch.cuda.current_stream(student.device).cuda_stream)
+        _C.logit_bwd_cuda(
+            student,
+            teacher,
+            row_scale,
+            stats,
+            gradient,
+            dloss,
+            keep_unit,
+            **rule,
+            stream=torch.cuda.current_stream(student.device).cuda_stream,
+        )

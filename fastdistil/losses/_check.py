@@ -37,9 +37,7 @@ def same_device(function: str, name: str, value: Tensor, other: str, device: tor
 
 def same_shape(function: str, name: str, value: Tensor, other: str, shape: torch.Size) -> None:
     if value.shape != shape:
-        raise ValueError(
-            f"{function}: {name} has shape {tuple(value.shape)}, expected {tuple(shape)} to match {other}"
-        )
+        raise ValueError(f"{function}: {name} has shape {tuple(value.shape)}, expected {tuple(shape)} to match {other}")
 
 
 def one_of(function: str, name: str, value: object, allowed: tuple[str, ...]) -> None:

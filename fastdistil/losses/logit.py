@@ -55,8 +55,9 @@ def logit_loss(
         weight: (...,) one number or bool a row; a row of weight 0 contributes exactly 0 and is not read.
         reduction: "mean" is sum(w * loss) / sum(w), "sum" is sum(w * loss), "none" is w * loss, one entry a row.
         num_items: replaces sum(w) in "mean": a number or a tensor of one entry (gradient accumulation, data parallel).
-        inplace_backward: lets the backward write the gradient over student_logits, which must not be read afterwards
-            and cannot be a leaf; a second backward is then an error.
+        inplace_backward: lets the gradient overwrite student_logits, which must not be read after this call and cannot
+            be a leaf; a second backward is then an error, and an incoming gradient other than 1 costs 16-bit logits a
+            second rounding. torch.compile, which plans memory itself, ignores it.
         backend: "auto", "reference", "cpu", "triton" or "cuda"; see fastdistil.backends().
 
     Returns:
@@ -74,22 +75,27 @@ def logit_loss(
     t_s = _check.positive(_NAME, "temperature", temperature)
     t_t = t_s if teacher_temperature is None else _check.positive(_NAME, "teacher_temperature", teacher_temperature)
     if inplace_backward and student.is_leaf and student.requires_grad:
-        raise ValueError(f"{_NAME}: inplace_backward came with student_logits that are a leaf, expected a model's output")
+        raise ValueError(
+            f"{_NAME}: inplace_backward came with student_logits that are a leaf, expected a model's output"
+        )
     if not torch.compiler.is_compiling():
         choose(backend, student.device)
 
-    rows, columns = student.shape[:-1], student.shape[-1]
+    rows = student.shape[:-1]
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     w = None if weight is None else _check.row_weight(_NAME, weight, rows, student.device, dtype)
     scale = _check.row_scale(_NAME, rows.numel(), w, reduction, num_items, student.device, dtype)
-    # "none" cannot know dloss; torch.compile plans its own memory.
-    inplace = inplace_backward and not torch.compiler.is_compiling()
-    ahead = reduction != "none" and student.requires_grad and torch.is_grad_enabled()
-    loss, _, _ = ops.logit(
-        _matrix(student), _matrix(teacher), scale, DIVERGENCES.index(divergence), float(beta), t_s, t_t,
-        t_s * t_t if scale_by_t2 else 1.0, ahead and not inplace and not torch.compiler.is_compiling(), inplace, backend,
-    )  # fmt: skip
-    return loss.reshape(rows) if reduction == "none" else loss.sum()
+    factor = t_s * t_t if scale_by_t2 else 1.0
+    rule = (DIVERGENCES.index(divergence), float(beta), t_s, t_t, factor)
+    matrices = (_matrix(student), _matrix(teacher))
+    # The gradient ahead of its time, but not where torch.compile plans the memory.
+    ahead = student.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if inplace_backward and ahead:
+        loss = ops.Overwrite.apply(*matrices, scale, *rule, backend)  # type: ignore[no-untyped-call]
+    else:  # "none" is rarely followed by a gradient of ones
+        loss, _, _ = ops.logit(*matrices, scale, *rule, ahead and reduction != "none", backend)
+    total: Tensor = loss.reshape(rows) if reduction == "none" else loss.sum()
+    return total
 
 
 def _matrix(x: Tensor) -> Tensor:
@@ -114,7 +120,7 @@ def _check_beta(divergence: str, beta: float) -> None:
     value = _check.number(_NAME, "beta", beta)
     if divergence == "jsd" and not 0 < value < 1:
         raise ValueError(
-            f"{_NAME}: beta is {value} for jsd, expected 0 < beta < 1 (its limits, scaled, are forward_kl and reverse_kl)"
+            f"{_NAME}: beta is {value} for jsd, expected 0 < beta < 1 (the limits are forward_kl and reverse_kl)"
         )
     if divergence.startswith("skew") and not 0 <= value < 1:
         raise ValueError(f"{_NAME}: beta is {value} for {divergence}, expected 0 <= beta < 1")

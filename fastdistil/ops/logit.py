@@ -49,7 +49,6 @@ def logit(
     teacher_temperature: float,
     value_factor: float,
     with_gradient: bool,
-    inplace_backward: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Row losses (N,), row statistics (N, 5) and the gradient for dloss = 1 ((N, V), or (0, V) if not wanted)."""
@@ -77,7 +76,6 @@ def _(
     teacher_temperature: float,
     value_factor: float,
     with_gradient: bool,
-    inplace_backward: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _outputs(student, row_scale, with_gradient)
@@ -145,33 +143,69 @@ def logit_rescale_(
 
 @torch.library.custom_op("fastdistil::logit_overwrite_", mutates_args={"student"})
 def logit_overwrite_(
-    student: Tensor,  # (N, V): becomes its own gradient
+    student: Tensor,  # (N, V): becomes its own gradient for dloss = 1
     teacher: Tensor,
     row_scale: Tensor,
-    stats: Tensor,
-    dloss: Tensor,  # (N,)
     divergence: int,
     beta: float,
     student_temperature: float,
     teacher_temperature: float,
     value_factor: float,
     backend: str,
-) -> None:
-    """The student's gradient, times dloss, written over the student's logits."""
+) -> Tensor:
+    """Row losses (N,); the gradient is written over the student's logits."""
+    loss, stats, _ = _outputs(student, row_scale, False)
     rule = _rule(divergence, beta, student_temperature, teacher_temperature, value_factor)
-    module = _module(backend, student)
-    module.logit_bwd(student, teacher, row_scale, stats, student, dloss.contiguous(), False, **rule)
+    _module(backend, student).logit_fwd(student, teacher, row_scale, loss, stats, student, **rule)
+    return loss
+
+
+@logit_overwrite_.register_fake
+def _(
+    student: Tensor,
+    teacher: Tensor,
+    row_scale: Tensor,
+    divergence: int,
+    beta: float,
+    student_temperature: float,
+    teacher_temperature: float,
+    value_factor: float,
+    backend: str,
+) -> Tensor:
+    return torch.empty_like(row_scale)
+
+
+class Overwrite(torch.autograd.Function):
+    """logit_overwrite_ with its gradient. Custom ops that write to an input cannot carry autograd themselves."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, *rest: Any) -> Tensor:
+        ctx.gradient = student.detach()
+        loss: Tensor = logit_overwrite_(ctx.gradient, *rest)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *dloss: Tensor) -> tuple[Tensor | None, ...]:
+        gradient, ctx.gradient = ctx.gradient, None
+        if gradient is None:
+            raise RuntimeError(
+                "logit_loss: a second backward came through inplace_backward=True, expected one: the gradient has been "
+                "given away and the logits are gone"
+            )
+        if gradient.device.type != "cpu" or not bool((dloss[0] == 1).all()):
+            gradient *= dloss[0][:, None].to(gradient.dtype)
+        return (gradient, *(None,) * 8)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    student, teacher, row_scale, *rule, with_gradient, inplace_backward, backend = inputs
+    student, teacher, row_scale, *rule, with_gradient, backend = inputs
     _, stats, gradient = output
     ctx.mark_non_differentiable(stats, gradient)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(student, teacher, row_scale, stats)
-    ctx.rule, ctx.backend, ctx.inplace = rule, backend, inplace_backward
-    # Not saved but held: the first backward gives the buffer away, so that nobody has to copy it. A tensor that is being
-    # traced cannot be held that way; its backward computes the gradient instead.
+    ctx.rule, ctx.backend = rule, backend
+    # Not saved but held: the first backward gives the buffer away, so that nobody has to copy it. A tensor that is
+    # being traced cannot be held that way; its backward computes the gradient instead.
     ctx.gradient = gradient if with_gradient and type(gradient) is Tensor else None
 
 
@@ -181,14 +215,11 @@ def _backward(ctx: Any, dloss: Tensor | None, *unused: Tensor | None) -> tuple[T
         student, teacher, row_scale, stats = ctx.saved_tensors
         rest = (teacher, row_scale, stats, dloss, *ctx.rule, ctx.backend)
         gradient, ctx.gradient = ctx.gradient, None
-        if ctx.inplace:
-            gradient = student.detach()
-            logit_overwrite_(gradient, *rest)
-        elif gradient is not None:
+        if gradient is not None:
             logit_rescale_(gradient, student, *rest)
         else:
             gradient = logit_bwd(student, *rest)
-    return (gradient, *(None,) * 10)
+    return (gradient, *(None,) * 9)
 
 
 logit.register_autograd(_backward, setup_context=_setup)

@@ -5,7 +5,8 @@
 
 namespace fastdistil::cuda {
 
-// Forward where args.loss is set, backward from args.stats where it is null. Throws std::runtime_error on a launch error.
+// Forward where args.loss is set, backward from args.stats where it is null. Throws std::runtime_error on a launch
+// error.
 void logit(const LogitArgs& args, void* stream);
 
 }  // namespace fastdistil::cuda

@@ -18,9 +18,16 @@ namespace {
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 
-template <class E> struct ComputeOf { using type = float; };
-template <> struct ComputeOf<double> { using type = double; };
-template <class E> using Compute = typename ComputeOf<E>::type;
+template <class E>
+struct ComputeOf {
+  using type = float;
+};
+template <>
+struct ComputeOf<double> {
+  using type = double;
+};
+template <class E>
+using Compute = typename ComputeOf<E>::type;
 
 __device__ float to_compute(float x) { return x; }
 __device__ double to_compute(double x) { return x; }
@@ -43,8 +50,8 @@ template <class E, class Action>
 __device__ void for_columns(const E* student, const E* teacher, int64_t columns, Action&& action) {
   constexpr int kPack = Pack<E>::size;
   const int64_t ahead = (16 - reinterpret_cast<uintptr_t>(student) % 16) % 16 / sizeof(E);
-  const bool aligned = reinterpret_cast<uintptr_t>(student + ahead) % 16 == 0 &&
-                       reinterpret_cast<uintptr_t>(teacher + ahead) % 16 == 0;
+  const bool aligned =
+      reinterpret_cast<uintptr_t>(student + ahead) % 16 == 0 && reinterpret_cast<uintptr_t>(teacher + ahead) % 16 == 0;
   const int64_t head = !aligned || ahead > columns ? columns : ahead;
   for (int64_t i = threadIdx.x; i < head; i += kThreads) action(i, to_compute(student[i]), to_compute(teacher[i]));
   const int64_t packs = (columns - head) / kPack;
@@ -53,8 +60,7 @@ __device__ void for_columns(const E* student, const E* teacher, int64_t columns,
   for (int64_t k = threadIdx.x; k < packs; k += kThreads) {
     const Pack<E> ps = s[k], pt = t[k];
 #pragma unroll
-    for (int j = 0; j < kPack; ++j)
-      action(head + k * kPack + j, to_compute(ps.element[j]), to_compute(pt.element[j]));
+    for (int j = 0; j < kPack; ++j) action(head + k * kPack + j, to_compute(ps.element[j]), to_compute(pt.element[j]));
   }
   for (int64_t i = head + packs * kPack + threadIdx.x; i < columns; i += kThreads)
     action(i, to_compute(student[i]), to_compute(teacher[i]));
@@ -73,10 +79,14 @@ __device__ T block_reduce(T x, Combine&& combine) {
 }
 
 template <class T>
-__device__ T block_sum(T x) { return block_reduce(x, [](T a, T b) { return a + b; }); }
+__device__ T block_sum(T x) {
+  return block_reduce(x, [](T a, T b) { return a + b; });
+}
 
 template <class T>
-__device__ T block_max(T x) { return block_reduce(x, [](T a, T b) { return a > b ? a : b; }); }
+__device__ T block_max(T x) {
+  return block_reduce(x, [](T a, T b) { return a > b ? a : b; });
+}
 
 template <class E>
 __device__ Compute<E> plain_logsumexp(const E* student, const E* teacher, int64_t columns,
@@ -133,7 +143,8 @@ __global__ void __launch_bounds__(kThreads, 1) logit_kernel(LogitArgs args) {
       if (args.loss && threadIdx.x < kStats) saved[threadIdx.x] = T(0);
       continue;
     }
-    Tempering<T> tempering{static_cast<T>(1.0 / args.student_temperature), static_cast<T>(1.0 / args.teacher_temperature),
+    Tempering<T> tempering{static_cast<T>(1.0 / args.student_temperature),
+                           static_cast<T>(1.0 / args.teacher_temperature),
                            args.student_temperature == args.teacher_temperature, T(0)};
     RowStats<T> stats{T(0), static_cast<T>(1.0 / args.columns), T(0), T(0)};
     if (!args.loss) {
@@ -183,10 +194,14 @@ void cuda::logit(const LogitArgs& args, void* stream) {
     using Rule = decltype(rule);
     const auto s = static_cast<cudaStream_t>(stream);
     switch (args.dtype) {
-      case DType::f32: return launch<Rule, float>(args, s);
-      case DType::bf16: return launch<Rule, __nv_bfloat16>(args, s);
-      case DType::f16: return launch<Rule, __half>(args, s);
-      case DType::f64: return launch<Rule, double>(args, s);
+      case DType::f32:
+        return launch<Rule, float>(args, s);
+      case DType::bf16:
+        return launch<Rule, __nv_bfloat16>(args, s);
+      case DType::f16:
+        return launch<Rule, __half>(args, s);
+      case DType::f64:
+        return launch<Rule, double>(args, s);
     }
   });
 }

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
-
 from fastdistil.kernels.triton.numerics import excess, expm1, log1p
 
 

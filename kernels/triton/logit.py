@@ -1,268 +1,21 @@
-"""Divergence of two rows of logits, value and gradient: one program a row (docs/losses.md, section 1).
-
-Floor: (2 reads + 1 write) x N x V x bytes an element over the copy bandwidth. This form reads each row twice (a centred
-rule with a gradient three times); at V 119,547 in bf16 both rows are 0.5 MB, so the later reads come from L2.
-
-A row of an odd vocabulary starts anywhere: the body begins at the first 16-byte boundary and ends at the last, so that
-all its loads are 16 bytes wide, and the few columns before and behind it make one small tile of their own.
-"""
+"""logit_loss in Triton: launch configuration and launchers; the kernels are in logit_kernels.py."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
-import triton.language as tl
+from fastdistil.kernels.triton.divergence import RULES
+from fastdistil.kernels.triton.logit_kernels import logit_bwd_kernel, logit_fwd_kernel
 from torch import Tensor
 
-from fastdistil.kernels.triton.divergence import RULES
-from fastdistil.kernels.triton.numerics import expm1, log1p
+from fastdistil.ops.logit_rule import STATS
 
 
 def logit_config(columns: int, itemsize: int) -> tuple[int, dict[str, int]]:
     """Columns a tile and warps: 16 bytes a load and thread, at most 8 columns a thread in flight, not yet tuned."""
     block = min(max(triton.next_power_of_2(columns), 64), 4096 if itemsize == 2 else 2048)
     return block, {"num_warps": max(1, min(8, block // 256))}
-
-
-@triton.jit
-def _scores(s, t, inv_s, inv_t, shift, EQUAL: tl.constexpr):
-    """a, b and d = a - b. With equal temperatures subtract first: floating point subtracts exactly what is close."""
-    if EQUAL:
-        s -= shift
-        d = tl.where(s == t, 0.0, s - t) * inv_s
-        return s * inv_s, t * inv_s, d
-    else:
-        a = s * inv_s - shift
-        b = t * inv_t
-        return a, b, tl.where(a == b, 0.0, a - b)
-
-
-@triton.jit
-def _row_shift(s, t, inv_s, inv_t, EQUAL: tl.constexpr):
-    """The multiple of 1/1024 nearest to the first columns' difference, which KL does not see."""
-    offset = s - t if EQUAL else s * inv_s - t * inv_t
-    steps = tl.floor(offset * 1024.0 + 0.5)
-    return tl.where(tl.abs(steps) < 1e9, steps, 0.0) / 1024.0
-
-
-@triton.jit
-def _load(s_ptr, t_ptr, columns, mask, inv_s, inv_t, shift, EQUAL: tl.constexpr):
-    s = tl.load(s_ptr + columns, mask=mask, other=float("-inf")).to(tl.float32)
-    t = tl.load(t_ptr + columns, mask=mask, other=float("-inf")).to(tl.float32)
-    return _scores(s, t, inv_s, inv_t, shift, EQUAL)
-
-
-@triton.jit
-def _add_masses(
-    s_ptr, t_ptr, columns, mask, inv_s, inv_t, shift, largest, total, difference, EQUAL: tl.constexpr
-):  # fmt: skip
-    """One more tile in S = sum e^(b-m) and X = sum e^(b-m) expm1(d). The unit is 1 until a finite b was seen."""
-    a, b, d = _load(s_ptr, t_ptr, columns, mask, inv_s, inv_t, shift, EQUAL)
-    new = tl.maximum(largest, tl.max(b, 0))
-    m = tl.where(new == float("-inf"), 0.0, new)
-    rescale = tl.exp(tl.where(largest == float("-inf"), 0.0, largest) - m)
-    weight = tl.exp(b - m)
-    other = tl.exp(tl.minimum(a - m, 88.0))
-    x = tl.where(tl.abs(d) <= 1.0, weight * expm1(tl.where(tl.abs(d) <= 1.0, d, 0.0)), other - weight)
-    total = tl.where(total == 0.0, 0.0, total * rescale) + tl.sum(weight, 0)
-    difference = tl.where(difference == 0.0, 0.0, difference * rescale) + tl.sum(x, 0)
-    return new, total, difference
-
-
-@triton.jit
-def _add_to_lse(s_ptr, t_ptr, columns, mask, inv_s, inv_t, shift, largest, total, EQUAL: tl.constexpr):
-    """One more tile in the student's own maximum and sum of exponentials."""
-    a, b, d = _load(s_ptr, t_ptr, columns, mask, inv_s, inv_t, shift, EQUAL)
-    new = tl.maximum(largest, tl.max(a, 0))
-    m = tl.where(new == float("-inf"), 0.0, new)
-    return new, tl.where(total == 0.0, 0.0, total * tl.exp(largest - m)) + tl.sum(tl.exp(a - m), 0)
-
-
-@triton.jit
-def _share(
-    a, b, d, mask, largest, inv_sum, log_ratio, beta,
-    RULE: tl.constexpr, SOFTMAX: tl.constexpr,
-):  # fmt: skip
-    """Student probability, value and slope of each column; masked columns give 0."""
-    if SOFTMAX:
-        q = tl.exp(b - largest) * inv_sum
-        p = tl.exp((a - largest) - log_ratio) * inv_sum
-        delta = d - log_ratio
-        near = tl.abs(delta) <= 1.0
-        gap = tl.where(near, q * expm1(tl.where(near, delta, 0.0)), p - q)
-    else:
-        q = inv_sum
-        p = a
-        delta = d
-        gap = d
-    value, slope = RULE(p, q, delta, gap, beta)
-    return tl.where(mask, p, 0.0), tl.where(mask, value, 0.0), tl.where(mask, slope, 0.0)
-
-
-@triton.jit
-def _layout(row, stride, V, VEC: tl.constexpr):
-    """How many columns stand before the row's first 16-byte boundary, and how many the 16-byte body holds."""
-    head = tl.minimum(((VEC - row * stride % VEC) % VEC).to(tl.int32), V)
-    return head, (V - head) // VEC * VEC
-
-
-@triton.jit
-def _body(ptr, row, stride, VEC: tl.constexpr):
-    """The row's first 16-byte boundary, in a form whose alignment the compiler sees."""
-    return ptr + tl.cdiv(row * stride, VEC) * VEC
-
-
-@triton.jit
-def _edge(head, body, V, VEC: tl.constexpr):
-    """The columns outside the body, as one tile, relative to the row's start, and which of its lanes exist."""
-    lanes = tl.arange(0, 2 * VEC)
-    return tl.where(lanes < head, lanes, lanes + body), lanes < V - body
-
-
-@triton.jit
-def _tile(
-    s_ptr, t_ptr, g_ptr, columns, exists, live, factor, largest, inv_sum, shift, log_ratio, centre, inv_s, inv_t, beta,
-    RULE: tl.constexpr, CENTRED: tl.constexpr, SOFTMAX: tl.constexpr, EQUAL: tl.constexpr, WRITE: tl.constexpr,
-):  # fmt: skip
-    """One tile's shares of value and centre; with WRITE its gradient, zeros where the row does not count."""
-    mask = exists & live
-    a, b, d = _load(s_ptr, t_ptr, columns, mask, inv_s, inv_t, shift, EQUAL)
-    p, value, slope = _share(a, b, d, mask, largest, inv_sum, log_ratio, beta, RULE, SOFTMAX)
-    if WRITE:
-        g = p * (slope - centre) if CENTRED else slope
-        tl.store(g_ptr + columns, tl.where(live, g * factor, 0.0).to(g_ptr.dtype.element_ty), mask=exists)
-    return tl.sum(value, 0), tl.sum(p * slope, 0) if CENTRED else 0.0
-
-
-@triton.jit
-def _pass(
-    student_ptr, teacher_ptr, gradient_ptr, row, V, student_stride, teacher_stride, gradient_stride, live, factor,
-    largest, inv_sum, shift, log_ratio, centre, inv_s, inv_t, beta,
-    RULE: tl.constexpr, CENTRED: tl.constexpr, SOFTMAX: tl.constexpr, EQUAL: tl.constexpr, WRITE: tl.constexpr,
-    VEC: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The whole row's value and centre; with WRITE its gradient."""
-    head, body = _layout(row, student_stride, V, VEC)
-    columns, exists = _edge(head, body, V, VEC)
-    value, slopes = _tile(
-        student_ptr + row * student_stride, teacher_ptr + row * teacher_stride, gradient_ptr + row * gradient_stride,
-        columns, exists, live, factor, largest, inv_sum, shift, log_ratio, centre, inv_s, inv_t, beta,
-        RULE, CENTRED, SOFTMAX, EQUAL, WRITE,
-    )  # fmt: skip
-    s_body = _body(student_ptr, row, student_stride, VEC)
-    t_body = _body(teacher_ptr, row, teacher_stride, VEC)
-    g_body = _body(gradient_ptr, row, gradient_stride, VEC)
-    lanes = tl.arange(0, BLOCK)
-    for begin in range(0, body, BLOCK):
-        v, f = _tile(
-            s_body, t_body, g_body, begin + lanes, begin + lanes < body, live, factor, largest, inv_sum, shift,
-            log_ratio, centre, inv_s, inv_t, beta, RULE, CENTRED, SOFTMAX, EQUAL, WRITE,
-        )  # fmt: skip
-        value += v
-        slopes += f
-    return value, slopes
-
-
-@triton.jit
-def _statistics(
-    student_ptr, teacher_ptr, row, V, student_stride, teacher_stride, live, inv_s, inv_t,
-    EQUAL: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The teacher's maximum and 1/sum, the shift, and D = log1p(X/S); a row that does not count is not read."""
-    head, body = _layout(row, student_stride, V, VEC)
-    edge, exists = _edge(head, body, V, VEC)
-    at_edge = exists & live
-    end = tl.where(live, body, 0)
-    s_row = student_ptr + row * student_stride
-    t_row = teacher_ptr + row * teacher_stride
-    s_body = _body(student_ptr, row, student_stride, VEC)
-    t_body = _body(teacher_ptr, row, teacher_stride, VEC)
-    lanes = tl.arange(0, BLOCK)
-    s0 = tl.load(s_row, mask=live, other=0.0).to(tl.float32)
-    t0 = tl.load(t_row, mask=live, other=0.0).to(tl.float32)
-    shift = _row_shift(s0, t0, inv_s, inv_t, EQUAL)
-    largest, total, difference = _add_masses(
-        s_row, t_row, edge, at_edge, inv_s, inv_t, shift, float("-inf"), 0.0, 0.0, EQUAL
-    )
-    for begin in range(0, end, BLOCK):
-        columns = begin + lanes
-        largest, total, difference = _add_masses(
-            s_body, t_body, columns, columns < end, inv_s, inv_t, shift, largest, total, difference, EQUAL
-        )
-    ratio = difference / total
-    near = (ratio > -0.9) & (ratio < 1e30)
-    log_ratio = log1p(tl.where(near, ratio, 0.0))
-    if live & (near == 0):  # the rows lie so far apart that the plain difference is good enough
-        largest_a, total_a = _add_to_lse(
-            s_row, t_row, edge, at_edge, inv_s, inv_t, shift, float("-inf"), 0.0, EQUAL
-        )
-        for begin in range(0, end, BLOCK):
-            columns = begin + lanes
-            largest_a, total_a = _add_to_lse(
-                s_body, t_body, columns, columns < end, inv_s, inv_t, shift, largest_a, total_a, EQUAL
-            )
-        log_ratio = (largest_a + tl.log(total_a)) - (largest + tl.log(total))
-    # A teacher of -inf alone is the caller's error and stays visible.
-    return tl.where(largest == float("-inf"), float("nan"), largest), 1.0 / total, shift, log_ratio
-
-
-@triton.jit
-def logit_fwd_kernel(
-    student_ptr, teacher_ptr, scale_ptr, loss_ptr, stats_ptr, gradient_ptr,
-    V, student_stride, teacher_stride, gradient_stride, inv_s, inv_t, value_factor, gradient_factor, beta,
-    RULE: tl.constexpr, CENTRED: tl.constexpr, SOFTMAX: tl.constexpr, EQUAL: tl.constexpr, GRADIENT: tl.constexpr,
-    STATS: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """loss (N,), stats (N, STATS) and, with GRADIENT, gradient (N, V), all times the row's scale."""
-    row = tl.program_id(0).to(tl.int64)
-    scale = tl.load(scale_ptr + row)
-    live = scale != 0.0
-    largest, inv_sum, shift, log_ratio = 0.0, 1.0 / V, 0.0, 0.0
-    if SOFTMAX:
-        largest, inv_sum, shift, log_ratio = _statistics(
-            student_ptr, teacher_ptr, row, V, student_stride, teacher_stride, live, inv_s, inv_t, EQUAL, VEC, BLOCK
-        )
-    value, centre = _pass(
-        student_ptr, teacher_ptr, gradient_ptr, row, V, student_stride, teacher_stride, gradient_stride, live,
-        scale * gradient_factor, largest, inv_sum, shift, log_ratio, 0.0, inv_s, inv_t, beta,
-        RULE, CENTRED, SOFTMAX, EQUAL, GRADIENT and not CENTRED, VEC, BLOCK,
-    )  # fmt: skip
-    if GRADIENT and CENTRED:
-        _pass(
-            student_ptr, teacher_ptr, gradient_ptr, row, V, student_stride, teacher_stride, gradient_stride, live,
-            scale * gradient_factor, largest, inv_sum, shift, log_ratio, centre, inv_s, inv_t, beta,
-            RULE, CENTRED, SOFTMAX, EQUAL, True, VEC, BLOCK,
-        )  # fmt: skip
-    tl.store(loss_ptr + row, tl.where(live, value * value_factor * scale, 0.0))
-    stats_ptr += row * STATS
-    tl.store(stats_ptr, largest)
-    tl.store(stats_ptr + 1, inv_sum)
-    tl.store(stats_ptr + 2, shift)
-    tl.store(stats_ptr + 3, log_ratio)
-    tl.store(stats_ptr + 4, centre)
-
-
-@triton.jit
-def logit_bwd_kernel(
-    student_ptr, teacher_ptr, scale_ptr, dloss_ptr, stats_ptr, gradient_ptr,
-    V, student_stride, teacher_stride, gradient_stride, inv_s, inv_t, gradient_factor, beta,
-    RULE: tl.constexpr, CENTRED: tl.constexpr, SOFTMAX: tl.constexpr, EQUAL: tl.constexpr, KEEP_UNIT: tl.constexpr,
-    STATS: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """gradient (N, V) from the forward's statistics; with KEEP_UNIT rows whose dloss is 1 are left alone."""
-    row = tl.program_id(0).to(tl.int64)
-    scale = tl.load(scale_ptr + row)
-    dloss = tl.load(dloss_ptr + row)
-    stats_ptr += row * STATS
-    if (dloss != 1.0) | (not KEEP_UNIT):
-        _pass(
-            student_ptr, teacher_ptr, gradient_ptr, row, V, student_stride, teacher_stride, gradient_stride,
-            scale != 0.0, scale * dloss * gradient_factor, tl.load(stats_ptr), tl.load(stats_ptr + 1),
-            tl.load(stats_ptr + 2), tl.load(stats_ptr + 3), tl.load(stats_ptr + 4), inv_s, inv_t, beta,
-            RULE, CENTRED, SOFTMAX, EQUAL, True, VEC, BLOCK,
-        )  # fmt: skip
 
 
 def _vector(rows: int, *tensors: Tensor) -> int:
@@ -273,7 +26,9 @@ def _vector(rows: int, *tensors: Tensor) -> int:
     return width if alike or rows == 0 else 1
 
 
-def _arguments(student: Tensor, teacher: Tensor, gradient: Tensor | None, rule: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+def _arguments(
+    student: Tensor, teacher: Tensor, gradient: Tensor | None, rule: dict[str, Any]
+) -> tuple[list[Any], dict[str, Any]]:
     """What both kernels share: sizes, strides and temperatures, and the compile-time choices."""
     divergence = RULES[rule["divergence"]]
     t_s, t_t = rule["student_temperature"], rule["teacher_temperature"]
@@ -283,7 +38,7 @@ def _arguments(student: Tensor, teacher: Tensor, gradient: Tensor | None, rule: 
     tensors = (student, teacher) if gradient is None else (student, teacher, gradient)
     constants = {
         "RULE": divergence.share, "CENTRED": divergence.centred, "SOFTMAX": divergence.softmax, "EQUAL": t_s == t_t,
-        "STATS": 5, "VEC": _vector(rows, *tensors), "BLOCK": block, **options,
+        "STATS": STATS, "VEC": _vector(rows, *tensors), "BLOCK": block, **options,
     }  # fmt: skip
     return [columns, student.stride(0), teacher.stride(0), stride, 1.0 / t_s, 1.0 / t_t], constants
 
@@ -333,12 +88,12 @@ def aot_cases() -> list[dict[str, Any]]:
     for dtype, itemsize in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
         for rule in RULES if dtype == "bf16" else RULES[:3]:
             block, options = logit_config(119_547, itemsize)
-            pointers = {name: f"*{dtype}" for name in ("student_ptr", "teacher_ptr", "gradient_ptr")}
-            floats = {name: "*fp32" for name in ("scale_ptr", "dloss_ptr", "loss_ptr", "stats_ptr")}
+            pointers = dict.fromkeys(("student_ptr", "teacher_ptr", "gradient_ptr"), f"*{dtype}")
+            floats = dict.fromkeys(("scale_ptr", "dloss_ptr", "loss_ptr", "stats_ptr"), "*fp32")
             scalars = {"V": "i32", **{f"{x}_stride": "i32" for x in ("student", "teacher", "gradient")}}
-            scalars |= {x: "fp32" for x in ("inv_s", "inv_t", "value_factor", "gradient_factor", "beta")}
+            scalars |= dict.fromkeys(("inv_s", "inv_t", "value_factor", "gradient_factor", "beta"), "fp32")
             constants = {
-                "RULE": rule.share, "CENTRED": rule.centred, "SOFTMAX": rule.softmax, "EQUAL": True, "STATS": 5,
+                "RULE": rule.share, "CENTRED": rule.centred, "SOFTMAX": rule.softmax, "EQUAL": True, "STATS": STATS,
                 "VEC": 16 // itemsize, "BLOCK": block,
             }  # fmt: skip
             for kernel, extra in ((logit_fwd_kernel, {"GRADIENT": True}), (logit_bwd_kernel, {"KEEP_UNIT": True})):

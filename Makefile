@@ -1,0 +1,63 @@
+# One command each on a fresh machine with Python >= 3.10 and a C++ compiler:
+#   make demo    a virtual environment, the kernels, and a real distillation from end to end
+#   make test    the same environment with the test tools, then every test
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -ec
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUT ?= runs/demo
+# What pip shall add when it installs torch, such as the index of CPU builds.
+TORCH_ARGS ?=
+
+SOURCES := pyproject.toml constraints.txt $(shell find csrc kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name CMakeLists.txt)
+
+# pip's own output is kept for errors; the build's progress is shown.
+PROGRESS = tee $(VENV)/install.log | { grep --line-buffered -E '^ *(\[[0-9]+/[0-9]+\]|-- fastdistil|Successfully|ERROR|error)' || true; }
+
+help:
+	@sed -n '2,4s/^# *//p' $(MAKEFILE_LIST); echo '  make lint    ruff, mypy and clang-format'; echo '  make bench   the CPU benchmarks into runs/bench'
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.torch: constraints.txt | $(BIN)/python
+	@echo 'Installing torch (the tested version) ...'
+	@$(BIN)/pip install -q -c constraints.txt $(TORCH_ARGS) torch 2>&1 | tee $(VENV)/install.log | { grep -v '^WARNING' || true; }
+	@touch $@
+
+$(VENV)/.demo: $(SOURCES) | $(VENV)/.torch
+	@echo 'Installing fastdistil and building its kernels ...'
+	@$(BIN)/pip install -v -c constraints.txt -e '.[demo]' 2>&1 | $(PROGRESS)
+	@touch $@
+
+$(VENV)/.test: $(SOURCES) | $(VENV)/.torch
+	@echo 'Installing fastdistil with its test tools and building its kernels ...'
+	@$(BIN)/pip install -v -c constraints.txt -e '.[test]' 2>&1 | $(PROGRESS)
+	@touch $@ $(VENV)/.demo
+
+$(VENV)/.lint: pyproject.toml | $(VENV)/.test
+	@$(BIN)/pip install -q -c constraints.txt ruff mypy clang-format 2>&1 | { grep -v '^WARNING' || true; }
+	@touch $@
+
+demo: $(VENV)/.demo
+	$(BIN)/fastdistil demo --out $(OUT)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu')
+
+bench: $(VENV)/.test
+	$(BIN)/fastdistil bench all --out runs/bench
+
+clean:
+	rm -rf build dist runs
+
+.PHONY: help demo test lint bench clean
