@@ -1,0 +1,246 @@
+"""The loop: accumulation by item counts, schedules, exact resume after kill -9, Ctrl-C."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fastdistil.recipes.pairs import Pair, PairObjective, Stage, cross_entropy, run_stages, set_trainable
+from fastdistil.train import Options, batch_indices, train
+
+
+class Squares(nn.Module):
+    """Sum over real entries of (w . x - y)^2; examples have different numbers of real entries. Dropout optional."""
+
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        torch.manual_seed(1)
+        self.layer = nn.Linear(4, 1)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, batch):
+        error = self.layer(self.drop(batch["x"])).squeeze(-1) - batch["y"]
+        return {"squares": (error.square() * batch["mask"]).sum()}
+
+    def counts(self, batch):
+        return {"squares": batch["mask"].sum()}
+
+
+def examples(n=24):
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 7, (n,), generator=generator).tolist()
+    return [(torch.randn(k, 4, generator=generator), torch.randn(k, generator=generator)) for k in lengths]
+
+
+def collate(rows):
+    x, y, mask = torch.zeros(len(rows), 6, 4), torch.zeros(len(rows), 6), torch.zeros(len(rows), 6)
+    for i, (a, b) in enumerate(rows):
+        x[i, : len(a)], y[i, : len(b)], mask[i, : len(a)] = a, b, 1
+    return {"x": x, "y": y, "mask": mask}
+
+
+def test_accumulation_equals_one_big_batch():
+    whole, parts = Squares(), Squares()
+    data = examples()
+    one = train(whole, data, collate, Options(5, lr=0.1, batch_size=8))
+    four = train(parts, data, collate, Options(5, lr=0.1, batch_size=2, accumulate=4))
+    torch.testing.assert_close(parts.layer.weight, whole.layer.weight, rtol=1e-5, atol=1e-6)
+    assert [r["squares"] for r in one] == pytest.approx([r["squares"] for r in four], rel=1e-5)
+    # The mean of means is another number: this data would catch a loop that averages micro-batches.
+    batch = [collate([data[i] for i in batch_indices(0, len(data), 2, k)]) for k in range(4)]
+    fresh = Squares()
+    means = [(fresh(b)["squares"] / b["mask"].sum()).item() for b in batch]
+    assert abs(sum(means) / 4 - one[0]["squares"]) > 1e-3
+
+
+def test_every_epoch_visits_every_example_once():
+    seen = [i for k in range(10) for i in batch_indices(3, 20, 4, k)]
+    assert sorted(seen[:20]) == sorted(seen[20:]) == list(range(20))
+    assert seen[:20] != seen[20:]
+    assert seen[:20] != [i for k in range(5) for i in batch_indices(4, 20, 4, k)]
+
+
+def test_learning_rate():
+    cosine, linear = Options(100, warmup=10), Options(100, warmup=10, schedule="linear")
+    assert [cosine.lr_factor(s) for s in (0, 9, 10)] == pytest.approx([0.1, 1.0, 1.0])
+    assert cosine.lr_factor(55) == pytest.approx(0.5)
+    assert linear.lr_factor(55) == pytest.approx(0.5)
+    assert linear.lr_factor(100) == pytest.approx(0.0)
+    assert Options(5, warmup=0, schedule="constant").lr_factor(4) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"steps": 0}, "Options: steps is 0, expected at least 1"),
+        ({"steps": 1, "accumulate": 0}, "Options: accumulate is 0"),
+        ({"steps": 1, "schedule": "step"}, "Options: schedule is 'step', expected 'cosine'"),
+    ],
+)
+def test_bad_options(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        Options(**kwargs)
+
+
+def test_bad_calls(tmp_path):
+    with pytest.raises(ValueError, match="train: data is empty"):
+        train(Squares(), [], collate, Options(1))
+    with pytest.raises(ValueError, match="no parameter that requires grad"):
+        train(Squares().requires_grad_(False), examples(), collate, Options(1))
+    train(Squares(), examples(), collate, Options(2), out=tmp_path)
+    with pytest.raises(ValueError, match=r"step-2 was written with lr = 0.001, this run has 0.5"):
+        train(Squares(), examples(), collate, Options(2, lr=0.5), out=tmp_path)
+
+
+def test_finished_stage_only_restores(tmp_path):
+    first, again = Squares(), Squares()
+    history = train(first, examples(), collate, Options(7, save_every=3), out=tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-7"]
+    assert train(again, examples(), collate, Options(7, save_every=3), out=tmp_path) == history
+    assert torch.equal(first.layer.weight, again.layer.weight)
+
+
+# Dropout makes the generator's state matter; print after every step so that the parent can kill in the middle.
+CHILD = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import test_train as t
+import torch
+torch.set_num_threads(1)
+module = t.Squares(dropout=0.3)
+slow = {slow}
+def collate(rows):
+    if slow:
+        print("step", flush=True)
+        time.sleep(0.01)
+    return t.collate(rows)
+history = t.train(module, t.examples(), collate, t.Options(40, lr=0.05, save_every=3), out=Path({out!r}))
+import json
+print(json.dumps([history, module.layer.weight.tolist()]))
+"""
+
+
+def child(out, slow):
+    code = CHILD.format(tests=str(Path(__file__).parent), out=str(out), slow=slow)
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run_to_step(process, steps):
+    for _ in range(steps):
+        assert process.stdout.readline().strip() == "step", process.stderr.read()
+
+
+def result(process):
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return json.loads(out.strip().splitlines()[-1])
+
+
+def test_killed_twice_continues_bit_identically(tmp_path):
+    whole = result(child(tmp_path / "whole", slow=False))
+    for steps in (11, 12):
+        process = child(tmp_path / "killed", slow=True)
+        run_to_step(process, steps)
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGKILL
+    done = [int(p.name.split("-")[1]) for p in (tmp_path / "killed").glob("step-*")]
+    assert 9 <= max(done) < 40, "the kills came too early or too late to test a resume"
+    assert result(child(tmp_path / "killed", slow=False)) == whole
+
+
+def test_ctrl_c_saves_and_exits(tmp_path):
+    process = child(tmp_path, slow=True)
+    run_to_step(process, 5)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert "KeyboardInterrupt: train: interrupted, saved after step" in err
+    step = int(err.split("saved after step ")[1].split()[0])
+    assert 5 <= step < 40
+    assert [p.name for p in tmp_path.iterdir()] == [f"step-{step}"]
+
+
+def test_half_written_checkpoint_is_ignored(tmp_path):
+    whole = train(Squares(dropout=0.3), examples(), collate, Options(8, save_every=4))
+    out = tmp_path / "run"
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(Squares(dropout=0.3), examples(), cut_after(6), Options(8, save_every=4), out=out)
+    (out / "partial-8").mkdir()
+    (out / "partial-8" / "model.safetensors").write_bytes(b"half")
+    assert train(Squares(dropout=0.3), examples(), collate, Options(8, save_every=4), out=out) == whole
+
+
+def cut_after(batches):
+    left = [batches]
+
+    def cut(rows):
+        left[0] -= 1
+        if left[0] < 0:
+            raise RuntimeError("power cut")
+        return collate(rows)
+
+    return cut
+
+
+class Tagger(nn.Module):
+    """Looks like a transformers student: .hidden_states and .logits."""
+
+    class Out:
+        pass
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(2)
+        self.embed = nn.Embedding(10, 6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, input_ids, attention_mask, output_hidden_states):
+        out = Tagger.Out()
+        out.hidden_states = (self.embed(input_ids),)
+        out.logits = self.head(out.hidden_states[-1])
+        return out
+
+
+def tagging(rows):
+    ids = torch.tensor(rows)
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "labels": ids % 3,
+        "words": (ids != 0).float(),
+        "labelled_words": (ids > 4).float(),
+    }
+
+
+def test_stages_freeze_and_learn():
+    student = Tagger()
+    before = student.embed.weight.clone()
+    pair = Pair("labels", lambda out: out.logits, "labels", cross_entropy, "words")
+    data = [[i, (i + 3) % 10, 0] for i in range(10)]
+    options = Options(60, lr=0.1, batch_size=5)
+    stages = [Stage("head", [pair], data, options, frozen=("embed",)), Stage("all", [pair], data, options)]
+    history = run_stages(student, stages[:1], tagging)
+    assert torch.equal(student.embed.weight, before)
+    assert history["head"][-1]["labels"] < history["head"][0]["labels"]
+    history = run_stages(student, stages[1:], tagging)
+    assert not torch.equal(student.embed.weight, before)
+    assert history["all"][-1]["labels"] < 0.05
+    with pytest.raises(ValueError, match="frozen holds 'encoder'"):
+        set_trainable(student, ["encoder"])
+
+
+def test_pair_objective_sums_and_counts():
+    student = Tagger()
+    batch = tagging([[1, 2, 0], [5, 9, 7]])
+    pair = Pair("labels", lambda out: out.logits, "labels", cross_entropy, "labelled_words", scale=0.5)
+    objective = PairObjective(student, [pair])
+    logits = student(batch["input_ids"], None, True).logits
+    rows = torch.nn.functional.cross_entropy(logits[1], batch["labels"][1], reduction="none")
+    assert objective.counts(batch)["labels"].item() == 3
+    torch.testing.assert_close(objective(batch)["labels"], 0.5 * rows.sum())
