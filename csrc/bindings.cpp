@@ -101,6 +101,8 @@ void define_logit(py::module_& m, const char* forward, const char* backward, con
 PYBIND11_MODULE(_C, m) {
   m.doc() = "fastdistil's compiled kernels";
   m.def("isa", &fastdistil::cpu::isa, "the instruction set that the CPU kernels use here");
+  m.def("isas", &fastdistil::cpu::isas, "the instruction sets that this processor can run, the best first");
+  m.def("use_isa", &fastdistil::cpu::use_isa, py::arg("name"), "use another of isas(), for tests and benchmarks");
   define_logit<logit_cpu, true>(m, "logit_fwd", "logit_bwd", "threads");
 #if defined(FD_CUDA)
   define_logit<logit_cuda, false>(m, "logit_fwd_cuda", "logit_bwd_cuda", "stream");

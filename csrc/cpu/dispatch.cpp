@@ -1,6 +1,7 @@
 #include "dispatch.h"
 
 #include <cstdint>
+#include <stdexcept>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -23,21 +24,30 @@ void logit(const LogitArgs&, int);
 namespace cpu {
 namespace {
 
-enum class Isa { generic, avx2, avx512 };
+struct Isa {
+  const char* name;
+  void (*logit)(const LogitArgs&, int);
+};
 
-Isa detect() {
+// What this processor can run, the best first.
+std::vector<Isa> runnable() {
+  std::vector<Isa> found;
 #if defined(FD_X86)
   __builtin_cpu_init();
-  const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+                  __builtin_cpu_supports("bmi2");
   const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return v4 ? Isa::avx512 : v3 ? Isa::avx2 : Isa::generic;
-#else
-  return Isa::generic;
+                  __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                  __builtin_cpu_supports("avx512vl");
+  if (v4) found.push_back({"avx512", avx512::logit});
+  if (v3) found.push_back({"avx2", avx2::logit});
 #endif
+  found.push_back({"generic", generic::logit});
+  return found;
 }
 
-const Isa chosen = detect();
+const std::vector<Isa> all = runnable();
+const Isa* chosen = &all.front();
 
 // Half of a memory-bound kernel's time is page faults on fresh output: ask for 2 MiB pages where there are many.
 void advise_huge_pages(void* data, int64_t bytes) {
@@ -53,16 +63,27 @@ int64_t itemsize(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType:
 
 }  // namespace
 
-const char* isa() { return chosen == Isa::avx512 ? "avx512" : chosen == Isa::avx2 ? "avx2" : "generic"; }
+const char* isa() { return chosen->name; }
+
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (const Isa& isa : all) names.emplace_back(isa.name);
+  return names;
+}
+
+void use_isa(const std::string& name) {
+  for (const Isa& isa : all)
+    if (name == isa.name) {
+      chosen = &isa;
+      return;
+    }
+  throw std::invalid_argument("use_isa: name is '" + name + "', which this processor cannot run");
+}
 
 void logit(const LogitArgs& args, int threads) {
   if (args.gradient && args.gradient != args.student && !args.keep_unit)
     advise_huge_pages(args.gradient, args.rows * args.gradient_stride * itemsize(args.dtype));
-#if defined(FD_X86)
-  if (chosen == Isa::avx512) return avx512::logit(args, threads);
-  if (chosen == Isa::avx2) return avx2::logit(args, threads);
-#endif
-  generic::logit(args, threads);
+  chosen->logit(args, threads);
 }
 
 }  // namespace cpu

@@ -1,12 +1,18 @@
 // The CPU kernels as the rest of the extension sees them: one function a stem, the instruction set chosen at run time.
 #pragma once
 
+#include <string>
+#include <vector>
+
 #include "../rules/logit_args.h"
 
 namespace fastdistil::cpu {
 
-// The instruction set in use: "avx512", "avx2" or "generic".
+// The instruction set in use, "avx512", "avx2" or "generic": the best that this processor can run, unless a test or a
+// benchmark asks for another of those that it can.
 const char* isa();
+std::vector<std::string> isas();
+void use_isa(const std::string& name);
 
 // Forward where args.loss is set, backward from args.stats where it is null.
 void logit(const LogitArgs& args, int threads);

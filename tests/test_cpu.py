@@ -1,0 +1,73 @@
+"""What is the CPU kernels' own: instruction sets, threads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from judge import SLACK, error
+
+import fastdistil as fd
+from fastdistil import _C
+from fastdistil.ops.logit_rule import DIVERGENCES
+
+
+@pytest.fixture
+def restored() -> Iterator[None]:
+    isa, threads = _C.isa(), torch.get_num_threads()
+    yield
+    _C.use_isa(isa)
+    torch.set_num_threads(threads)
+
+
+def losses(dtype: torch.dtype, divergence: str) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    teacher = 4 * torch.randn(5, 1029)
+    student = (teacher + torch.randn(5, 1029)).to(dtype)
+    student[1, 7], student[2, 3] = -math.inf, 900.0
+    student.requires_grad_()
+    value = fd.logit_loss(student, teacher.to(dtype), divergence=divergence, reduction="none", backend="cpu")
+    return value.detach(), torch.autograd.grad(value[[0, 2, 3, 4]].sum(), student)[0]
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_instruction_sets_agree(restored: None, dtype: torch.dtype, divergence: str) -> None:
+    """Sums run in another order, so the last digits may differ; nothing else may."""
+    assert "generic" in _C.isas()
+    _C.use_isa("generic")
+    value, gradient = losses(dtype, divergence)
+    for isa in _C.isas():
+        _C.use_isa(isa)
+        assert _C.isa() == isa
+        other_value, other_gradient = losses(dtype, divergence)
+        assert error(other_value, value) <= SLACK[torch.float32]
+        assert error(other_gradient, gradient) <= SLACK[dtype]
+
+
+def test_an_unknown_instruction_set_is_refused(restored: None) -> None:
+    with pytest.raises(ValueError, match="use_isa: name is 'mmx'"):
+        _C.use_isa("mmx")
+
+
+def test_the_number_of_threads_changes_nothing(restored: None) -> None:
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(losses(torch.float32, "jsd"))
+    for value, gradient in found[1:]:
+        assert torch.equal(value, found[0][0]) or value.isnan().any()
+        assert torch.equal(gradient.nan_to_num(), found[0][1].nan_to_num())
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
+def test_one_openmp_runtime_is_shared_with_torch() -> None:
+    """Two runtimes would keep two pools of threads, and alternating with torch.mm would oversubscribe the cores."""
+    torch.mm(torch.ones(64, 64), torch.ones(64, 64))
+    losses(torch.float32, "forward_kl")
+    mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line}
+    runtimes = {path for path in mapped if any(name in Path(path).name for name in ("libgomp", "libiomp", "libomp"))}
+    assert len(runtimes) == 1, runtimes
