@@ -6,7 +6,8 @@ softmaxes need no running maximum. Padding behind the last real token is never c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -62,7 +63,8 @@ def attention(
                     invisible = ahead if invisible is None else ahead | invisible
                 k_s, k_t = (k[:, :seen] for k in keys)
                 teacher_scores, difference = _scores(q_s, q_t, k_s, k_t, student_scale, teacher_scale)
-                values, dscores = _RULES[kind](teacher_scores, difference, invisible, need_grad)
+                plain = partial(torch.matmul, q_s * student_scale, k_s.mT)
+                values, dscores = _RULES[kind](teacher_scores, difference, plain, invisible, need_grad)
                 rows[b, h, r] = values * scale
                 if dq is not None and dk is not None:
                     dscores *= (student_scale * scale)[..., None]
@@ -106,16 +108,21 @@ def _scores(
     return teacher_scores, torch.bmm(dx, k_s.mT).baddbmm_(x_t, (k_s - k_t).mT)
 
 
-def _score_mse(b: Tensor, c: Tensor, invisible: Tensor | None, need_grad: bool) -> tuple[Tensor, Tensor]:
+# The rules: b and c of a block, both free to be overwritten, the student's scores for when they are needed, and the
+# (h, r, n) or (r, n) mask of what is invisible -> the rows' values, and the gradient in the student's scores.
+Scores = Callable[[], Tensor]
+
+
+def _score_mse(b: Tensor, c: Tensor, plain: Scores, invisible: Tensor | None, need_grad: bool) -> tuple[Tensor, Tensor]:
     if invisible is not None:
         c.masked_fill_(invisible, 0.0)
     values = torch.linalg.vecdot(c, c)
     return values, c.mul_(2) if need_grad else c
 
 
-def _prob_kl(b: Tensor, c: Tensor, invisible: Tensor | None, need_grad: bool) -> tuple[Tensor, Tensor]:
+def _prob_kl(b: Tensor, c: Tensor, plain: Scores, invisible: Tensor | None, need_grad: bool) -> tuple[Tensor, Tensor]:
     if (found := _teacher(b, c, invisible)) is None:
-        difference = softmax_difference(b, c, None if invisible is None else ~invisible)
+        difference = softmax_difference(b, c, None if invisible is None else ~invisible, plain())
         return forward_kl_rows(difference), difference.p_minus_q
     weight, mass, largest = found
     growth = torch.expm1(c)
@@ -127,9 +134,9 @@ def _prob_kl(b: Tensor, c: Tensor, invisible: Tensor | None, need_grad: bool) ->
     return values[..., 0], _p_minus_q(weight, mass, growth, log_ratio) if need_grad else b
 
 
-def _prob_mse(b: Tensor, c: Tensor, invisible: Tensor | None, need_grad: bool) -> tuple[Tensor, Tensor]:
+def _prob_mse(b: Tensor, c: Tensor, plain: Scores, invisible: Tensor | None, need_grad: bool) -> tuple[Tensor, Tensor]:
     if (found := _teacher(b, c, invisible)) is None:
-        difference = softmax_difference(b, c, None if invisible is None else ~invisible)
+        difference = softmax_difference(b, c, None if invisible is None else ~invisible, plain())
         q, e = difference.q, difference.p_minus_q
     else:
         weight, mass, _ = found

@@ -2,8 +2,8 @@
 
 A backend's `attention` returns the rows and, where asked, the gradients of their sum. `attention_total` asks for both
 at once and keeps the gradients (as large as Q and K) for its backward pass, which only multiplies them with the
-incoming gradient: no tile of the map is computed twice. `attention_rows` has a gradient a row to honour, so its
-backward pass runs the kernel again.
+incoming gradient: no tile of the map is computed twice (ops/gradients.py). `attention_rows` has a gradient a row to
+honour, so its backward pass runs the kernel again.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastdistil.backends import choose, get, low_rank
+from fastdistil.ops.gradients import hand_out, refuse_double_backward
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -110,11 +111,6 @@ def _(student_q: Tensor, student_k: Tensor, teacher_q: Tensor, *args: Any) -> tu
     )
 
 
-def refuse_double_backward(function: str) -> None:
-    if torch.is_grad_enabled():
-        raise RuntimeError(f"{function}: its gradient cannot be differentiated again (create_graph=True)")
-
-
 def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, ctx.kind, ctx.causal, ctx.student_scale, ctx.teacher_scale, ctx.backend = inputs
     ctx.save_for_backward(*tensors)
@@ -132,14 +128,25 @@ def _backward_rows(ctx: Any, drows: Tensor) -> tuple[Tensor | None, ...]:
 
 def _setup_total(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*output[1:])
-    ctx.dtype = inputs[0].dtype
+    ctx.set_materialize_grads(False)  # no zeros for them either
+    *tensors, ctx.kind, ctx.causal, ctx.student_scale, ctx.teacher_scale, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.kept = output[1:]
 
 
-def _backward_total(ctx: Any, dtotal: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward_total(ctx: Any, dtotal: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     refuse_double_backward("attention_loss")
-    dq, dk = ctx.saved_tensors
-    return (dq * dtotal).to(ctx.dtype), (dk * dtotal).to(ctx.dtype), *[None] * 9
+    if dtotal is None:
+        return (None,) * 11
+    tensors = ctx.saved_tensors
+
+    def again() -> tuple[Tensor, ...]:
+        options = (ctx.kind, ctx.causal, ctx.student_scale, ctx.teacher_scale, ctx.backend)
+        found: tuple[Tensor, ...] = attention_total(*tensors, *options)
+        return found[1:]
+
+    dq, dk = hand_out(ctx, dtotal, again)
+    return dq.to(tensors[0].dtype), dk.to(tensors[1].dtype), *[None] * 9
 
 
 attention_rows.register_autograd(_backward_rows, setup_context=_setup_rows)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastdistil.backends import choose, get
-from fastdistil.ops.attention import refuse_double_backward
+from fastdistil.ops.gradients import hand_out, refuse_double_backward
 
 # Elements of one chunk of projected states: 2 MiB of float32 on a CPU, 128 MiB on a GPU.
 CHUNK_ELEMENTS = {"cpu": 2**19, "gpu": 2**25}
@@ -196,16 +196,26 @@ def _backward_rows(ctx: Any, drows: Tensor) -> tuple[Tensor | None, ...]:
 
 def _setup_total(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*output[1:])
-    ctx.dtypes = [None if x is None else x.dtype for x in (inputs[0], inputs[2], inputs[3])]
-    ctx.wanted = inputs[8]
+    ctx.set_materialize_grads(False)  # no zeros for them either
+    *tensors, ctx.kind, ctx.activation, ctx.backend, ctx.wanted, _ = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.kept = output[1:]
 
 
-def _backward_total(ctx: Any, dtotal: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward_total(ctx: Any, dtotal: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     refuse_double_backward("hidden_loss")
+    if dtotal is None:
+        return (None,) * 10
+    tensors = ctx.saved_tensors
+
+    def again() -> tuple[Tensor, ...]:
+        found: tuple[Tensor, ...] = hidden_total(*tensors, ctx.kind, ctx.activation, ctx.backend, ctx.wanted, False)
+        return found[1:]
+
+    gradients = hand_out(ctx, dtotal, again)
+    inputs = (tensors[0], tensors[2], tensors[3])
     dstudent, dprojection, dbias = (
-        (g * dtotal).to(dtype) if want else None
-        for g, dtype, want in zip(ctx.saved_tensors, ctx.dtypes, ctx.wanted, strict=True)
+        g.to(x.dtype) if want else None for g, x, want in zip(gradients, inputs, ctx.wanted, strict=True)
     )
     return dstudent, None, dprojection, dbias, *[None] * 6
 

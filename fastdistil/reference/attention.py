@@ -39,18 +39,18 @@ def attention(
     visible = (real[..., None, :] & keep[..., None]).expand(*keep.shape, keep.shape[-1])  # (B, H, S, S)
     visible = visible.tril() if causal else visible
 
-    teacher_scores = teacher_scale * q_t @ k_t.mT
+    student_scores, teacher_scores = student_scale * q_s @ k_s.mT, teacher_scale * q_t @ k_t.mT
     if q_s.shape[-1] == q_t.shape[-1]:  # the exact difference: [X_s - X_t, X_t] [Y_s, Y_s - Y_t]^T
         dx = student_scale * (q_s - q_t) + (student_scale - teacher_scale) * q_t
         score_difference = dx @ k_s.mT + teacher_scale * q_t @ (k_s - k_t).mT
     else:
-        score_difference = student_scale * q_s @ k_s.mT - teacher_scores
+        score_difference = student_scores - teacher_scores
 
     if kind == "score_mse":
         score_difference = score_difference.masked_fill(~visible, 0.0)
         rows, dscores = score_difference.square().sum(-1), 2 * score_difference
     else:
-        difference = softmax_difference(teacher_scores, score_difference, visible)
+        difference = softmax_difference(teacher_scores, score_difference, visible, student_scores)
         e = difference.p_minus_q
         if kind == "prob_kl":
             rows, dscores = forward_kl_rows(difference), e

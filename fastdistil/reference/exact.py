@@ -12,6 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# A larger difference of scores carries more rounding itself than the plain difference of two probabilities.
+LARGEST_EXACT = 16.0
+
 
 class SoftmaxDifference(NamedTuple):
     """What a row rule needs of two softmaxes; entries that are not visible hold 0 in all three."""
@@ -29,36 +32,51 @@ def expm1_minus_x(x: Tensor) -> Tensor:
     return torch.where(x.abs() < 0.5, 0.5 * x * x * series, torch.expm1(x) - x)
 
 
-def scaled_expm1(log_weight: Tensor, x: Tensor) -> Tensor:
-    """exp(log_weight) * expm1(x), also where the first factor underflows while the second overflows."""
+def scaled_expm1(log_weight: Tensor, x: Tensor, log_product: Tensor | None = None) -> Tensor:
+    """exp(log_weight) * expm1(x), as exp(log_product) - exp(log_weight) where |x| > 1: there the first factor may
+    underflow while the second overflows. log_product: log_weight + x, where it is known better than as their sum."""
     weight = torch.exp(log_weight)
-    return torch.where(x.abs() > 1, torch.exp(log_weight + x) - weight, weight * torch.expm1(x.clamp(-1, 1)))
+    log_product = log_weight + x if log_product is None else log_product
+    return torch.where(x.abs() > 1, torch.exp(log_product) - weight, weight * torch.expm1(x.clamp(-1, 1)))
 
 
-def log_mass_ratio(b: Tensor, c: Tensor) -> Tensor:
+def log_mass_ratio(b: Tensor, c: Tensor, a: Tensor | None = None) -> Tensor:
     """D = logsumexp(b + c) - logsumexp(b) over the last axis (kept), -inf entries of `b` being invisible.
+
+    `a` is b + c, for callers whose student has mass where b is -inf.
 
     X = sum(exp(b) * expm1(c)) is the difference of the two masses, so D = log1p(X / mass of b), or, where the student
     has the smaller mass, D = -log1p(-X / mass of a): the argument of log1p is never negative, hence never ill
     conditioned. Where X overflows, the maxima lie so far apart that the plain difference is good enough.
     """
-    a = b + c
+    a = b + c if a is None else a
     max_a, max_b = (x.amax(-1, keepdim=True).nan_to_num(neginf=0.0) for x in (a, b))
     mass_a, mass_b = torch.exp(a - max_a).sum(-1, keepdim=True), torch.exp(b - max_b).sum(-1, keepdim=True)
-    excess = scaled_expm1(b - max_b, c).sum(-1, keepdim=True)  # in units of exp(max_b)
+    excess = scaled_expm1(b - max_b, c, a - max_b).sum(-1, keepdim=True)  # in units of exp(max_b)
     ratio = torch.where(excess >= 0, excess / mass_b, -excess * torch.exp(max_b - max_a) / mass_a)
     exact = torch.where(excess >= 0, torch.log1p(ratio), -torch.log1p(ratio))
     plain = (max_a - max_b) + torch.log(mass_a / mass_b)
     return torch.where(torch.isfinite(ratio), exact, plain)
 
 
-def softmax_difference(b: Tensor, c: Tensor, visible: Tensor | None = None) -> SoftmaxDifference:
-    """b, c: (..., V) teacher scores and student minus teacher; visible: bool, broadcastable to them, True = counts."""
+def softmax_difference(
+    b: Tensor, c: Tensor, visible: Tensor | None = None, a: Tensor | None = None
+) -> SoftmaxDifference:
+    """b, c: (..., V) teacher scores and student minus teacher; visible: bool, broadcastable to them, True = counts.
+
+    a: student scores where they are known better than as b + c, which matters where the two are far apart: there p - q
+    is the plain difference, with p from `a` and summing to 1.
+    """
+    a = b + c if a is None else a
     if visible is not None:
-        b, c = b.masked_fill(~visible, float("-inf")), c.masked_fill(~visible, 0.0)
-    log_q = b - torch.logsumexp(b, -1, keepdim=True)
+        a, b = (x.masked_fill(~visible, float("-inf")) for x in (a, b))
+        c = c.masked_fill(~visible, 0.0)
+    log_p, log_q = torch.log_softmax(a, -1), torch.log_softmax(b, -1)  # unlike x - logsumexp(x), exact for large scores
+    p, q = log_p.exp(), log_q.exp()
     delta = c - log_mass_ratio(b, c)
-    found = SoftmaxDifference(torch.exp(log_q), delta, scaled_expm1(log_q, delta))
+    near = (delta.abs() <= 1) & (c.abs() <= LARGEST_EXACT)
+    delta = torch.where(near | (q == 0), delta, log_p - log_q)
+    found = SoftmaxDifference(q, delta, torch.where(near, q * torch.expm1(delta.clamp(-1, 1)), p - q))
     if visible is None:
         return found
     return SoftmaxDifference(*(x.masked_fill(~visible, 0.0) for x in found))

@@ -61,7 +61,7 @@ def attention(
     )
     if rows.numel() == 0:
         return rows, dq, dk
-    stats = torch.empty((3, *row_scale.shape), dtype=torch.float32, device=rows.device)
+    stats = torch.empty((6, *row_scale.shape), dtype=torch.float32, device=rows.device)
     if kind == "score_mse":
         stats.zero_()
     positions = torch.arange(1, length + 1, dtype=torch.int32, device=rows.device)

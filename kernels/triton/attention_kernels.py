@@ -12,80 +12,18 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from fastdistil.kernels.triton.exact import add_to_masses, forward_kl_terms, log_mass_ratio, scaled_expm1
-
-
-@triton.jit
-def _load(ptr, stride, rows, count, keep, SIZE: tl.constexpr, PAD: tl.constexpr):
-    """Rows of a (count, SIZE) matrix as (BLOCK, PAD); rows that are not kept become zeros, whatever they hold."""
-    columns = tl.arange(0, PAD)
-    offsets = rows.to(tl.int64)[:, None] * stride + columns[None, :]
-    mask = (keep & (rows < count))[:, None] & (columns < SIZE)[None, :]
-    return tl.load(ptr + offsets, mask=mask, other=0.0)
-
-
-@triton.jit
-def _query_operands(q_s, q_t, scale_s, scale_t, DIFFERENCE: tl.constexpr):
-    """The left factors of the student's part, of the rest of the difference and of the teacher's scores."""
-    if DIFFERENCE:
-        x_t = q_t * scale_t
-        return (q_s - q_t) * scale_s + q_t * (scale_s - scale_t), x_t, x_t
-    else:
-        return q_s, q_t, q_t
-
-
-@triton.jit
-def _key_operands(k_s, k_t, DIFFERENCE: tl.constexpr):
-    if DIFFERENCE:
-        return k_s, k_s - k_t, k_t
-    else:
-        return k_s, k_t, k_t
-
-
-@triton.jit
-def _scores(l1, l2, l3, r1, r2, r3, scale_s, scale_t, DIFFERENCE: tl.constexpr, PRECISION: tl.constexpr):
-    """The teacher's scores b and student minus teacher c of a tile, float32; either side may be the queries."""
-    b = tl.dot(l3, tl.trans(r3), input_precision=PRECISION)
-    c = tl.dot(l1, tl.trans(r1), input_precision=PRECISION)
-    if DIFFERENCE:
-        c += tl.dot(l2, tl.trans(r2), input_precision=PRECISION)
-    else:
-        b *= scale_t
-        c = c * scale_s - b
-    return b, c
-
-
-@triton.jit
-def _dscores(b, c, visible, lse_t, log_ratio, mean, scale, KIND: tl.constexpr):
-    """The gradient in the student's scores; lse_t, log_ratio, mean and scale are broadcastable to the tile."""
-    if KIND == "score_mse":
-        d = tl.where(visible, 2.0 * c, 0.0)
-    else:
-        log_q = tl.where(visible, b - lse_t, -float("inf"))
-        q = tl.exp(log_q)
-        d = scaled_expm1(log_q, q, c - log_ratio)
-        if KIND == "prob_mse":
-            d = 2.0 * (q + d) * (d - mean)
-    return d * scale
-
-
-@triton.jit
-def _dot_accumulate(acc, d, right, PRECISION: tl.constexpr):
-    """acc + d @ right, d float32. float16 has not the range for d: each of its rows is scaled to at most 1."""
-    if right.dtype == tl.float16:
-        largest = tl.max(tl.abs(d), 1)
-        largest = tl.where(largest > 0, largest, 1.0)
-        return acc + tl.dot((d / largest[:, None]).to(tl.float16), right) * largest[:, None]
-    else:
-        return tl.dot(d.to(right.dtype), right, acc, input_precision=PRECISION)
-
-
-@triton.jit
-def _seen_keys(key_mask_ptr, key_end, columns, length, HAS_MASK: tl.constexpr):
-    if HAS_MASK:
-        return tl.load(key_mask_ptr + columns, mask=columns < key_end, other=0) != 0
-    else:
-        return columns < length
+from fastdistil.kernels.triton.attention_tiles import (
+    differences,
+    dot_accumulate,
+    dscores,
+    key_operands,
+    load_rows,
+    load_stats,
+    query_operands,
+    scores,
+    seen_keys,
+)
+from fastdistil.kernels.triton.exact import add_to_masses, forward_kl_terms, log_mass_ratio
 
 
 @triton.jit
@@ -97,15 +35,15 @@ def attention_fwd_kernel(
     SIZE_S: tl.constexpr, SIZE_T: tl.constexpr, PAD_S: tl.constexpr, PAD_T: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A program: the statistics of BLOCK_M query rows of one head. stats[:2]: the teacher's logsumexp and D."""
+    """A program: the statistics of BLOCK_M query rows of one head. stats[:5]: see log_mass_ratio."""
     head = tl.program_id(1).to(tl.int64)
     ib, ih = head // heads, head % heads
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     scale = tl.load(scale_ptr + head * length + rows, mask=rows < length, other=0.0)
     keep = scale != 0
-    q_s = _load(qs_ptr + ib * qs_b + ih * qs_h, qs_n, rows, length, keep, SIZE_S, PAD_S)
-    q_t = _load(qt_ptr + ib * qt_b + ih * qt_h, qt_n, rows, length, keep, SIZE_T, PAD_T)
-    l1, l2, l3 = _query_operands(q_s, q_t, scale_s, scale_t, DIFFERENCE)
+    q_s = load_rows(qs_ptr + ib * qs_b + ih * qs_h, qs_n, rows, length, keep, SIZE_S, PAD_S)
+    q_t = load_rows(qt_ptr + ib * qt_b + ih * qt_h, qt_n, rows, length, keep, SIZE_T, PAD_T)
+    l1, l2, l3 = query_operands(q_s, q_t, scale_s, scale_t, DIFFERENCE)
     ks_ptr += ib * ks_b + ih * ks_h
     kt_ptr += ib * kt_b + ih * kt_h
     key_mask_ptr += ib * length
@@ -121,23 +59,26 @@ def attention_fwd_kernel(
     excess = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(0, end, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
-        real = _seen_keys(key_mask_ptr, end, columns, length, HAS_MASK)
-        r1, r2, r3 = _key_operands(
-            _load(ks_ptr, ks_n, columns, length, real, SIZE_S, PAD_S),
-            _load(kt_ptr, kt_n, columns, length, real, SIZE_T, PAD_T),
+        real = seen_keys(key_mask_ptr, end, columns, length, HAS_MASK)
+        r1, r2, r3 = key_operands(
+            load_rows(ks_ptr, ks_n, columns, length, real, SIZE_S, PAD_S),
+            load_rows(kt_ptr, kt_n, columns, length, real, SIZE_T, PAD_T),
             DIFFERENCE,
         )
-        b, c = _scores(l1, l2, l3, r1, r2, r3, scale_s, scale_t, DIFFERENCE, PRECISION)
+        b, c = scores(l1, l2, l3, r1, r2, r3, scale_s, scale_t, DIFFERENCE, PRECISION)
         visible = real[None, :] & keep[:, None]
         if CAUSAL:
             visible = visible & (columns[None, :] <= rows[:, None])
         b = tl.where(visible, b, -float("inf"))
         c = tl.where(visible, c, 0.0)
         max_a, mass_a, max_b, mass_b, excess = add_to_masses(b, c, 1, max_a, mass_a, max_b, mass_b, excess)
-    lse_t, log_ratio = log_mass_ratio(max_a, mass_a, max_b, mass_b, excess)
+    max_a, log_mass_a, max_b, log_mass_b, log_ratio = log_mass_ratio(max_a, mass_a, max_b, mass_b, excess)
     at = head * length + rows
-    tl.store(stats_ptr + at, lse_t, mask=rows < length)
-    tl.store(stats_ptr + plane + at, log_ratio, mask=rows < length)
+    tl.store(stats_ptr + at, max_a, mask=rows < length)
+    tl.store(stats_ptr + plane + at, log_mass_a, mask=rows < length)
+    tl.store(stats_ptr + 2 * plane + at, max_b, mask=rows < length)
+    tl.store(stats_ptr + 3 * plane + at, log_mass_b, mask=rows < length)
+    tl.store(stats_ptr + 4 * plane + at, log_ratio, mask=rows < length)
 
 
 @triton.jit
@@ -149,7 +90,7 @@ def attention_value_kernel(
     SIZE_S: tl.constexpr, SIZE_T: tl.constexpr, PAD_S: tl.constexpr, PAD_T: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A program: the values of BLOCK_M rows of one head; for prob_mse also sum of P_s (P_s - P_t) into stats[2]."""
+    """A program: the values of BLOCK_M rows of one head; for prob_mse also sum of P_s (P_s - P_t) into stats[5]."""
     head = tl.program_id(1).to(tl.int64)
     ib, ih = head // heads, head % heads
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -157,11 +98,10 @@ def attention_value_kernel(
     at = head * length + rows
     scale = tl.load(scale_ptr + at, mask=inside, other=0.0)
     keep = scale != 0
-    q_s = _load(qs_ptr + ib * qs_b + ih * qs_h, qs_n, rows, length, keep, SIZE_S, PAD_S)
-    q_t = _load(qt_ptr + ib * qt_b + ih * qt_h, qt_n, rows, length, keep, SIZE_T, PAD_T)
-    l1, l2, l3 = _query_operands(q_s, q_t, scale_s, scale_t, DIFFERENCE)
-    lse_t = tl.load(stats_ptr + at, mask=inside, other=0.0)
-    log_ratio = tl.load(stats_ptr + plane + at, mask=inside, other=0.0)
+    q_s = load_rows(qs_ptr + ib * qs_b + ih * qs_h, qs_n, rows, length, keep, SIZE_S, PAD_S)
+    q_t = load_rows(qt_ptr + ib * qt_b + ih * qt_h, qt_n, rows, length, keep, SIZE_T, PAD_T)
+    l1, l2, l3 = query_operands(q_s, q_t, scale_s, scale_t, DIFFERENCE)
+    max_a, log_mass_a, max_b, log_mass_b, log_ratio = load_stats(stats_ptr + at, plane, inside)
     ks_ptr += ib * ks_b + ih * ks_h
     kt_ptr += ib * kt_b + ih * kt_h
     key_mask_ptr += ib * length
@@ -174,23 +114,29 @@ def attention_value_kernel(
     mean = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(0, end, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
-        real = _seen_keys(key_mask_ptr, end, columns, length, HAS_MASK)
-        r1, r2, r3 = _key_operands(
-            _load(ks_ptr, ks_n, columns, length, real, SIZE_S, PAD_S),
-            _load(kt_ptr, kt_n, columns, length, real, SIZE_T, PAD_T),
+        real = seen_keys(key_mask_ptr, end, columns, length, HAS_MASK)
+        r1, r2, r3 = key_operands(
+            load_rows(ks_ptr, ks_n, columns, length, real, SIZE_S, PAD_S),
+            load_rows(kt_ptr, kt_n, columns, length, real, SIZE_T, PAD_T),
             DIFFERENCE,
         )
-        b, c = _scores(l1, l2, l3, r1, r2, r3, scale_s, scale_t, DIFFERENCE, PRECISION)
+        b, c = scores(l1, l2, l3, r1, r2, r3, scale_s, scale_t, DIFFERENCE, PRECISION)
         visible = real[None, :] & keep[:, None]
         if CAUSAL:
             visible = visible & (columns[None, :] <= rows[:, None])
         if KIND == "score_mse":
             value += tl.sum(tl.where(visible, c * c, 0.0), 1)
         else:
-            log_q = tl.where(visible, b - lse_t[:, None], -float("inf"))
-            q = tl.exp(log_q)
-            delta = c - log_ratio[:, None]
-            e = scaled_expm1(log_q, q, delta)
+            q, delta, e = differences(
+                b,
+                c,
+                visible,
+                max_a[:, None],
+                log_mass_a[:, None],
+                max_b[:, None],
+                log_mass_b[:, None],
+                log_ratio[:, None],
+            )
             if KIND == "prob_mse":
                 value += tl.sum(e * e, 1)
                 mean += tl.sum((q + e) * e, 1)
@@ -199,7 +145,7 @@ def attention_value_kernel(
 
     tl.store(rows_ptr + at, tl.where(keep, value * scale, 0.0), mask=inside)
     if KIND == "prob_mse":
-        tl.store(stats_ptr + 2 * plane + at, mean, mask=inside)
+        tl.store(stats_ptr + 5 * plane + at, mean, mask=inside)
 
 
 @triton.jit
@@ -219,12 +165,11 @@ def attention_dq_kernel(
     at = head * length + rows
     scale = tl.load(scale_ptr + at, mask=inside, other=0.0)
     keep = scale != 0
-    q_s = _load(qs_ptr + ib * qs_b + ih * qs_h, qs_n, rows, length, keep, SIZE_S, PAD_S)
-    q_t = _load(qt_ptr + ib * qt_b + ih * qt_h, qt_n, rows, length, keep, SIZE_T, PAD_T)
-    l1, l2, l3 = _query_operands(q_s, q_t, scale_s, scale_t, DIFFERENCE)
-    lse_t = tl.load(stats_ptr + at, mask=inside, other=0.0)
-    log_ratio = tl.load(stats_ptr + plane + at, mask=inside, other=0.0)
-    mean = tl.load(stats_ptr + 2 * plane + at, mask=inside, other=0.0)
+    q_s = load_rows(qs_ptr + ib * qs_b + ih * qs_h, qs_n, rows, length, keep, SIZE_S, PAD_S)
+    q_t = load_rows(qt_ptr + ib * qt_b + ih * qt_h, qt_n, rows, length, keep, SIZE_T, PAD_T)
+    l1, l2, l3 = query_operands(q_s, q_t, scale_s, scale_t, DIFFERENCE)
+    max_a, log_mass_a, max_b, log_mass_b, log_ratio = load_stats(stats_ptr + at, plane, inside)
+    mean = tl.load(stats_ptr + 5 * plane + at, mask=inside, other=0.0)
     ks_ptr += ib * ks_b + ih * ks_h
     kt_ptr += ib * kt_b + ih * kt_h
     key_mask_ptr += ib * length
@@ -236,15 +181,28 @@ def attention_dq_kernel(
     dq = tl.zeros((BLOCK_M, PAD_S), tl.float32)
     for start in range(0, end, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
-        real = _seen_keys(key_mask_ptr, end, columns, length, HAS_MASK)
-        k_s = _load(ks_ptr, ks_n, columns, length, real, SIZE_S, PAD_S)
-        r1, r2, r3 = _key_operands(k_s, _load(kt_ptr, kt_n, columns, length, real, SIZE_T, PAD_T), DIFFERENCE)
-        b, c = _scores(l1, l2, l3, r1, r2, r3, scale_s, scale_t, DIFFERENCE, PRECISION)
+        real = seen_keys(key_mask_ptr, end, columns, length, HAS_MASK)
+        k_s = load_rows(ks_ptr, ks_n, columns, length, real, SIZE_S, PAD_S)
+        r1, r2, r3 = key_operands(k_s, load_rows(kt_ptr, kt_n, columns, length, real, SIZE_T, PAD_T), DIFFERENCE)
+        b, c = scores(l1, l2, l3, r1, r2, r3, scale_s, scale_t, DIFFERENCE, PRECISION)
         visible = real[None, :] & keep[:, None]
         if CAUSAL:
             visible = visible & (columns[None, :] <= rows[:, None])
-        d = _dscores(b, c, visible, lse_t[:, None], log_ratio[:, None], mean[:, None], scale[:, None], KIND)
-        dq = _dot_accumulate(dq, d, k_s, PRECISION)
+        if KIND == "score_mse":
+            d = tl.where(visible, 2.0 * c, 0.0) * scale[:, None]
+        else:
+            q, _, e = differences(
+                b,
+                c,
+                visible,
+                max_a[:, None],
+                log_mass_a[:, None],
+                max_b[:, None],
+                log_mass_b[:, None],
+                log_ratio[:, None],
+            )
+            d = dscores(q, e, mean[:, None], scale[:, None], KIND)
+        dq = dot_accumulate(dq, d, k_s, PRECISION)
 
     out = dq_ptr + at[:, None] * SIZE_S + tl.arange(0, PAD_S)[None, :]
     tl.store(out, dq * scale_s, mask=inside[:, None] & (tl.arange(0, PAD_S) < SIZE_S)[None, :])
@@ -266,10 +224,10 @@ def attention_dk_kernel(
     first = tl.program_id(0) * BLOCK_N
     columns = first + tl.arange(0, BLOCK_N)
     inside = columns < length
-    real = _seen_keys(key_mask_ptr + ib * length, length, columns, length, HAS_MASK)
-    r1, r2, r3 = _key_operands(
-        _load(ks_ptr + ib * ks_b + ih * ks_h, ks_n, columns, length, real, SIZE_S, PAD_S),
-        _load(kt_ptr + ib * kt_b + ih * kt_h, kt_n, columns, length, real, SIZE_T, PAD_T),
+    real = seen_keys(key_mask_ptr + ib * length, length, columns, length, HAS_MASK)
+    r1, r2, r3 = key_operands(
+        load_rows(ks_ptr + ib * ks_b + ih * ks_h, ks_n, columns, length, real, SIZE_S, PAD_S),
+        load_rows(kt_ptr + ib * kt_b + ih * kt_h, kt_n, columns, length, real, SIZE_T, PAD_T),
         DIFFERENCE,
     )
     qs_ptr += ib * qs_b + ih * qs_h
@@ -285,19 +243,31 @@ def attention_dk_kernel(
         rows = start + tl.arange(0, BLOCK_M)
         scale = tl.load(scale_ptr + rows, mask=rows < length, other=0.0)
         keep = scale != 0
-        lse_t = tl.load(stats_ptr + rows, mask=rows < length, other=0.0)
-        log_ratio = tl.load(stats_ptr + plane + rows, mask=rows < length, other=0.0)
-        mean = tl.load(stats_ptr + 2 * plane + rows, mask=rows < length, other=0.0)
-        q_s = _load(qs_ptr, qs_n, rows, length, keep, SIZE_S, PAD_S)
-        l1, l2, l3 = _query_operands(
-            q_s, _load(qt_ptr, qt_n, rows, length, keep, SIZE_T, PAD_T), scale_s, scale_t, DIFFERENCE
+        max_a, log_mass_a, max_b, log_mass_b, log_ratio = load_stats(stats_ptr + rows, plane, rows < length)
+        mean = tl.load(stats_ptr + 5 * plane + rows, mask=rows < length, other=0.0)
+        q_s = load_rows(qs_ptr, qs_n, rows, length, keep, SIZE_S, PAD_S)
+        l1, l2, l3 = query_operands(
+            q_s, load_rows(qt_ptr, qt_n, rows, length, keep, SIZE_T, PAD_T), scale_s, scale_t, DIFFERENCE
         )
-        b, c = _scores(r1, r2, r3, l1, l2, l3, scale_s, scale_t, DIFFERENCE, PRECISION)
+        b, c = scores(r1, r2, r3, l1, l2, l3, scale_s, scale_t, DIFFERENCE, PRECISION)
         visible = real[:, None] & keep[None, :]
         if CAUSAL:
             visible = visible & (columns[:, None] <= rows[None, :])
-        d = _dscores(b, c, visible, lse_t[None, :], log_ratio[None, :], mean[None, :], scale[None, :], KIND)
-        dk = _dot_accumulate(dk, d, q_s, PRECISION)
+        if KIND == "score_mse":
+            d = tl.where(visible, 2.0 * c, 0.0) * scale[None, :]
+        else:
+            q, _, e = differences(
+                b,
+                c,
+                visible,
+                max_a[None, :],
+                log_mass_a[None, :],
+                max_b[None, :],
+                log_mass_b[None, :],
+                log_ratio[None, :],
+            )
+            d = dscores(q, e, mean[None, :], scale[None, :], KIND)
+        dk = dot_accumulate(dk, d, q_s, PRECISION)
 
     out = dk_ptr + (head * length + columns)[:, None] * SIZE_S + tl.arange(0, PAD_S)[None, :]
     tl.store(out, dk * scale_s, mask=inside[:, None] & (tl.arange(0, PAD_S) < SIZE_S)[None, :])

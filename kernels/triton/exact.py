@@ -8,10 +8,11 @@ from fastdistil.kernels.triton.numerics import expm1, expm1_minus_x, log1p
 
 
 @triton.jit
-def scaled_expm1(log_weight, weight, x):
-    """weight * expm1(x) with weight = exp(log_weight), also where it underflows while exp(x) overflows."""
+def scaled_expm1(weight, x, log_product):
+    """weight * expm1(x), as exp(log_product) - weight where |x| > 1: there the weight may underflow while exp(x)
+    overflows."""
     near = tl.abs(x) <= 1.0
-    return tl.where(near, weight * expm1(tl.where(near, x, 0.0)), tl.exp(log_weight + x) - weight)
+    return tl.where(near, weight * expm1(tl.where(near, x, 0.0)), tl.exp(log_product) - weight)
 
 
 @triton.jit
@@ -20,30 +21,31 @@ def add_to_masses(b, c, axis: tl.constexpr, max_a, mass_a, max_b, mass_b, excess
     nothing is visible. Start from -1e30 for the maxima and 0 for the rest."""
     new_a = tl.maximum(max_a, tl.max(b + c, axis))
     new_b = tl.maximum(max_b, tl.max(b, axis))
-    if axis == 1:
-        from_a, log_weight = b + c - new_a[:, None], b - new_b[:, None]
-    else:
-        from_a, log_weight = b + c - new_a, b - new_b
-    weight = tl.exp(log_weight)
+    at_a = tl.expand_dims(new_a, 1) if axis == 1 else new_a
+    at_b = tl.expand_dims(new_b, 1) if axis == 1 else new_b
+    weight = tl.exp(b - at_b)
     rescale = tl.exp(max_b - new_b)
-    mass_a = mass_a * tl.exp(max_a - new_a) + tl.sum(tl.exp(from_a), axis)
+    mass_a = mass_a * tl.exp(max_a - new_a) + tl.sum(tl.exp(b + c - at_a), axis)
     mass_b = mass_b * rescale + tl.sum(weight, axis)
-    excess = excess * rescale + tl.sum(scaled_expm1(log_weight, weight, c), axis)
+    excess = excess * rescale + tl.sum(scaled_expm1(weight, c, b + c - at_b), axis)
     return new_a, mass_a, new_b, mass_b, excess
 
 
 @triton.jit
 def log_mass_ratio(max_a, mass_a, max_b, mass_b, excess):
-    """The teacher's logsumexp and D = A - B: log1p(excess / mass_b), or its mirror image where the student has less
-    mass, or the plain difference where the maxima lie too far apart for either. 0 and 0 where nothing is visible."""
+    """Maximum and log(mass) of student and teacher (apart: their sum would round the small one off), and D = A - B =
+    log1p(excess / mass_b), or its mirror image where the student has less mass, or the plain difference where the
+    maxima lie too far apart for either. Zeros where nothing is visible."""
     seen = mass_b > 0
+    max_a = tl.where(seen, max_a, 0.0)
+    max_b = tl.where(seen, max_b, 0.0)
     mass_a = tl.where(seen, mass_a, 1.0)
     mass_b = tl.where(seen, mass_b, 1.0)
     ratio = tl.where(excess >= 0, excess / mass_b, -excess * tl.exp(max_b - max_a) / mass_a)
     exact = log1p(tl.where(ratio < 1e30, ratio, 0.0))
     plain = (max_a - max_b) + tl.log(mass_a / mass_b)
     log_ratio = tl.where(ratio < 1e30, tl.where(excess >= 0, exact, -exact), plain)
-    return tl.where(seen, max_b + tl.log(mass_b), 0.0), log_ratio
+    return max_a, tl.log(mass_a), max_b, tl.log(mass_b), log_ratio
 
 
 @triton.jit

@@ -1,0 +1,95 @@
+"""Device functions of the attention kernels: what happens to one tile, whichever side it is walked from."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from fastdistil.kernels.triton.exact import scaled_expm1
+
+
+@triton.jit
+def load_rows(ptr, stride, rows, count, keep, SIZE: tl.constexpr, PAD: tl.constexpr):
+    """Rows of a (count, SIZE) matrix as (BLOCK, PAD); rows that are not kept become zeros, whatever they hold."""
+    columns = tl.arange(0, PAD)
+    offsets = rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    mask = (keep & (rows < count))[:, None] & (columns < SIZE)[None, :]
+    return tl.load(ptr + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
+def query_operands(q_s, q_t, scale_s, scale_t, DIFFERENCE: tl.constexpr):
+    """The left factors of the student's part, of the rest of the difference and of the teacher's scores."""
+    if DIFFERENCE:
+        x_t = q_t * scale_t
+        return (q_s - q_t) * scale_s + q_t * (scale_s - scale_t), x_t, x_t
+    else:
+        return q_s, q_t, q_t
+
+
+@triton.jit
+def key_operands(k_s, k_t, DIFFERENCE: tl.constexpr):
+    if DIFFERENCE:
+        return k_s, k_s - k_t, k_t
+    else:
+        return k_s, k_t, k_t
+
+
+@triton.jit
+def scores(l1, l2, l3, r1, r2, r3, scale_s, scale_t, DIFFERENCE: tl.constexpr, PRECISION: tl.constexpr):
+    """The teacher's scores b and student minus teacher c of a tile, float32; either side may be the queries."""
+    b = tl.dot(l3, tl.trans(r3), input_precision=PRECISION)
+    c = tl.dot(l1, tl.trans(r1), input_precision=PRECISION)
+    if DIFFERENCE:
+        c += tl.dot(l2, tl.trans(r2), input_precision=PRECISION)
+    else:
+        b *= scale_t
+        c = c * scale_s - b
+    return b, c
+
+
+@triton.jit
+def load_stats(ptr, plane, inside):
+    """What attention_fwd_kernel stored for these rows."""
+    max_a = tl.load(ptr, mask=inside, other=0.0)
+    log_mass_a = tl.load(ptr + plane, mask=inside, other=0.0)
+    max_b = tl.load(ptr + 2 * plane, mask=inside, other=0.0)
+    log_mass_b = tl.load(ptr + 3 * plane, mask=inside, other=0.0)
+    log_ratio = tl.load(ptr + 4 * plane, mask=inside, other=0.0)
+    return max_a, log_mass_a, max_b, log_mass_b, log_ratio
+
+
+@triton.jit
+def differences(b, c, visible, max_a, log_mass_a, max_b, log_mass_b, log_ratio):
+    """q, delta and p - q of a tile, 0 in q and p - q where nothing is visible; the statistics broadcast to it."""
+    b = tl.where(visible, b, -float("inf"))
+    q = tl.exp((b - max_b) - log_mass_b)
+    delta = c - log_ratio
+    return q, delta, scaled_expm1(q, delta, (b + c - max_a) - log_mass_a)
+
+
+@triton.jit
+def dscores(q, p_minus_q, mean, scale, KIND: tl.constexpr):
+    """The gradient in the student's scores; mean and scale broadcast to the tile."""
+    d = p_minus_q
+    if KIND == "prob_mse":
+        d = 2.0 * (q + d) * (d - mean)
+    return d * scale
+
+
+@triton.jit
+def dot_accumulate(acc, d, right, PRECISION: tl.constexpr):
+    """acc + d @ right, d float32. float16 has not the range for d: each of its rows is scaled to at most 1."""
+    if right.dtype == tl.float16:
+        largest = tl.max(tl.abs(d), 1)
+        largest = tl.where(largest > 0, largest, 1.0)
+        return acc + tl.dot((d / largest[:, None]).to(tl.float16), right) * largest[:, None]
+    else:
+        return tl.dot(d.to(right.dtype), right, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def seen_keys(key_mask_ptr, key_end, columns, length, HAS_MASK: tl.constexpr):
+    if HAS_MASK:
+        return tl.load(key_mask_ptr + columns, mask=columns < key_end, other=0) != 0
+    else:
+        return columns < length

@@ -1,0 +1,177 @@
+"""attention_loss as an op: backward, strides, dtypes, torch.library's checks, memory, and what it says to bad calls."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from attention_cases import BACKENDS, KINDS, SHAPES, draw, outcome
+from conftest import DEVICE, available
+from judge import judge_exact
+from torch import Tensor
+
+from fastdistil import attention_loss
+from fastdistil.ops.attention import attention_rows, attention_total
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backward_twice(backend: str, reduction: str) -> None:
+    tensors, mask = draw(SHAPES["padded"], torch.float32)
+    q, k = (x.requires_grad_() for x in tensors[:2])
+    value = attention_loss(q, k, *tensors[2:], mask=mask, reduction=reduction, backend=backend).sum()
+    first = torch.autograd.grad(value, (q, k), retain_graph=True)
+    second = torch.autograd.grad(value, (q, k), retain_graph=True)
+    tripled = torch.autograd.grad(3 * value, (q, k), retain_graph=True)
+    for a, b, c in zip(first, second, tripled, strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(c, 3 * a)
+    with pytest.raises(RuntimeError, match="attention_loss: its gradient cannot be differentiated again"):
+        torch.autograd.grad(value, (q, k), create_graph=True)
+
+
+def _strided(x: Tensor) -> Tensor:
+    """As transformers passes it: (B, S, H, d) in memory."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _misaligned(x: Tensor) -> Tensor:
+    """Begins one element behind an aligned address, with a stride between rows, between sentinels."""
+    batch, heads, length, size = x.shape
+    memory = torch.full((batch, heads, length, size + 3), torch.nan, dtype=x.dtype, device=x.device)
+    view = memory[..., 1 : size + 1]
+    view.copy_(x)
+    return view
+
+
+@pytest.mark.parametrize(
+    "layout", [_strided, _misaligned, lambda x: x.mT.contiguous().mT], ids=["bshd", "odd", "columns"]
+)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_strides(backend: str, kind: str, layout: Any) -> None:
+    tensors, mask = draw(SHAPES["padded"], torch.float32)
+    options: dict[str, Any] = {"kind": kind, "mask": mask, "backend": backend}
+    expected = outcome(lambda *x: attention_loss(*x, **options), tensors)
+    found = outcome(lambda *x: attention_loss(*map(layout, x), **options), tensors)
+    judge_exact(found, expected, torch.float32)
+
+
+def test_dtypes_may_differ() -> None:
+    tensors, mask = draw(SHAPES["padded"], torch.bfloat16)
+    expected = attention_loss(*(x.float() for x in tensors), mask=mask)
+    mixed = [x.float() for x in tensors[:2]] + tensors[2:]
+    assert torch.equal(attention_loss(*mixed, mask=mask), expected)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", available("reference", "cpu"))
+def test_gradcheck(backend: str, kind: str, reduction: str) -> None:
+    for sizes, causal in (((3, 3), False), ((3, 2), True)):
+        tensors, mask = draw((1, 2, 4, *sizes[::-1], True, causal), torch.float64)
+        options: dict[str, Any] = {"kind": kind, "mask": mask, "causal": causal, "reduction": reduction}
+        function = partial(attention_loss, **options, backend=backend)
+        tensors = [x.requires_grad_(i < 2) for i, x in enumerate(tensors)]
+        assert torch.autograd.gradcheck(function, tensors)
+
+
+@pytest.mark.parametrize("op", [attention_rows, attention_total], ids=["rows", "total"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_opcheck(kind: str, op: Any) -> None:
+    tensors, mask = draw((2, 2, 5, 4, 4, True, False), torch.float32)
+    tensors = [x.requires_grad_(i < 2) for i, x in enumerate(tensors)]
+    scale = torch.rand(2, 2, 5, device=DEVICE)
+    torch.library.opcheck(op, (*tensors, mask, scale, kind, False, 0.5, 0.5, "auto"))
+
+
+def test_compiles_without_a_graph_break() -> None:
+    tensors, mask = draw(SHAPES["padded"], torch.float32)
+
+    def both(q: Tensor, k: Tensor, q_t: Tensor, k_t: Tensor) -> Tensor:
+        rows = attention_loss(q, k, q_t, k_t, kind="prob_kl", mask=mask, reduction="none")
+        return rows.mean() + attention_loss(q, k, q_t, k_t, mask=mask)
+
+    expected = outcome(both, tensors)
+    found = outcome(torch.compile(both, fullgraph=True, backend="aot_eager"), tensors)
+    judge_exact(found, expected, torch.float32)
+
+
+_MEMORY = """
+import resource, sys, torch
+torch.set_num_threads(1)
+from fastdistil import attention_loss
+def eager(q_s, k_s, q_t, k_t):
+    a, b = q_s @ k_s.mT / 8, q_t @ k_t.mT / 8
+    return (a.softmax(-1) - b.softmax(-1)).square().mean()
+function = attention_loss if sys.argv[1] == "ours" else eager
+def run(length):
+    q, k, q_t, k_t = torch.randn(4, 1, 4, length, 64)
+    function(q.requires_grad_(), k.requires_grad_(), q_t, k_t).backward()
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+run(64)
+before = peak()
+run(2048)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
+def test_peak_memory() -> None:
+    """S = 2048: eager holds several maps of 64 MiB, we a few blocks of half a MiB, and Q, K and gradients of 2 MiB."""
+
+    def peak_mem_mib(which: str) -> float:
+        command = [sys.executable, "-c", _MEMORY, which]
+        return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    assert peak_mem_mib("ours") < peak_mem_mib("eager") / 5
+
+
+def _good() -> dict[str, Any]:
+    q_s, k_s = torch.zeros(2, 3, 5, 4), torch.zeros(2, 3, 5, 4)
+    return {
+        "student_q": q_s,
+        "student_k": k_s,
+        "teacher_q": torch.zeros(2, 3, 5, 6),
+        "teacher_k": torch.zeros(2, 3, 5, 6),
+    }
+
+
+BAD = [
+    ({"student_q": [1.0]}, TypeError, "student_q is list, expected a torch.Tensor"),
+    ({"teacher_k": torch.zeros(2, 3, 5, 6).int()}, TypeError, "teacher_k has dtype torch.int32, expected float32"),
+    ({"student_q": torch.zeros(3, 5, 4)}, ValueError, "student_q has shape (3, 5, 4), expected (B, H, S, d)"),
+    ({"student_q": torch.zeros(2, 3, 5, 0)}, ValueError, "student_q has shape (2, 3, 5, 0), expected (B, H, S, d)"),
+    ({"student_k": torch.zeros(2, 3, 5, 6)}, ValueError, "student_k has shape (2, 3, 5, 6), expected (2, 3, 5, 4) to"),
+    ({"teacher_k": torch.zeros(2, 3, 5, 4)}, ValueError, "teacher_k has shape (2, 3, 5, 4), expected (2, 3, 5, 6) to"),
+    (
+        {"teacher_q": torch.zeros(2, 4, 5, 6), "teacher_k": torch.zeros(2, 4, 5, 6)},
+        ValueError,
+        "teacher_q has shape (2, 4, 5, 6), expected (2, 3, 5, d) to match student_q",
+    ),
+    ({"teacher_q": torch.zeros(2, 3, 5, 6, requires_grad=True)}, ValueError, "teacher_q requires grad, expected a con"),
+    ({"teacher_q": torch.zeros(2, 3, 5, 6, device="meta")}, ValueError, "teacher_q is on meta, expected cpu to match"),
+    ({"kind": "mse"}, ValueError, "kind is 'mse', expected one of 'prob_mse', 'score_mse', 'prob_kl'"),
+    ({"mask": torch.ones(2, 5)}, TypeError, "mask has dtype torch.float32, expected bool, True = real token"),
+    ({"mask": torch.ones(2, 4).bool()}, ValueError, "mask has shape (2, 4), expected (2, 5), (B, S) of student_q"),
+    ({"mask": [True]}, TypeError, "mask is list, expected a torch.Tensor"),
+    ({"mask": torch.ones(2, 5, device="meta").bool()}, ValueError, "mask is on meta, expected cpu to match student_q"),
+    ({"causal": 1}, TypeError, "causal is int, expected a bool"),
+    ({"mask_queries": None}, TypeError, "mask_queries is NoneType, expected a bool"),
+    ({"student_scale": "1"}, TypeError, "student_scale is str, expected a number"),
+    ({"teacher_scale": float("nan")}, ValueError, "teacher_scale is nan, expected a finite number"),
+    ({"reduction": "batchmean"}, ValueError, "reduction is 'batchmean', expected one of 'mean', 'sum', 'none'"),
+    ({"backend": "fast"}, ValueError, "backend is 'fast', expected 'auto' or one of"),
+]
+
+
+@pytest.mark.parametrize(("change", "kind", "message"), BAD, ids=[message[:30] for _, _, message in BAD])
+def test_bad_calls(change: dict[str, Any], kind: type[Exception], message: str) -> None:
+    attention_loss(**_good())
+    with pytest.raises(kind) as raised:
+        attention_loss(**(_good() | change))
+    assert message in str(raised.value)

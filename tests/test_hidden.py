@@ -1,0 +1,245 @@
+"""hidden_loss against the textbook formulas in float64: every backend, dtype, kind, projection and weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from conftest import DEVICE, available
+from judge import Outcome, judge, judge_exact
+from torch import Tensor
+from torch.nn import functional
+
+from fastdistil import hidden_loss
+from fastdistil.ops.hidden import hidden_rows, hidden_total
+
+BACKENDS = available("reference", "cpu", "triton")
+KINDS = ("mse", "cosine", "kl")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+# N, D_s, D_t, projected with bias and gelu: odd sizes, more columns than a block, one row, no rows.
+SHAPES = {
+    "plain": (5, 384, 384, False),
+    "wide": (2, 2600, 2600, False),
+    "odd": (3, 7, 7, False),
+    "no rows": (0, 8, 8, False),
+    "projected": (6, 24, 37, True),
+}
+
+
+def textbook(student: Tensor, *rest: Tensor, teacher: Tensor, kind: str, weight: Tensor) -> Tensor:
+    """The weighted mean as losses.md defines it, by autograd; rest: projection and bias, with a GELU behind."""
+    h = functional.gelu(functional.linear(student, *rest)) if rest else student
+    if kind == "mse":
+        rows = (h - teacher).square().mean(-1)
+    elif kind == "cosine":
+        rows = 1 - functional.cosine_similarity(h, teacher, dim=-1)
+    else:
+        rows = functional.kl_div(h.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+    return (weight.to(rows.dtype) * rows).sum() / max(1e-30, float(weight.sum()))
+
+
+def draw(shape: tuple[int, int, int, bool], dtype: torch.dtype, noise: float = 1.0) -> tuple[list[Tensor], Tensor]:
+    """student, with projection and bias where there are any, and the teacher."""
+    rows, size_s, size_t, projected = shape
+    teacher = 2 * torch.randn(rows, size_t, device=DEVICE)
+    if not projected:
+        return [(teacher + noise * torch.randn_like(teacher)).to(dtype)], teacher.to(dtype)
+    parts = (torch.randn(rows, size_s), torch.randn(size_t, size_s) / size_s**0.5, torch.randn(size_t))
+    return [x.to(DEVICE, dtype) for x in parts], teacher.to(dtype)
+
+
+def outcome(function: Callable[..., Tensor], inputs: list[Tensor], factor: float = 1.0) -> Outcome:
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    value = function(*inputs)
+    return Outcome(value, torch.autograd.grad(value, inputs, torch.full_like(value, factor)))
+
+
+def ours(student: Tensor, *rest: Tensor, **options: Any) -> Tensor:
+    if rest:
+        options |= {"projection": rest[0], "bias": rest[1], "activation": "gelu"}
+    return hidden_loss(student, **options)
+
+
+def weights(rows: int) -> Tensor:
+    weight = torch.arange(1.0, rows + 1, device=DEVICE)
+    weight[1:2] = 0
+    return weight
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_against_textbook(backend: str, kind: str, shape: Any, dtype: torch.dtype) -> None:
+    inputs, teacher = draw(shape, dtype)
+    weight = weights(shape[0])
+    if backend == "triton" and dtype == torch.float64:
+        with pytest.raises(ValueError, match="hidden_loss: backend 'triton' has no float64 kernel"):
+            ours(*inputs, teacher=teacher, backend=backend)
+        return
+    common: dict[str, Any] = {"kind": kind, "weight": weight}
+    factor = 64.0  # keeps float16's gradients in its range
+    truth = outcome(partial(textbook, teacher=teacher.double(), **common), [x.double() for x in inputs], factor)
+    eager = outcome(partial(textbook, teacher=teacher, **common), inputs, factor)
+    found = outcome(partial(ours, teacher=teacher, backend=backend, **common), inputs, factor)
+    assert found.value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    judge(found, truth, eager, dtype)
+
+
+@pytest.mark.parametrize("offset", [0.0, 5.0, -40.3])
+@pytest.mark.parametrize("noise", [1e-1, 1e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_near_convergence(backend: str, kind: str, noise: float, offset: float) -> None:
+    """offset: a constant between student and teacher, which kl does not see."""
+    inputs, teacher = draw((4, 384, 384, False), torch.float32, noise)
+    inputs = [inputs[0] + offset]
+    truth = outcome(
+        partial(textbook, teacher=teacher.double(), kind=kind, weight=torch.ones(4, device=DEVICE)),
+        [x.double() for x in inputs],
+    )
+    judge_exact(outcome(partial(ours, teacher=teacher, kind=kind, backend=backend), inputs), truth, torch.float32)
+
+
+@pytest.mark.parametrize("projected", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_reductions_weights_and_layers(backend: str, kind: str, projected: bool) -> None:
+    inputs, teacher = draw((6, 12, 12, projected), torch.float32)
+    weight = weights(6)
+    common: dict[str, Any] = {"teacher": teacher, "kind": kind, "backend": backend, "weight": weight}
+    mean = outcome(partial(ours, **common), inputs)
+    items = float(weight.sum())
+    rows = ours(*inputs, reduction="none", **common)
+    assert rows.shape == (6,) and rows[1] == 0
+    others = [
+        lambda *x: ours(*x, reduction="sum", **common) / items,
+        lambda *x: (ours(*x, reduction="none", **common) / items).sum(),
+        lambda *x: ours(*x, num_items=torch.tensor(items, device=DEVICE), **common),
+        lambda *x: ours(*x, num_items=2 * items, **common) * 2,
+        lambda *x: ours(*x, **(common | {"weight": weight.to(torch.int32)})),
+    ]
+    for other in others:
+        judge_exact(outcome(other, inputs), mean, torch.float32)
+    layers = lambda s, *rest: ours(  # noqa: E731
+        [s.reshape(2, 3, 12), 2 * s.reshape(2, 3, 12)],
+        *rest,
+        layer_weights=[0.25, 3],
+        **(common | {"teacher": [teacher.reshape(2, 3, 12)] * 2, "weight": weight.reshape(2, 3)}),
+    )
+    apart = lambda s, *rest: 0.25 * ours(s, *rest, **common) + 3 * ours(2 * s, *rest, **common)  # noqa: E731
+    judge_exact(outcome(layers, inputs), outcome(apart, inputs), torch.float32)
+    both = hidden_loss([inputs[0]] * 2, [teacher] * 2, kind=kind, backend=backend)
+    torch.testing.assert_close(both, hidden_loss(inputs[0], teacher, kind=kind, backend=backend))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("projected", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_of_weight_0_may_hold_anything(backend: str, kind: str, projected: bool, reduction: str) -> None:
+    inputs, teacher = draw((6, 24, 24, projected), torch.float32)
+    weight = weights(6)
+    common: dict[str, Any] = {"kind": kind, "backend": backend, "weight": weight, "reduction": reduction}
+    clean = outcome(lambda *x: ours(*x, teacher=teacher, **common).sum(), inputs)
+    dirty, dirty_teacher = [x.clone() for x in inputs], teacher.clone()
+    dirty[0][1], dirty_teacher[1] = torch.nan, torch.inf
+    found = outcome(lambda *x: ours(*x, teacher=dirty_teacher, **common).sum(), dirty)
+    assert torch.equal(found.value, clean.value)
+    assert (found.gradients[0][1] == 0).all()
+    for g, expected in zip(found.gradients, clean.gradients, strict=True):
+        assert torch.equal(g, expected)
+    none = outcome(lambda *x: ours(*x, teacher=dirty_teacher, **(common | {"weight": 0 * weight})).sum(), dirty)
+    assert none.value == 0 and all((g == 0).all() for g in none.gradients)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_zero_vectors_have_cosine_0_and_no_gradient(backend: str) -> None:
+    zero, other = torch.zeros(2, 8, device=DEVICE), torch.ones(2, 8, device=DEVICE)
+    for student, teacher in ((zero, other), (other, zero), (zero, zero)):
+        found = outcome(partial(ours, teacher=teacher, kind="cosine", backend=backend), [student])
+        assert found.value == 1 and (found.gradients[0] == 0).all()
+
+
+@pytest.mark.parametrize("projected", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backward_twice(backend: str, kind: str, projected: bool) -> None:
+    inputs, teacher = draw((5, 16, 16, projected), torch.float32)
+    inputs = [x.requires_grad_() for x in inputs]
+    value = ours(*inputs, teacher=teacher, kind=kind, backend=backend)
+    first, second, tripled = (torch.autograd.grad(f * value, inputs, retain_graph=True) for f in (1, 1, 3))
+    for a, b, c in zip(first, second, tripled, strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(c, 3 * a)
+    with pytest.raises(RuntimeError, match="hidden_loss: its gradient cannot be differentiated again"):
+        torch.autograd.grad(value, inputs, create_graph=True)
+
+
+def _odd(x: Tensor) -> Tensor:
+    """Begins one element behind an aligned address, with a stride between rows, between sentinels."""
+    memory = torch.full((x.shape[0], x.shape[1] + 3), torch.nan, dtype=x.dtype, device=x.device)
+    view = memory[:, 1 : x.shape[1] + 1]
+    view.copy_(x)
+    return view
+
+
+@pytest.mark.parametrize("layout", [_odd, lambda x: x.T.contiguous().T], ids=["odd", "columns"])
+@pytest.mark.parametrize("projected", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_strides(backend: str, kind: str, projected: bool, layout: Any) -> None:
+    inputs, teacher = draw((5, 24, 24, projected), torch.float32)
+    common: dict[str, Any] = {"kind": kind, "backend": backend}
+    expected = outcome(partial(ours, teacher=teacher, **common), inputs)
+    found = outcome(lambda s, *rest: ours(layout(s), *rest, teacher=layout(teacher), **common), inputs)
+    judge_exact(found, expected, torch.float32)
+
+
+def test_dtypes_may_differ() -> None:
+    inputs, teacher = draw((5, 24, 37, True), torch.float32)
+    low = [inputs[0].bfloat16(), *inputs[1:]]
+    wide = [low[0].float(), *inputs[1:]]
+    expected = outcome(partial(ours, teacher=teacher.half().float()), wide)
+    found = outcome(partial(ours, teacher=teacher.half()), low)
+    assert torch.equal(found.value, expected.value)
+    assert found.gradients[0].dtype == torch.bfloat16 and found.gradients[1].dtype == torch.float32
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", available("reference", "cpu"))
+def test_gradcheck(backend: str, kind: str, reduction: str) -> None:
+    for shape in ((3, 4, 4, False), (3, 3, 4, True)):
+        inputs, teacher = draw(shape, torch.float64)
+        options: dict[str, Any] = {"kind": kind, "reduction": reduction, "weight": weights(3)}
+        function = partial(ours, teacher=teacher, backend=backend, **options)
+        assert torch.autograd.gradcheck(function, [x.requires_grad_() for x in inputs])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_opcheck(kind: str) -> None:
+    inputs, teacher = draw((4, 3, 5, True), torch.float32)
+    scale = torch.rand(4, device=DEVICE)
+    student, projection, bias = (x.requires_grad_() for x in inputs)
+    arguments = (student, teacher, projection, bias, scale, kind, "gelu", "auto")
+    torch.library.opcheck(hidden_rows, arguments)
+    torch.library.opcheck(hidden_total, (*arguments, [True, True, True], False))
+    torch.library.opcheck(hidden_rows, (teacher + student.sum(), teacher, None, None, scale, kind, "none", "auto"))
+
+
+@pytest.mark.parametrize("projected", [False, True])
+def test_compiles_without_a_graph_break(projected: bool) -> None:
+    inputs, teacher = draw((6, 12, 12, projected), torch.float32)
+    weight = weights(6)
+
+    def both(*x: Tensor) -> Tensor:
+        rows = ours(*x, teacher=teacher, kind="cosine", reduction="none")
+        return rows.mean() + ours(*x, teacher=teacher, weight=weight, num_items=weight.sum())
+
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    judge_exact(outcome(compiled, inputs), outcome(both, inputs), torch.float32)
