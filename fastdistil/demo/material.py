@@ -20,7 +20,8 @@ EVAL_PIECES = 256  # no held-out word is lost to the student because its smaller
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes of the demo. Sentences are a language's; `steps` are every student's, whatever its schedule."""
+    """Sizes of the demo. Sentences are a language's; `steps` are every student's, whatever its schedule;
+    `hidden_size` is the students' width."""
 
     labelled: int = 120
     unlabelled: int = 960
@@ -29,6 +30,7 @@ class Settings:
     steps: int = 450
     batch_size: int = 32
     lr: float = 2e-3
+    hidden_size: int = 128
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,18 @@ class Source:
     student_tokenizer: PreTrainedTokenizerFast
     rows: Tensor  # (V_s,) student id -> teacher id
 
-    def new_student(self, seed: int) -> BertForTokenClassification:
+    def new_student(self, seed: int, hidden_size: int) -> BertForTokenClassification:
         """The untrained student: the same seed gives the same one."""
         torch.manual_seed(seed)
         pad_id = int(self.student_tokenizer.pad_token_id)
-        return compact_student(self.model, self.rows, pad_token_id=pad_id, labels=list(corpora.TAGS), dropout=0.0)
+        return compact_student(
+            self.model,
+            self.rows,
+            pad_token_id=pad_id,
+            hidden_size=hidden_size,
+            labels=list(corpora.TAGS),
+            dropout=0.0,
+        )
 
 
 @dataclass(frozen=True)

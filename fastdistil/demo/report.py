@@ -151,7 +151,7 @@ def write(out: Path, metrics: Mapping[str, Any]) -> None:
     text = f"""# Distillation of a multilingual encoder
 
 Teacher: multilingual-e5-small, frozen, with a linear tagging head fitted on {s["labelled"]} labelled sentences a
-language. Students: two layers of width 128, {metrics["vocabulary"]:,} word pieces, {s["steps"]} steps of
+language. Students: two layers of width {s["hidden_size"]}, {metrics["vocabulary"]:,} word pieces, {s["steps"]} steps of
 {s["batch_size"]} sentences each, {s["labelled"]} labelled and {s["unlabelled"]} unlabelled sentences a language of at
 most {s["max_pieces"]} pieces. Tested on {s["test"]} sentences a language from documents that no student saw; 13 tags,
 words as the corpora cut them. Seeds: {", ".join(str(seed["seed"]) for seed in metrics["seeds"])}.{spread}

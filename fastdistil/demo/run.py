@@ -19,7 +19,6 @@ from transformers import AutoModelForTokenClassification, AutoTokenizer
 import fastdistil
 from fastdistil.demo import measure, report
 from fastdistil.demo.material import Material, Settings, Source, draw, evaluate, load_source
-from fastdistil.demo.tagger import TARGET_SIZE
 from fastdistil.recipes import xtremedistil
 from fastdistil.recipes.pairs import Stage, run_stages
 from fastdistil.train import Options
@@ -27,11 +26,11 @@ from fastdistil.train import Options
 SAVED_ARM = "whole schedule"
 
 
-def arms(material: Material, settings: Settings, seed: int, student_size: int) -> dict[str, list[Stage]]:
+def arms(material: Material, settings: Settings, seed: int) -> dict[str, list[Stage]]:
     """The students' schedules by name, the same number of steps each; each name adds one cause to the one before."""
     options = Options(settings.steps, lr=settings.lr, batch_size=settings.batch_size, seed=3 * seed)
     torch.manual_seed(seed)
-    projection = torch.nn.Linear(student_size, TARGET_SIZE)
+    projection = torch.nn.Linear(settings.hidden_size, material.examples[0].hidden.shape[1])
     whole = xtremedistil.stages(
         projection, material.examples, steps=settings.steps, lr=settings.lr, batch_size=settings.batch_size, seed=seed
     )
@@ -54,11 +53,11 @@ def _losses(history: Mapping[str, list[dict[str, float]]]) -> dict[str, dict[str
 def _run_seed(out: Path, source: Source, settings: Settings, seed: int, material: Material) -> dict[str, Any]:
     """Train and test every arm; finished arms are read back from `out`, the one in progress from its checkpoint."""
     found: dict[str, Any] = {}
-    for arm, stages in arms(material, settings, seed, 128).items():
+    for arm, stages in arms(material, settings, seed).items():
         folder = out / arm.replace(", ", "-").replace(" ", "-")
         done = folder / "result.json"
         if not done.exists():
-            student = source.new_student(seed)
+            student = source.new_student(seed, settings.hidden_size)
             start = time.perf_counter()
             history = run_stages(student, stages, material.collate, out=folder, name=f"seed {seed}, {arm}")
             seconds = time.perf_counter() - start

@@ -1,8 +1,8 @@
 """The teacher's side of the demo: a frozen encoder, a linear tagging head, and targets for the students, computed once.
 
-Features of a piece are its states at LAYERS, standardised. The head is a ridge-penalised softmax fitted on the labelled
-words; the target basis holds the features' leading principal components, scaled to variance 1 (whitened), because
-raw states share one large direction that a squared error would learn first.
+Features of a piece are its states at `feature_layers`, standardised. The head is a ridge-penalised softmax fitted on
+the labelled words; the target basis holds the features' leading principal components, scaled to variance 1 (whitened),
+because raw states share one large direction that a squared error would learn first.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from transformers import BertModel
 
 from fastdistil.demo.encode import Encoded, pad
 
-LAYERS = (0, 3, 6, 9, 12)  # 0 is the embedding output
 TARGET_SIZE = 128  # principal components; the student's width
 RIDGE = 1e-2
 BATCH = 32  # sentences a forward pass
@@ -25,7 +24,7 @@ BATCH = 32  # sentences a forward pass
 
 @dataclass(frozen=True)
 class Head:
-    """Standardisation `mean`, `std` (F,), F = len(LAYERS) * D; `weight` (F, C), `bias` (C,); `basis` (F, TARGET_SIZE):
+    """Standardisation `mean`, `std` (F,), F = layers * D; `weight` (F, C), `bias` (C,); `basis` (F, TARGET_SIZE):
     standardised features times `basis` are whitened."""
 
     mean: Tensor
@@ -43,16 +42,22 @@ class Head:
         return (features - self.mean) / self.std @ self.basis
 
 
+def feature_layers(layers: int) -> list[int]:
+    """The embedding output (0) and the end of each quarter: 0, 3, 6, 9 and 12 of 12 layers."""
+    return sorted({round(layers * quarter / 4) for quarter in range(5)})
+
+
 @torch.no_grad()
 def features(model: BertModel, rows: Sequence[Encoded], pad_id: int, what: str) -> Iterator[tuple[int, Tensor]]:
     """(index, (pieces, F) float32) of every row; by rising length, so that little is padding."""
+    layers = feature_layers(model.config.num_hidden_layers)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
     with tqdm(total=len(rows), desc=what, unit="sentence", disable=None, leave=False) as bar:
         for start in range(0, len(order), BATCH):
             chosen = order[start : start + BATCH]
             batch = pad([rows[i] for i in chosen], pad_id)
             out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True)
-            states = torch.cat([out.hidden_states[layer] for layer in LAYERS], dim=-1)  # (B, S, F)
+            states = torch.cat([out.hidden_states[layer] for layer in layers], dim=-1)  # (B, S, F)
             for row, index in enumerate(chosen):
                 yield index, states[row, : len(rows[index].ids)].clone()
             bar.update(len(chosen))

@@ -1,0 +1,105 @@
+"""Vocabulary trimming and the compact student."""
+
+import e5s1
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoModelForTokenClassification, AutoTokenizer, PreTrainedTokenizerFast
+
+from fastdistil.demo import teacher
+from fastdistil.models.student import compact_student, svd_basis
+from fastdistil.models.vocab import trim_vocabulary
+
+TEXT = "lambalar ana."
+
+
+@pytest.fixture
+def parsed():
+    return teacher.read_teacher(e5s1.write()[0])
+
+
+@pytest.fixture
+def unigram(parsed):
+    return teacher.build_tokenizer(parsed.pieces, parsed.unk, bos="<s>", eos="</s>", pad="<pad>", max_length=64)
+
+
+@pytest.fixture
+def wordpiece():
+    pieces = ["[PAD]", "a", "[UNK]", "b", "[CLS]", "##a", "[SEP]", "##b", "ab"]
+    ids = {piece: i for i, piece in enumerate(pieces)}
+    made = Tokenizer(models.WordPiece(ids, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.post_processor = processors.BertProcessing(("[SEP]", ids["[SEP]"]), ("[CLS]", ids["[CLS]"]))
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    return PreTrainedTokenizerFast(tokenizer_object=made, **special)
+
+
+@pytest.mark.parametrize(("fixture", "text"), [("unigram", TEXT), ("wordpiece", "ab abb")])
+def test_kept_text_is_cut_as_before(fixture, text, request):
+    full = request.getfixturevalue(fixture)
+    ids = full(text).input_ids
+    small, rows = trim_vocabulary(full, ids)
+    assert len(small) == len(rows) < len(full)
+    assert rows.tolist() == sorted(rows.tolist())
+    assert rows[small(text).input_ids].tolist() == ids
+    assert full.convert_ids_to_tokens(rows.tolist()) == small.convert_ids_to_tokens(list(range(len(rows))))
+    assert small.special_tokens_map == full.special_tokens_map
+    assert small.unk_token_id != full.unk_token_id or fixture == "unigram"
+
+
+def test_lost_piece_falls_to_smaller_ones(unigram):
+    keep = [i for i in range(len(unigram)) if unigram.convert_ids_to_tokens(i) != "lar"]
+    small, _ = trim_vocabulary(unigram, keep)
+    assert small.convert_ids_to_tokens(small(TEXT).input_ids)[1:5] == ["\u2581lamba", "l", "a", "r"]
+    tiny, _ = trim_vocabulary(unigram, [])
+    assert set(tiny(TEXT).input_ids) == {tiny.bos_token_id, tiny.unk_token_id, tiny.eos_token_id}
+
+
+def test_trim_refuses(unigram):
+    with pytest.raises(TypeError, match="trim_vocabulary: tokenizer is a str, expected a PreTrainedTokenizerFast"):
+        trim_vocabulary("xlm-r", [1])
+    with pytest.raises(ValueError, match=r"trim_vocabulary: keep holds id 5000, expected 0 to"):
+        trim_vocabulary(unigram, [5000])
+    with pytest.raises(ValueError, match=r"trim_vocabulary: keep holds id -1, expected 0 to"):
+        trim_vocabulary(unigram, [-1])
+    bpe = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"a": 0, "b": 1}, [])))
+    with pytest.raises(ValueError, match="trim_vocabulary: tokenizer's model is BPE, expected Unigram or WordPiece"):
+        trim_vocabulary(bpe, [0])
+
+
+def test_svd_basis_is_the_best_of_its_rank():
+    table = torch.randn(200, 24) @ torch.diag(torch.linspace(3, 0.1, 24)) + 5
+    mean, basis = svd_basis(table, 6)
+    torch.testing.assert_close(basis.T @ basis, torch.eye(6), atol=1e-5, rtol=0)
+    rest = (table - mean) - (table - mean) @ basis @ basis.T
+    singular = torch.linalg.svdvals((table - table.mean(0)).double())
+    assert rest.double().square().sum().item() == pytest.approx(singular[6:].square().sum().item(), rel=1e-4)
+
+
+def test_svd_basis_refuses():
+    with pytest.raises(ValueError, match=r"svd_basis: table has shape \(4,\), expected \(V, D\)"):
+        svd_basis(torch.zeros(4), 1)
+    with pytest.raises(ValueError, match="svd_basis: size is 9, expected 1 to 8, the width of table"):
+        svd_basis(torch.zeros(4, 8), 9)
+
+
+def test_student_keeps_the_geometry_and_loads_again(parsed, unigram, tmp_path):
+    model = teacher.build_model(parsed)
+    small, rows = trim_vocabulary(unigram, unigram(TEXT).input_ids)
+    # As many dimensions as the teacher has: centred distances between word vectors must be the teacher's.
+    student = compact_student(
+        model, rows, pad_token_id=small.pad_token_id, hidden_size=32, heads=4, ffn_size=32, labels=["A", "B"]
+    )
+    ours, theirs = student.bert.embeddings.word_embeddings.weight, model.embeddings.word_embeddings.weight[rows]
+    torch.testing.assert_close(torch.cdist(ours, ours), torch.cdist(theirs, theirs), atol=1e-4, rtol=1e-4)
+    assert all(p.requires_grad for p in student.parameters())
+    student.eval().save_pretrained(tmp_path)
+    small.save_pretrained(tmp_path)
+    loaded, tokenizer = (
+        AutoModelForTokenClassification.from_pretrained(tmp_path),
+        AutoTokenizer.from_pretrained(tmp_path),
+    )
+    batch = tokenizer([TEXT, "ana"], return_tensors="pt", padding=True)
+    assert batch.input_ids.tolist() == small([TEXT, "ana"], return_tensors="pt", padding=True).input_ids.tolist()
+    assert torch.equal(loaded(**batch).logits, student(**batch).logits)
+    assert loaded.config.id2label == {0: "A", 1: "B"}
