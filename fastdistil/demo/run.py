@@ -111,15 +111,19 @@ def run_demo(
     def say(text: str) -> None:
         console.print(f"[dim]{time.perf_counter() - started:6.1f} s[/dim]  {text}")
 
-    source = load_source(cache, say)
-    results = []
-    for number in range(seed, seed + seeds):
-        say(f"seed {number}: teacher on {len(source.corpora)} languages")
-        material = draw(source, settings, number)
-        if number == seed:
-            first = material
-        say(f"seed {number}: students")
-        results.append(_run_seed(out / f"seed-{number}", source, settings, number, material))
+    try:
+        source = load_source(cache, say)
+        results = []
+        for number in range(seed, seed + seeds):
+            say(f"seed {number}: teacher on {len(source.corpora)} languages")
+            material = draw(source, settings, number)
+            if number == seed:
+                first = material
+            say(f"seed {number}: students")
+            results.append(_run_seed(out / f"seed-{number}", source, settings, number, material))
+    except KeyboardInterrupt as interrupt:
+        console.print(f"{interrupt or 'interrupted'}; the same command continues from {out}")
+        raise
     say("measuring sizes, latency and losses")
     saved = out / f"seed-{seed}" / "whole-schedule" / "student"
     shutil.copytree(saved, out / "student", dirs_exist_ok=True)
