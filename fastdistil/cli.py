@@ -1,0 +1,215 @@
+"""The command line: fastdistil demo | bench | doctor. Everything heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import platform
+import re
+from collections.abc import Iterator
+from enum import Enum
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="fastdistil",
+    help="Fused, exact, memory-lean kernels for knowledge distillation.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class What(str, Enum):
+    """What `fastdistil bench` measures."""
+
+    logits = "logits"
+    hidden = "hidden"
+    attention = "attention"
+    exactness = "exactness"
+    all = "all"
+
+
+def main() -> None:
+    app()
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        typer.echo(importlib.metadata.version("fastdistil"))
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        raise typer.Exit(2)
+
+
+def _fail(message: str) -> typer.Exit:
+    typer.secho(message, fg=typer.colors.RED, err=True)
+    return typer.Exit(1)
+
+
+def _needs(extra: str, module: str) -> ModuleType:
+    """A module of fastdistil whose dependencies are those of an extra."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        name = error.name or ""
+        if name == module or name.startswith("fastdistil"):
+            raise _fail(
+                f"{name} is missing from this installation: reinstall with pip install 'fastdistil[{extra}]'"
+            ) from error
+        raise _fail(f"{name} is not installed: pip install 'fastdistil[{extra}]'") from error
+
+
+@app.command()
+def demo(
+    seeds: Annotated[int, typer.Option(min=1, help="Runs with this many seeds and reports the spread.")] = 1,
+    seed: Annotated[int, typer.Option(help="The first seed; the same seed gives the same numbers.")] = 0,
+    out: Annotated[Path, typer.Option(help="Report folder: metrics, figures, the student.")] = Path("runs/demo"),
+    cache: Annotated[Path | None, typer.Option(help="Where downloaded packages are kept between runs.")] = None,
+) -> None:
+    """Distil a multilingual encoder into a small tagger, on real text, and report what it gained."""
+    run_demo = _needs("demo", "fastdistil.demo.run").run_demo
+    run_demo(out=out, seed=seed, seeds=seeds, cache=cache)
+
+
+@app.command()
+def bench(
+    what: Annotated[
+        What | None, typer.Argument(help="What to measure.  [default: all, or nothing with --report]")
+    ] = None,
+    small: Annotated[bool, typer.Option("--small", help="A dry run with tiny shapes; its times mean nothing.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Where the records go; in a checkout benchmarks/results/<device>/ by default.")
+    ] = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Turn the records into a page with tables and figures.")
+    ] = False,
+) -> None:
+    """Measure time, memory and error against PyTorch and its peers, on the GPU where there is one, else on the CPU."""
+    if out is not None and out.suffix != ".jsonl":
+        raise typer.BadParameter(f"is {str(out)!r}, expected a file that ends in .jsonl", param_hint="--out")
+    runner = _needs("bench", "fastdistil.benchmarks.run")
+    written: list[Path] = []
+    if what is not None or not report:
+        written = runner.run((what or What.all).value, tiny=small, out=out, say=typer.echo)
+        for path in written:
+            typer.echo(f"records: {path}")
+    if report or what in (What.exactness, What.all):
+        plot = _needs("bench", "fastdistil.benchmarks.plot")
+        folder = (out or runner.default_out("logits", runner.device_here(), small)).parent
+        try:
+            for path in plot.report(folder):
+                typer.echo(f"report: {path}")
+        except ValueError as error:
+            raise _fail(str(error)) from error
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed, what can run here and why not, and check every backend; exit code 1 if one is broken."""
+    broken = 0
+    for name, value, good in _diagnosis():
+        mark = {True: "ok    ", False: "BROKEN", None: "      "}[good]
+        typer.secho(f"{mark} {name:<22} {value}", fg=typer.colors.RED if good is False else None)
+        broken += good is False
+    if broken:
+        raise _fail(f"{broken} of these are broken")
+
+
+Finding = tuple[str, str, bool | None]  # name, value, works (None: nothing that could break)
+
+
+def _diagnosis() -> Iterator[Finding]:
+    for package in ("fastdistil", "torch", "triton"):
+        version = next(iter(importlib.metadata.distributions(name=package)), None)
+        good = False if version is None and package != "triton" else None
+        yield package, "not installed" if version is None else version.version, good
+    try:
+        import torch
+    except Exception as error:  # whatever a broken torch raises at its import is what the user must see
+        yield "torch", f"cannot be imported: {error}", False
+        return
+    yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}", None
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU that torch can use"
+    yield "device", gpu, None
+    try:
+        from fastdistil import _C
+    except ImportError as error:
+        yield "C++ extension", f"{error}; reinstall with pip install .", False
+    else:
+        yield "CPU kernels", f"instruction set {_C.isa()}, {torch.get_num_threads()} threads", None
+        yield "CUDA kernels", f"built for {_C.cuda_arches}" if _C.cuda_arches else "not built (no nvcc)", None
+        yield _openmp()
+    yield from _backends()
+
+
+def _openmp() -> Finding:
+    """Two OpenMP runtimes in one process have two pools of threads, which fight for the cores."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return "OpenMP runtimes", "unknown (no /proc/self/maps)", None
+    paths = {line.split(maxsplit=5)[-1] for line in lines if re.search(r"/lib(gomp|iomp5|omp)[-.\w]*\.so", line)}
+    found = ", ".join(sorted(paths)) or "none"
+    if len(paths) > 1:
+        return "OpenMP runtimes", f"{len(paths)}, whose threads will fight for the cores: {found}", False
+    return "OpenMP runtime", f"one, shared with torch: {found}" if paths else found, None
+
+
+def _backends() -> Iterator[Finding]:
+    """Each backend: available or why not; where it is, whether it agrees with float64 near convergence."""
+    import torch
+
+    try:
+        import fastdistil
+        from fastdistil.backends import interpreting
+    except ImportError as error:
+        yield "import fastdistil", str(error), False
+        return
+    for name, status in fastdistil.backends().items():
+        label = f"backend {name}"
+        if status is not True:
+            yield label, f"not available: {status}", False if name == "cpu" else None
+            continue
+        interpreted = name == "triton" and interpreting()
+        on_cpu = interpreted or name in ("reference", "cpu")
+        try:
+            worst = self_check(name, torch.device("cpu" if on_cpu else "cuda"))
+        except Exception as error:  # a doctor reports what any other command would die of
+            where = " in Triton's interpreter, which is for tests alone" if interpreted else ""
+            yield label, f"failed{where}: {type(error).__name__}: {error}", None if interpreted else False
+            continue
+        yield label, f"within {worst:.0e} of float64 near convergence (1e-05 allowed)", worst <= 1e-5
+
+
+def self_check(backend: str, device: object) -> float:
+    """The largest relative error of value and gradient, float32, student = teacher + 1e-3, against float64."""
+    import torch
+
+    import fastdistil
+
+    generator = torch.Generator().manual_seed(0)
+    teacher = 4 * torch.randn(4, 1031, generator=generator)
+    student = teacher + 1e-3 * torch.randn(4, 1031, generator=generator)
+    leaf = student.to(device).requires_grad_()  # type: ignore[call-overload]
+    value = fastdistil.logit_loss(leaf, teacher.to(device), backend=backend)  # type: ignore[call-overload]
+    (gradient,) = torch.autograd.grad(value, leaf)
+
+    exact = student.double().requires_grad_()
+    p, q = torch.log_softmax(exact, -1), torch.log_softmax(teacher.double(), -1)
+    true = torch.nn.functional.kl_div(p, q, reduction="batchmean", log_target=True)
+    (true_gradient,) = torch.autograd.grad(true, exact)
+    value_error = (value.detach().cpu().double() - true.detach()).abs() / true.detach()
+    gradient_error = (gradient.cpu().double() - true_gradient).norm() / true_gradient.norm()
+    return max(float(value_error), float(gradient_error))
+
+
+if __name__ == "__main__":
+    main()

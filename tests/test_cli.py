@@ -1,0 +1,123 @@
+"""The command line: help, doctor's verdict, messages of what is missing."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import fastdistil
+from fastdistil import cli
+
+runner = CliRunner()
+
+
+def test_help_names_the_commands() -> None:
+    result = runner.invoke(cli.app, ["--help"])
+    assert result.exit_code == 0
+    for command in ("demo", "bench", "doctor"):
+        assert command in result.output
+
+
+def test_version() -> None:
+    assert runner.invoke(cli.app, ["--version"]).output.strip() == fastdistil.__version__
+
+
+def test_heavy_imports_are_inside_the_commands() -> None:
+    """cli.py itself needs typer alone (the package's __init__ is not its business)."""
+    code = (
+        "import sys, importlib.util as u\n"
+        f"s = u.spec_from_file_location('cli', {cli.__file__!r}); m = u.module_from_spec(s); s.loader.exec_module(m)\n"
+        "print([x for x in ('torch', 'triton', 'matplotlib', 'transformers') if x in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.strip() == "[]", run.stderr
+
+
+def test_doctor_is_content_here() -> None:
+    result = runner.invoke(cli.app, ["doctor"])
+    assert result.exit_code == 0, result.output
+    for word in ("fastdistil", "torch", "triton", "device", "instruction set", "OpenMP", "backend reference"):
+        assert word in result.output
+    assert "BROKEN" not in result.output
+
+
+def test_doctor_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = cli.self_check
+    monkeypatch.setattr(cli, "self_check", lambda name, device: 0.5 if name == "reference" else right(name, device))
+    result = runner.invoke(cli.app, ["doctor"])
+    assert result.exit_code == 1
+    assert "BROKEN backend reference" in result.output
+
+
+def test_doctor_finds_a_missing_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    why = "the C++ extension fastdistil._C cannot be imported"
+    monkeypatch.setattr(fastdistil, "backends", lambda: {"reference": True, "cpu": why})
+    result = runner.invoke(cli.app, ["doctor"])
+    assert result.exit_code == 1
+    assert f"not available: {why}" in result.output
+
+
+def test_doctor_finds_two_openmp_runtimes(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = "7f00-7f01 r-xp 00000000 00:00 1    /usr/lib/{}\n"
+    maps = line.format("libgomp.so.1") + line.format("libiomp5.so") + line.format("libgomp.so.1")
+    monkeypatch.setattr(Path, "read_text", lambda self, *unused: maps)
+    _, value, good = cli._openmp()
+    assert good is False
+    assert value.startswith("2, ")
+
+
+@pytest.mark.parametrize(("command", "extra"), [(["demo"], "demo"), (["bench", "logits"], "bench")])
+def test_a_missing_extra_names_the_command_to_install_it(
+    command: list[str], extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(name: str) -> None:
+        raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
+
+    monkeypatch.setattr(importlib, "import_module", missing)
+    result = runner.invoke(cli.app, command)
+    assert result.exit_code == 1
+    assert f"matplotlib is not installed: pip install 'fastdistil[{extra}]'" in result.output
+
+
+def test_demo_passes_its_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: dict[str, Any] = {}
+
+    class Demo:
+        @staticmethod
+        def run_demo(**options: Any) -> None:
+            seen.update(options)
+
+    monkeypatch.setattr(cli, "_needs", lambda extra, module: Demo)
+    arguments = ["demo", "--seeds", "3", "--seed", "7", "--out", str(tmp_path), "--cache", str(tmp_path / "c")]
+    assert runner.invoke(cli.app, arguments).exit_code == 0
+    assert seen == {"out": tmp_path, "seed": 7, "seeds": 3, "cache": tmp_path / "c"}
+
+
+def test_bench_writes_records_and_a_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from fastdistil.benchmarks import cases, run
+
+    small = cases.Case("hidden", "one", {"N": 4, "D_s": 6, "D_t": 8, "L": 1}, ("eager", "fastdistil:reference"),
+                       options={"kind": "mse", "projection": True}, repetitions=2, memory=False)  # fmt: skip
+    monkeypatch.setattr(run, "select", lambda device, ops, tiny: [small])
+    monkeypatch.setattr(run, "machine_rates", lambda device: {"copy_gb_s": 10.0, "matrix_gflop_s": 100.0})
+    out = tmp_path / "hidden.jsonl"
+    result = runner.invoke(cli.app, ["bench", "hidden", "--small", "--out", str(out), "--report"])
+    assert result.exit_code == 0, result.output
+    assert [json.loads(line)["status"] for line in out.read_text().splitlines()] == ["ok", "ok"]
+    assert "dry run" in (tmp_path / "report.md").read_text()
+    assert (tmp_path / "images" / "hidden-time.png").exists() or (tmp_path / "images" / "gpu-hidden-time.png").exists()
+
+
+def test_bench_refuses_what_it_does_not_know(tmp_path: Path) -> None:
+    assert runner.invoke(cli.app, ["bench", "speed"]).exit_code == 2
+    assert "ends in .jsonl" in runner.invoke(cli.app, ["bench", "--out", "x.json"]).output
+    result = runner.invoke(cli.app, ["bench", "--report", "--out", str(tmp_path / "nothing" / "x.jsonl")])
+    assert result.exit_code == 1
+    assert "has no records" in result.output
