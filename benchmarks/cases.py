@@ -1,0 +1,180 @@
+"""What is measured, as data: op -> shapes named after real models -> contenders -> bytes and operations by formula.
+
+Axis letters as in docs/losses.md: N rows (tokens), V vocabulary, B batch, H heads, S sequence, d head size, D hidden
+size, L layers. A contender's name is resolved in contenders.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+OPS = ("logits", "hidden", "attention")
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}  # bytes
+
+
+@dataclass(frozen=True)
+class Bar:
+    """`contender` must be `at_least` times as fast as `against`, or need at most 1/`at_least` of its extra memory."""
+
+    contender: str
+    against: str
+    at_least: float
+    quantity: str = "both"  # a pass, or "memory"
+
+
+@dataclass(frozen=True)
+class Case:
+    op: str
+    name: str
+    shape: dict[str, int]
+    contenders: tuple[str, ...]
+    dtype: str = "float32"
+    options: dict[str, Any] = field(default_factory=dict)
+    repetitions: int = 7
+    memory: bool = True
+    bars: tuple[Bar, ...] = ()
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Case:
+        bars = tuple(Bar(**bar) for bar in data.get("bars", ()))
+        return Case(**{**data, "contenders": tuple(data["contenders"]), "bars": bars})
+
+
+def traffic_bytes(case: Case, what: str) -> int:
+    """Bytes that any implementation must move: each input read once; for "both" each gradient written once as well."""
+    s, size = case.shape, ITEMSIZE[case.dtype]
+    gradient = what == "both"
+    if case.op == "logits":
+        return s["N"] * s["V"] * size * (3 if gradient else 2)
+    if case.op == "hidden":
+        student, teacher = s["N"] * s["D_s"] * s["L"], s["N"] * s["D_t"] * s["L"]
+        projection = s["D_s"] * s["D_t"] * s["L"] if case.options.get("projection") else 0
+        return size * (student + teacher + projection + gradient * (student + projection))
+    heads = s["B"] * s["H"] * s["S"]
+    return size * heads * (2 * s["d_s"] + 2 * s["d_t"] + gradient * 2 * s["d_s"])
+
+
+def operations(case: Case, what: str) -> int:
+    """Multiplications and additions of the matrix products, without recomputation; for logits, which have none, about
+    10 operations an entry forward and 16 in all (never what limits them)."""
+    s = case.shape
+    gradient = what == "both"
+    if case.op == "logits":
+        return s["N"] * s["V"] * (16 if gradient else 10)
+    if case.op == "hidden":
+        products = (3 if gradient else 1) if case.options.get("projection") else 0
+        return 2 * s["N"] * s["D_s"] * s["D_t"] * s["L"] * products
+    if case.options["kind"] == "score_mse" and s["d_s"] == s["d_t"]:  # Gram matrices of the factors, no map at all
+        return s["B"] * s["H"] * s["S"] * s["d_s"] ** 2 * (32 if gradient else 16)
+    return 2 * s["B"] * s["H"] * s["S"] ** 2 * (s["d_s"] + s["d_t"] + gradient * 2 * s["d_s"])
+
+
+VOCABULARIES = {"mbert": 119_547, "llama3": 128_256, "xlmr": 250_002, "llama2": 32_000}  # columns of the logits
+
+_CPU_LOGITS = ("eager", "eager_common", "compile", "fastdistil:cpu", "fastdistil:cpu:inplace")
+_CPU_OTHER = ("eager", "compile", "fastdistil:reference", "fastdistil:cpu")
+_CPU_BF16 = ("eager", "eager_upcast", "compile", "fastdistil:cpu", "fastdistil:cpu:inplace")
+_GPU_LOGITS = (
+    "eager", "eager_common", "eager_upcast", "compile", "liger_kl", "liger_jsd", "fastdistil:triton", "fastdistil:cuda",
+    "fastdistil:triton:inplace", "fastdistil:cuda:inplace",
+)  # fmt: skip
+_GPU_OTHER = ("eager", "compile", "fastdistil:triton")
+_KL = {"divergence": "forward_kl", "temperature": 2.0}
+_JSD = {"divergence": "jsd", "temperature": 1.0}
+
+
+def _logits(model: str, rows: int, dtype: str, options: dict[str, Any], names: tuple[str, ...], **rest: Any) -> Case:
+    short = {"float32": "fp32", "bfloat16": "bf16"}[dtype]
+    label = {"forward_kl": "kl", "jsd": "jsd"}[options["divergence"]]
+    shape = {"N": rows, "V": VOCABULARIES[model]}
+    return Case("logits", f"{model}-{label}-{short}", shape, names, dtype, options, **rest)
+
+
+CPU_LOGIT_BARS = (
+    Bar("fastdistil:cpu", "eager", 7.0),
+    Bar("fastdistil:cpu", "compile", 1.6),
+    Bar("fastdistil:cpu:inplace", "eager", 14.0),
+    Bar("fastdistil:cpu:inplace", "compile", 3.0),
+)
+
+
+def _hidden(name: str, rows: int, size_s: int, layers: int, names: tuple[str, ...], dtype: str, **rest: Any) -> Case:
+    shape = {"N": rows, "D_s": size_s, "D_t": 768, "L": layers}
+    return Case("hidden", name, shape, names, dtype, {"kind": "mse", "projection": size_s != 768}, **rest)
+
+
+def _attention(kind: str, batch: int, length: int, names: tuple[str, ...], dtype: str, **rest: Any) -> Case:
+    """BERT base: 12 heads of size 64."""
+    shape = {"B": batch, "H": 12, "S": length, "d_s": 64, "d_t": 64}
+    return Case("attention", f"bert-{kind}-{length}", shape, names, dtype, {"kind": kind}, **rest)
+
+
+def cpu_cases() -> list[Case]:
+    """The most valuable first."""
+    half = (Bar("fastdistil:cpu", "eager", 2.0, "memory"),)
+    logits = [
+        _logits("mbert", 512, "float32", _KL, _CPU_LOGITS, repetitions=9, bars=CPU_LOGIT_BARS),
+        _logits("mbert", 128, "bfloat16", _KL, _CPU_BF16, memory=False),
+        _logits("xlmr", 64, "float32", _KL, _CPU_LOGITS, memory=False),
+        _logits("mbert", 128, "float32", _JSD, (*_CPU_LOGITS[:1], *_CPU_LOGITS[2:]), memory=False),
+        _logits("llama2", 256, "float32", _KL, ("fastdistil:reference", *_CPU_LOGITS), memory=False),
+    ]
+    hidden = [
+        _hidden("minilm-mbert-mse", 4096, 384, 1, _CPU_OTHER, "float32", bars=half),
+        _hidden("lightmbert-mse", 2048, 768, 6, _CPU_OTHER, "float32"),
+    ]
+    attention = [
+        _attention(kind, batch, length, _CPU_OTHER, "float32", repetitions=5, memory=length == 512)
+        for length, batch in ((128, 8), (512, 8), (2048, 2))
+        for kind in ("prob_mse", "prob_kl", "score_mse")
+        if not (length == 2048 and kind == "prob_kl")
+    ]
+    return [*logits, *hidden, *attention]
+
+
+def _same_work(name: str, dtype: str, options: dict[str, Any]) -> bool:
+    """These contenders exist for 16-bit logits, or for the forward KL, alone."""
+    if name == "eager_upcast":
+        return dtype != "float32"
+    return name not in ("eager_common", "liger_kl") or options["divergence"] == "forward_kl"
+
+
+def gpu_cases() -> list[Case]:
+    """The most valuable first; the shapes of one H200 (139 GiB)."""
+    more = {"repetitions": 20}
+    logits = [
+        _logits(model, 8192, dtype, options, tuple(n for n in _GPU_LOGITS if _same_work(n, dtype, options)), **more)
+        for dtype in ("bfloat16", "float32")
+        for options in (_KL, _JSD)
+        for model in VOCABULARIES
+    ]
+    hidden = [
+        _hidden("minilm-mbert-mse", 8192, 384, 12, _GPU_OTHER, "bfloat16", **more),
+        _hidden("lightmbert-mse", 8192, 768, 12, _GPU_OTHER, "bfloat16", **more),
+    ]
+    attention = [
+        _attention(kind, batch, length, _GPU_OTHER, "bfloat16", **more)
+        for length, batch in ((512, 32), (128, 32), (2048, 32), (8192, 1))
+        for kind in ("prob_mse", "prob_kl", "score_mse")
+    ]
+    return [*logits, *hidden, *attention]
+
+
+SMALL = {"N": 6, "V": 515, "B": 2, "H": 2, "S": 33, "d_s": 16, "d_t": 16, "D_s": 24, "D_t": 32, "L": 2}
+
+
+def small(case: Case, first: bool = True) -> Case:
+    """The same case, tiny: a dry run of everything but the numbers, so without bars. What takes seconds whatever the
+    size, torch.compile and memory in a child process, is for the first case of an op alone."""
+    shape = {axis: min(size, SMALL[axis]) for axis, size in case.shape.items()}
+    if case.op == "hidden" and not case.options["projection"]:
+        shape["D_t"] = shape["D_s"]
+    names = tuple(name for name in case.contenders if first or name != "compile")
+    return replace(case, shape=shape, contenders=names, memory=case.memory and first, repetitions=3, bars=())
+
+
+def select(device: str, ops: tuple[str, ...], tiny: bool = False) -> list[Case]:
+    found = [case for case in (cpu_cases() if device == "cpu" else gpu_cases()) if case.op in ops]
+    first = {case.op: case.name for case in reversed(found)}
+    return [small(case, first[case.op] == case.name) for case in found] if tiny else found

@@ -1,0 +1,172 @@
+"""Who is measured: a name -> a function from the case's tensors to the loss.
+
+eager               the textbook formula, kl_div(log_softmax, log_softmax, log_target=True) for logits
+eager_common        kl_div(log_softmax, softmax), as most training scripts write it
+eager_upcast        eager after .float(), as careful scripts do with 16-bit logits
+compile             torch.compile of eager's formula
+fastdistil:<backend>[:inplace]
+liger_kl, liger_jsd Liger-Kernel's losses over torch's log_softmax, as its documentation uses them
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from fastdistil.benchmarks.cases import Case
+from fastdistil.benchmarks.problems import Outcome, Problem, Tensors, layers, sample, textbook
+from torch import Tensor
+
+import fastdistil
+from fastdistil.backends import choose, interpreting
+
+Loss = Callable[[Tensors], Tensor]
+
+
+class Unavailable(Exception):
+    """Why a contender cannot run here."""
+
+
+class _Output(torch.autograd.Function):
+    """Makes a buffer what inplace_backward expects: a tensor that some operation computed, neither leaf nor view."""
+
+    @staticmethod
+    def forward(ctx: Any, handle: Tensor, buffer: Tensor) -> Tensor:
+        ctx.mark_dirty(buffer)
+        return buffer
+
+    @staticmethod
+    def backward(ctx: Any, *gradient: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+@dataclass
+class Contender:
+    """A loss and its inputs; `inplace`: the gradient overwrites the student's tensors, which are then its own."""
+
+    name: str
+    loss: Loss
+    problem: Problem
+    inplace: bool = False
+
+    def __post_init__(self) -> None:
+        wanted = {name: self.problem.tensors[name] for name in self.problem.wanted}
+        self.buffers: Tensors = {name: x.clone() for name, x in wanted.items()} if self.inplace else {}
+        self.leaves: Tensors = {} if self.inplace else {n: x.detach().requires_grad_() for n, x in wanted.items()}
+        self.inputs: Tensors = {}
+
+    def prepare(self) -> None:
+        """Fresh inputs for one forward and backward; never timed."""
+        fresh = dict(self.leaves)
+        for name, buffer in self.buffers.items():
+            buffer.copy_(self.problem.tensors[name])
+            handle = torch.zeros((), device=buffer.device, requires_grad=True)
+            alias = torch.empty(0, dtype=buffer.dtype, device=buffer.device).set_(buffer)  # type: ignore[call-overload]
+            fresh[name] = _Output.apply(handle, alias)  # type: ignore[no-untyped-call]
+        self.inputs = {**self.problem.tensors, **fresh}
+
+    def forward(self) -> Tensor:
+        return self.loss(self.inputs)
+
+    def backward(self, value: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(value, [self.inputs[n] for n in self.problem.wanted])
+
+    def outcome(self) -> Outcome:
+        """One run, with the gradients of the sampled items."""
+        self.prepare()
+        value = self.forward()
+        found = dict(zip(self.problem.wanted, self.backward(value), strict=True))
+        index = sample(self.problem).to(value.device)
+        kept = {n: (g if n in self.problem.shared else g[index]).double().cpu() for n, g in found.items()}
+        return Outcome(value.item(), kept)
+
+
+def build(name: str, case: Case, problem: Problem) -> Contender:
+    """Raises Unavailable where `name` cannot run on the problem's device."""
+    device = next(iter(problem.tensors.values())).device
+    if name == "eager":
+        return Contender(name, textbook(case), problem)
+    if name == "compile":
+        return Contender(name, _compiled(case), problem)
+    if name == "eager_upcast":
+        formula = textbook(case)
+        return Contender(name, lambda x: formula({n: v.float() for n, v in x.items()}), problem)
+    if name == "eager_common":
+        return Contender(name, _common(case), problem)
+    if name.startswith("fastdistil:"):
+        _, backend, *rest = name.split(":")
+        try:
+            choose(backend, device)
+        except ValueError as reason:
+            raise Unavailable(str(reason)) from reason
+        return Contender(name, _fastdistil(case, backend, bool(rest)), problem, inplace=bool(rest))
+    if name in ("liger_kl", "liger_jsd"):
+        return Contender(name, _liger(name, case, device), problem)
+    raise ValueError(f"contender is {name!r}, expected one of those that benchmarks/contenders.py lists")
+
+
+def _compiled(case: Case) -> Loss:
+    torch._dynamo.reset()
+    compiled: Loss = torch.compile(textbook(case), dynamic=False)
+    return compiled
+
+
+def _common(case: Case) -> Loss:
+    if case.op != "logits" or case.options["divergence"] != "forward_kl":
+        raise Unavailable("this form is for the forward KL of logits alone")
+    temperature = case.options["temperature"]
+
+    def loss(x: Tensors) -> Tensor:
+        p, q = F.log_softmax(x["student"] / temperature, -1), F.softmax(x["teacher"] / temperature, -1)
+        return F.kl_div(p, q, reduction="batchmean") * temperature**2
+
+    return loss
+
+
+def _fastdistil(case: Case, backend: str, inplace: bool) -> Loss:
+    if case.op == "logits":
+        logit = partial(fastdistil.logit_loss, **case.options, inplace_backward=inplace, backend=backend)
+        return lambda x: logit(x["student"], x["teacher"])
+    if case.op == "attention":
+        attention = partial(fastdistil.attention_loss, kind=case.options["kind"], backend=backend)
+        return lambda x: attention(x["student_q"], x["student_k"], x["teacher_q"], x["teacher_k"])
+
+    def hidden(x: Tensors) -> Tensor:
+        projection = layers(x, "projection") or None
+        kind = case.options["kind"]
+        return fastdistil.hidden_loss(
+            layers(x, "student"), layers(x, "teacher"), kind=kind, projection=projection, backend=backend
+        )
+
+    return hidden
+
+
+def _liger(name: str, case: Case, device: torch.device) -> Loss:
+    if importlib.util.find_spec("liger_kernel") is None:
+        raise Unavailable("liger-kernel is not installed (pip install liger-kernel)")
+    if device.type == "cpu" and not interpreting():
+        raise Unavailable("liger-kernel needs a GPU, or Triton's interpreter (TRITON_INTERPRET=1)")
+    if case.op != "logits" or (name == "liger_kl" and case.options["divergence"] != "forward_kl"):
+        raise Unavailable("liger-kernel has no such loss")
+    temperature = case.options["temperature"]
+    module: Any
+    if name == "liger_kl":
+        from liger_kernel.transformers import LigerKLDIVLoss
+
+        module = LigerKLDIVLoss(reduction="batchmean", log_target=True)
+    else:
+        from liger_kernel.transformers import LigerJSD
+
+        module = LigerJSD(beta=0.0 if case.options["divergence"] == "forward_kl" else 0.5)
+
+    def loss(x: Tensors) -> Tensor:
+        p, q = (F.log_softmax(x[w] / temperature, -1) for w in ("student", "teacher"))
+        found: Tensor = module(p, q) * temperature**2
+        return found
+
+    return loss

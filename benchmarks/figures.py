@@ -1,0 +1,257 @@
+"""The PNGs of a report; each says where its numbers were measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from fastdistil.benchmarks.record import Record
+
+LABELS = {
+    "eager": "PyTorch eager",
+    "eager_common": "eager, target not log",
+    "eager_upcast": "eager after .float()",
+    "compile": "torch.compile",
+    "liger_kl": "Liger KL",
+    "liger_jsd": "Liger JSD",
+}
+COLORS = {
+    "eager": "#b3413a", "eager_common": "#d98a5b", "eager_upcast": "#8c6d46", "compile": "#7a5ca8",
+    "liger_kl": "#4d8a4a", "liger_jsd": "#86a83c", "fastdistil:cpu": "#0b5fa5", "fastdistil:triton": "#2c9bd6",
+    "fastdistil:cuda": "#10395e", "fastdistil:reference": "#8fb8d8",
+}  # fmt: skip
+
+
+def label(name: str) -> str:
+    return LABELS.get(name) or name.replace("fastdistil:", "fastdistil ").replace(":inplace", ", in place")
+
+
+def color(name: str) -> str:
+    return COLORS.get(name.removesuffix(":inplace"), "#555555")
+
+
+def where(record: Record) -> str:
+    return (
+        f"{record['device_name']}, {record['threads']} threads" if record["device"] == "cpu" else record["device_name"]
+    )
+
+
+def _footer(figure: Any, records: list[Record], more: str = "") -> None:
+    first = records[0]
+    small = "  DRY RUN WITH TINY SHAPES" if any(r.get("small") for r in records) else ""
+    text = f"{where(first)}; torch {first['versions']['torch']}; {first['date'][:10]}, commit {first['commit']}{small}"
+    figure.text(0.012, 0.012, "\n".join(filter(None, (more, text))), fontsize=8, color="#666666", va="bottom")
+
+
+def _plain(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(True, which="major", color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _save(figure: Any, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, facecolor="white")
+    plt.close(figure)
+    return path
+
+
+Series = dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+def _series(records: list[Record], x: str, y: str) -> Series:
+    names = dict.fromkeys(r["contender"] for r in records)
+    found: Series = {}
+    for name in names:
+        points = sorted((r[x], r[y]) for r in records if r["contender"] == name)
+        found[name] = (np.array([p[0] for p in points]), np.array([max(p[1], 1e-12) for p in points]))
+    return found
+
+
+def _merged(series: Series) -> Iterator[tuple[list[str], np.ndarray, np.ndarray]]:
+    """Curves that lie on each other are drawn once, under all their names: within 5% (ours), or 1.7x (others)."""
+    rest = dict(series)
+    while rest:
+        first, (x, y) = next(iter(rest.items()))
+        near = np.log(1.05 if first.startswith("fastdistil") else 1.7)
+        family = first.split(":")[0] == "fastdistil"
+        alike = [
+            name
+            for name, (u, v) in rest.items()
+            if (name.split(":")[0] == "fastdistil") == family
+            and len(u) == len(x)
+            and np.all(np.abs(np.log(v / y)) < near)
+        ]
+        yield alike, x, y
+        rest = {name: points for name, points in rest.items() if name not in alike}
+
+
+def _spread(positions: list[float], gap: float) -> list[float]:
+    """The positions (decades), moved apart so that neighbours keep `gap`, their middle where it was."""
+    order = np.argsort(positions)
+    placed = np.array(positions, dtype=float)[order]
+    for _ in range(200):
+        for i in range(len(placed) - 1):
+            lack = gap - (placed[i + 1] - placed[i])
+            if lack > 1e-6:
+                placed[i] -= lack / 2
+                placed[i + 1] += lack / 2
+    result = np.empty_like(placed)
+    result[order] = placed
+    return [float(p) for p in result]
+
+
+def exactness(records: list[Record], path: Path) -> Path:
+    """Relative error of value and gradient against the distance of student and teacher."""
+    dtypes = [d for d in ("float32", "bfloat16") if any(r["dtype"] == d for r in records)]
+    figure, grid = plt.subplots(2, len(dtypes), figsize=(6.6 * len(dtypes), 8.4), squeeze=False, sharey="row")
+    for column, dtype in enumerate(dtypes):
+        chosen = [r for r in records if r["dtype"] == dtype]
+        for row, what in enumerate(("value", "gradient")):
+            axes = grid[row][column]
+            _error_panel(axes, _series(chosen, "kl", f"{what}_error"))
+            short = {"float32": "fp32", "bfloat16": "bf16"}[dtype]
+            axes.set_title(f"{what.capitalize()}, {short} logits", loc="left", fontsize=12, fontweight="bold")
+            if column == 0:
+                axes.set_ylabel("relative error against float64")
+            if row == 1:
+                axes.set_xlabel("KL(teacher ‖ student), nats a row  →  as training ends")
+    shape = records[0]["shape"]
+    figure.suptitle("Error of the KL loss as the student becomes the teacher", x=0.012, ha="left", fontsize=15)
+    note = f"student = teacher + noise of 1 to 1e-4, logits of std 4, {shape['N']} rows of V = {shape['V']:,}"
+    if any(r["interpreted"] for r in records):
+        note += "; Triton kernels (fastdistil's and Liger's) in Triton's interpreter, fp32 only"
+    _footer(figure, records, note)
+    figure.tight_layout(rect=(0, 0.045, 1, 0.985), w_pad=2.5)
+    return _save(figure, path)
+
+
+def _joined(names: list[str]) -> str:
+    return "fastdistil " + ", ".join(name.removeprefix("fastdistil:") for name in names)
+
+
+def _error_panel(axes: Any, series: Series) -> None:
+    ends, texts, colors = [], [], []
+    for names, x, y in _merged(series):
+        ours = names[0].startswith("fastdistil")
+        axes.plot(x, y, "-o", color=color(names[-1 if ours else 0]), linewidth=2.2 if ours else 1.8, markersize=5)
+        ends.append(float(np.log10(y[0])))  # the smallest KL
+        texts.append("\n".join(label(n) for n in names) if not ours else _joined(names))
+        colors.append(color(names[-1 if ours else 0]))
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_ylim(5e-10, 5e3)
+    left, right = min(float(x.min()) for x, _ in series.values()), max(float(x.max()) for x, _ in series.values())
+    axes.set_xlim(right * 2, left / (right / left) ** 0.45)  # falls to the right; room for the labels
+    _plain(axes)
+    axes.plot([right * 2, left], [1, 1], color="#999999", linewidth=0.9)
+    decades = range(math.ceil(math.log10(left)), math.floor(math.log10(right)) + 1)
+    axes.set_xticks([10.0**d for d in decades if len(decades) < 7 or d % 2 == 0])
+    axes.set_xticks([], minor=True)
+    axes.spines["bottom"].set_bounds(right * 2, left / 1.3)
+    axes.text(right * 1.7, 1.3, "100%: nothing is right", fontsize=8.5, color="#777777")
+    for text, y, shade in zip(texts, _spread(ends, 0.62), colors, strict=True):
+        axes.text(left / 1.6, 10**y, text, color=shade, fontsize=9, va="center", linespacing=1.1)
+
+
+def times(records: list[Record], path: Path) -> Path:
+    """Forward + backward of every case, as multiples of the floor, and who needs them."""
+    cases = list(dict.fromkeys(r["case"] for r in records))
+    heights = [1 + sum(r["case"] == case for r in records) for case in cases]
+    figure, grid = plt.subplots(
+        len(cases), 1, figsize=(9.5, 0.9 + 0.29 * sum(heights)), squeeze=False, height_ratios=heights
+    )
+    for axes, case in zip(grid[:, 0], cases, strict=True):
+        chosen = [r for r in records if r["case"] == case]
+        slowest = max(r["time_us"]["both"]["p50"] for r in chosen)
+        for i, record in enumerate(reversed(chosen)):
+            time, eager = record["time_us"]["both"]["p50"], record["ratios"]["both"].get("eager_over_this")
+            axes.barh(i, time / slowest, color=color(record["contender"]), height=0.72)
+            note = f"{record['ratios']['both']['this_over_floor']:.1f}× floor"
+            note += (
+                ""
+                if eager is None
+                else f", {eager:.2g}× eager's speed"
+                if eager < 100
+                else f", {eager:.0f}× eager's speed"
+            )
+            axes.text(time / slowest + 0.01, i, note, va="center", fontsize=8.5)
+        axes.set_yticks(range(len(chosen)), [label(r["contender"]) for r in reversed(chosen)], fontsize=8.5)
+        axes.set_xlim(0, 1.42)
+        axes.set_xticks([])
+        axes.spines[["top", "right", "bottom"]].set_visible(False)
+        axes.set_title(_case_title(chosen[0]), loc="left", fontsize=10, fontweight="bold")
+    figure.suptitle(
+        "Forward + backward, median time (bars: relative, shorter is better)", x=0.012, ha="left", fontsize=13
+    )
+    _footer(figure, records)
+    height = figure.get_size_inches()[1]
+    figure.tight_layout(rect=(0, 0.3 / height, 1, 1 - 0.05 / height))
+    return _save(figure, path)
+
+
+def _case_title(record: Record) -> str:
+    return f"{record['case']}  ({', '.join(f'{a} {n:,}' for a, n in record['shape'].items())})"
+
+
+def scaling(records: list[Record], axis: str, path: Path) -> Path:
+    """Time and extra memory against V or S."""
+    quantities = {
+        "median time, ms": lambda r: r["time_us"]["both"]["p50"] / 1e3,
+        "peak extra memory, MiB": lambda r: r.get("peak_mem_mib"),
+    }
+    figure, grid = plt.subplots(1, 2, figsize=(12.5, 5))
+    for axes, (title, read) in zip(grid, quantities.items(), strict=True):
+        found = [{"contender": r["contender"], "x": r["shape"][axis], "y": read(r)} for r in records if read(r)]
+        series = _series(found, "x", "y") if found else {}
+        ends = _spread([float(np.log10(y[-1])) for _, y in series.values()], 0.09)
+        for (name, (x, y)), end in zip(series.items(), ends, strict=True):
+            axes.plot(x, y, marker="o", color=color(name), linestyle="--" if name.endswith("inplace") else "-")
+            axes.text(x[-1] * 1.06, 10**end, label(name), color=color(name), fontsize=8.5, va="center")
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel({"V": "vocabulary V", "S": "sequence length S"}[axis])
+        axes.set_title(title, loc="left", fontsize=11)
+        _plain(axes)
+        low, high = axes.get_xlim()
+        axes.set_xlim(low, high * (high / low) ** 0.55)
+    figure.suptitle(f"Forward + backward against {axis}", x=0.012, ha="left", fontsize=13)
+    _footer(figure, records)
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    return _save(figure, path)
+
+
+def roofline(records: list[Record], path: Path) -> Path:
+    """Rate of useful operations against operations a byte, under what the machine was measured to reach."""
+    rates = records[0]["rates"]
+    figure, axes = plt.subplots(figsize=(9, 5.6))
+    intensity = np.logspace(-1, 4, 200)
+    roof = np.minimum(intensity * rates["copy_gb_s"], rates["matrix_gflop_s"])
+    axes.plot(intensity, roof, color="#333333", linewidth=1.5)
+    names = dict.fromkeys(r["contender"] for r in records)
+    for name in names:
+        chosen = [r for r in records if r["contender"] == name]
+        x = [r["flops"]["both"] / r["bytes"]["both"] for r in chosen]
+        y = [r["flops"]["both"] / r["time_us"]["both"]["p50"] / 1e3 for r in chosen]
+        fill = "none" if name.endswith("inplace") else color(name)
+        axes.scatter(x, y, s=32, facecolors=fill, edgecolors=color(name), label=label(name))
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("useful operations a byte moved (by formula)")
+    axes.set_ylabel("useful Gop/s, forward + backward")
+    axes.set_title(
+        f"Roof: {rates['copy_gb_s']:,.0f} GB/s copy, {rates['matrix_gflop_s']:,.0f} GFLOP/s matrix product, same run",
+        loc="left", fontsize=11,
+    )  # fmt: skip
+    axes.legend(fontsize=8.5, frameon=False, loc="lower right")
+    _plain(axes)
+    _footer(figure, records)
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    return _save(figure, path)

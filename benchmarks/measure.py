@@ -1,0 +1,182 @@
+"""Time of the passes, peak extra memory, and what the machine itself can do (the floor)."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from fastdistil.benchmarks.cases import Case
+from fastdistil.benchmarks.contenders import Contender
+
+PASSES = ("forward", "forward_grad", "backward", "both")  # forward: no_grad; forward_grad: with the graph kept
+MIB = 1 << 20
+
+
+class Clock:
+    """Marks in time: CUDA events on a GPU, the wall clock on a CPU."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device == "cuda"
+
+    def mark(self) -> Any:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def between_us(self, start: Any, end: Any) -> float:
+        if not self.cuda:
+            return float((end - start) * 1e6)
+        end.synchronize()
+        return float(start.elapsed_time(end) * 1e3)
+
+
+def time_once(contender: Contender, clock: Clock) -> dict[str, float]:
+    """Microseconds of each pass. "backward" and "both" are of the same run as "forward_grad"."""
+    contender.prepare()
+    with torch.no_grad():
+        start = clock.mark()
+        contender.forward()
+        forward = clock.between_us(start, clock.mark())
+    contender.prepare()
+    start = clock.mark()
+    value = contender.forward()
+    middle = clock.mark()
+    gradients = contender.backward(value)
+    end = clock.mark()
+    times = (forward, *(clock.between_us(*ends) for ends in ((start, middle), (middle, end), (start, end))))
+    del value, gradients  # outside of the timed region: the next run meets memory as fresh as this one
+    return dict(zip(PASSES, times, strict=True))
+
+
+def quantiles(samples: list[float]) -> dict[str, float]:
+    """p20, p50 and p80."""
+    if len(samples) == 1:
+        return dict.fromkeys(("p20", "p50", "p80"), samples[0])
+    fifths = statistics.quantiles(samples, n=5, method="inclusive")
+    return {"p20": fifths[0], "p50": statistics.median(samples), "p80": fifths[3]}
+
+
+def time_interleaved(
+    contenders: list[Contender], repetitions: int, device: str
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Contender -> pass -> quantiles in microseconds; each repetition runs every contender once."""
+    clock = Clock(device)
+    samples: dict[str, dict[str, list[float]]] = {c.name: {p: [] for p in PASSES} for c in contenders}
+    for contender in contenders:  # warm-up
+        time_once(contender, clock)
+    for _ in range(repetitions):
+        for contender in contenders:
+            for name, duration in time_once(contender, clock).items():
+                samples[contender.name][name].append(duration)
+    return {name: {p: quantiles(s) for p, s in passes.items()} for name, passes in samples.items()}
+
+
+class OtherLoad:
+    """CPU cores that other processes kept busy meanwhile: a timing taken beside another job is no record."""
+
+    def __enter__(self) -> OtherLoad:
+        self.start = self._read()
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        wall, busy, own = (b - a for a, b in zip(self.start, self._read(), strict=True))
+        self.cores = round(max(0.0, (busy - own) / max(wall, 1e-3)), 2)
+
+    @staticmethod
+    def _read() -> tuple[float, float, float]:
+        own = sum(os.times()[:4])  # user and system, children included
+        try:
+            fields = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        except (OSError, ValueError):
+            return time.monotonic(), own, own
+        idle = fields[3] + fields[4]
+        return time.monotonic(), (sum(fields) - idle) / os.sysconf("SC_CLK_TCK"), own
+
+
+def _resident_mib(line: str) -> float:
+    status = dict(x.split(":", 1) for x in Path("/proc/self/status").read_text().splitlines())
+    return int(status[line].split()[0]) / 1024
+
+
+def peak_here_mib(contender: Contender, device: str) -> float:
+    """Memory at the peak of forward + backward, the gradient included, beyond the inputs; MiB."""
+    contender.outcome()  # warm-up: whatever is compiled or cached
+    contender.prepare()
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        gradients = contender.backward(contender.forward())
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / MIB
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    before_mib = _resident_mib("VmRSS")
+    gradients = contender.backward(contender.forward())
+    peak = _resident_mib("VmHWM") - before_mib
+    del gradients
+    return peak
+
+
+def peak_mib(case: Case, name: str, device: str, here: Callable[[], float]) -> float | None:
+    """On a GPU by `here`; on a CPU in a child process of its own, None where the system does not tell."""
+    if device == "cuda":
+        return here()
+    if not Path("/proc/self/clear_refs").exists():
+        return None
+    return float(child("memory", {"case": asdict(case), "contender": name})["peak_mib"])
+
+
+def child(task: str, arguments: dict[str, Any], interpret: bool = False) -> dict[str, Any]:
+    """Runs fastdistil.benchmarks.child; with `interpret` under Triton's interpreter."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    if interpret:
+        environment["TRITON_INTERPRET"] = "1"
+    command = [sys.executable, "-m", "fastdistil.benchmarks.child", task]
+    with tempfile.TemporaryDirectory() as empty:  # not the checkout, whose folders would hide an installed package
+        run = subprocess.run(
+            command, input=json.dumps(arguments), capture_output=True, text=True, env=environment, cwd=empty
+        )
+    if run.returncode != 0:
+        raise RuntimeError(f"benchmark child {task!r} failed with exit code {run.returncode}:\n{run.stderr[-2000:]}")
+    found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+    return found
+
+
+def machine_rates(device: str) -> dict[str, float]:
+    """What the floors are computed from: copy bandwidth (bytes read and written) and matrix rate."""
+    size, side = (1 << 28, 8192) if device == "cuda" else (1 << 25, 1536)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    source = torch.ones(size, device=device)
+    target, matrix = torch.ones_like(source), torch.ones(side, side, device=device, dtype=dtype)
+    clock = Clock(device)
+
+    def best_us(work: Callable[[], object]) -> float:
+        work()
+        times = []
+        for _ in range(7):
+            start = clock.mark()
+            work()
+            times.append(clock.between_us(start, clock.mark()))
+        return min(times)
+
+    copy_us, product_us = best_us(lambda: target.copy_(source)), best_us(lambda: matrix @ matrix)
+    return {
+        "copy_gb_s": round(2 * size * 4 / copy_us / 1e3, 1),
+        "matrix_gflop_s": round(2 * side**3 / product_us / 1e3, 1),
+    }

@@ -1,0 +1,176 @@
+"""Inputs of a case, the textbook formula of its loss, and the truth: that formula in float64, a few items at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from fastdistil.benchmarks.cases import Case
+from torch import Tensor
+
+Tensors = dict[str, Tensor]
+CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 28}  # float64 entries of a chunk's largest tensor: 64 MiB, 2 GiB
+SAMPLED = 64  # items whose gradient is compared
+
+
+@dataclass
+class Problem:
+    """`tensors` have items (rows, or sentences) along axis 0, over which the loss is a mean, but for those `shared`."""
+
+    tensors: Tensors
+    wanted: tuple[str, ...]  # gradients
+    shared: tuple[str, ...] = ()
+
+    @property
+    def items(self) -> int:
+        return next(x.shape[0] for name, x in self.tensors.items() if name not in self.shared)
+
+    def pick(self, index: Tensor | slice) -> Problem:
+        tensors = {name: x if name in self.shared else x[index] for name, x in self.tensors.items()}
+        return replace(self, tensors=tensors)
+
+
+def make(case: Case, device: str, noise: float, seed: int = 0) -> Problem:
+    """student = teacher + noise, the same numbers for every contender and process."""
+    generator = torch.Generator(device).manual_seed(seed)
+    dtype = getattr(torch, case.dtype)
+    s = case.shape
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, device=device)
+
+    def pair(teacher: Tensor) -> tuple[Tensor, Tensor]:
+        student = normal(*teacher.shape).mul_(noise).add_(teacher)
+        return student.to(dtype), teacher.to(dtype)
+
+    if case.op == "logits":
+        student, teacher = pair(normal(s["N"], s["V"]).mul_(4.0))  # logits of std 4
+        return Problem({"student": student, "teacher": teacher}, ("student",))
+    tensors: Tensors = {}
+    if case.op == "attention":
+        size = (s["B"], s["H"], s["S"])
+        tensors["student_q"], tensors["teacher_q"] = pair(normal(*size, s["d_t"]))
+        tensors["student_k"], tensors["teacher_k"] = pair(normal(*size, s["d_t"]))
+        return Problem(tensors, ("student_q", "student_k"))
+    wanted, shared = [], []
+    for i in range(s["L"]):
+        student = normal(s["N"], s["D_s"])
+        projected = student
+        if case.options["projection"]:
+            projection = normal(s["D_t"], s["D_s"]).div_(math.sqrt(s["D_s"])).to(dtype)
+            tensors[f"projection_{i}"] = projection
+            shared.append(f"projection_{i}")
+            projected = student @ projection.float().T
+        teacher = normal(s["N"], s["D_t"]).mul_(noise).add_(projected)
+        tensors[f"student_{i}"], tensors[f"teacher_{i}"] = student.to(dtype), teacher.to(dtype)
+        wanted.append(f"student_{i}")
+    return Problem(tensors, (*wanted, *shared), tuple(shared))
+
+
+def layers(x: Tensors, name: str) -> list[Tensor]:
+    return [x[f"{name}_{i}"] for i in range(sum(key.startswith(f"{name}_") for key in x))]
+
+
+def textbook(case: Case) -> Callable[[Tensors], Tensor]:
+    """The loss as one writes it in PyTorch: eager contender in the case's dtype, truth in float64."""
+    if case.op == "logits":
+        return _logits(case.options["divergence"], case.options["temperature"])
+    if case.op == "hidden":
+        return _hidden_mse
+    return _attention(case.options["kind"])
+
+
+def _logits(divergence: str, temperature: float) -> Callable[[Tensors], Tensor]:
+    def forward_kl(x: Tensors) -> Tensor:
+        p, q = (F.log_softmax(x[name] / temperature, dim=-1) for name in ("student", "teacher"))
+        return F.kl_div(p, q, reduction="batchmean", log_target=True) * temperature**2
+
+    def jsd(x: Tensors) -> Tensor:
+        p, q = (F.log_softmax(x[name] / temperature, dim=-1) for name in ("student", "teacher"))
+        m = torch.logaddexp(p, q) - math.log(2.0)
+        forth = F.kl_div(m, q, reduction="batchmean", log_target=True)
+        back = F.kl_div(m, p, reduction="batchmean", log_target=True)
+        return 0.5 * (forth + back) * temperature**2
+
+    return {"forward_kl": forward_kl, "jsd": jsd}[divergence]
+
+
+def _hidden_mse(x: Tensors) -> Tensor:
+    students, projections = layers(x, "student"), layers(x, "projection")
+    if projections:
+        students = [F.linear(h, p) for h, p in zip(students, projections, strict=True)]
+    teachers = layers(x, "teacher")
+    return torch.stack([F.mse_loss(h, t) for h, t in zip(students, teachers, strict=True)]).mean()
+
+
+def _attention(kind: str) -> Callable[[Tensors], Tensor]:
+    def loss(x: Tensors) -> Tensor:
+        a, b = (
+            x[f"{w}_q"] @ x[f"{w}_k"].transpose(-1, -2) * x[f"{w}_q"].shape[-1] ** -0.5 for w in ("student", "teacher")
+        )
+        if kind == "score_mse":
+            return F.mse_loss(a, b)
+        if kind == "prob_mse":
+            return F.mse_loss(torch.softmax(a, -1), torch.softmax(b, -1))
+        p, q = F.log_softmax(a, -1), F.log_softmax(b, -1)
+        rows = p.shape[0] * p.shape[1] * p.shape[2]
+        return F.kl_div(p, q, reduction="sum", log_target=True) / rows
+
+    return loss
+
+
+@dataclass
+class Outcome:
+    """Value and gradients (of the sampled items; of the whole tensor where it is shared), float64 on the CPU."""
+
+    value: float
+    gradients: Tensors
+
+
+def sample(problem: Problem) -> Tensor:
+    """Items from the first to the last one, so that offsets beyond 2^31 are met where there are any."""
+    count = min(problem.items, SAMPLED)
+    return torch.linspace(0, problem.items - 1, count).round().long()
+
+
+def truth(case: Case, problem: Problem) -> Outcome:
+    """The textbook formula in float64."""
+    device = next(iter(problem.tensors.values())).device
+    s = case.shape
+    each = {"logits": s.get("V", 0), "hidden": s.get("D_t", 0) * s.get("L", 0)}.get(case.op)
+    each = s["H"] * s["S"] ** 2 if each is None else each  # float64 entries an item
+    step = max(1, CHUNK_ELEMENTS["cpu" if device.type == "cpu" else "cuda"] // each)
+    formula, sampled, value = textbook(case), sample(problem).to(device), 0.0
+    kept: dict[str, list[Tensor]] = {name: [] for name in problem.wanted}
+    for start in range(0, problem.items, step):
+        part = problem.pick(slice(start, start + step))
+        tensors = {name: x.double() for name, x in part.tensors.items()}
+        for name in problem.wanted:
+            tensors[name].requires_grad_()
+        loss = formula(tensors) * (part.items / problem.items)
+        value += loss.item()
+        here = sampled[(sampled >= start) & (sampled < start + part.items)] - start
+        for name, gradient in zip(
+            problem.wanted, torch.autograd.grad(loss, [tensors[n] for n in problem.wanted]), strict=True
+        ):
+            kept[name].append(gradient if name in problem.shared else gradient[here])
+    gradients = {
+        name: torch.stack(parts).sum(0).cpu() if name in problem.shared else torch.cat(parts).cpu()
+        for name, parts in kept.items()
+    }
+    return Outcome(value, gradients)
+
+
+def error(found: Tensor | float, true: Tensor | float) -> float:
+    """Relative, in the Euclidean norm; NaN counts as infinite."""
+    f, t = (torch.as_tensor(x, dtype=torch.float64).cpu() for x in (found, true))
+    distance = (f - t).norm().item() / max(t.norm().item(), 1e-300)
+    return distance if math.isfinite(distance) else math.inf
+
+
+def errors(found: Outcome, true: Outcome) -> tuple[float, float]:
+    """Relative error of the value, and the largest of the gradients'."""
+    return error(found.value, true.value), max(error(found.gradients[n], true.gradients[n]) for n in true.gradients)

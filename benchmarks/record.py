@@ -1,0 +1,139 @@
+"""Records: where and from what a number comes, JSON lines written whole or not at all, and when one is stale."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+STEMS = {"logits": "logit", "hidden": "hidden", "attention": "attention", "exactness": "logit", "threads": "logit"}
+SOURCE_FOLDERS = ("csrc", "kernels", "fastdistil/backends", "fastdistil/ops")
+SOURCE_SUFFIXES = {".cpp", ".h", ".cu", ".cuh", ".py"}
+PACKAGES = ("fastdistil", "torch", "triton", "liger-kernel", "numpy")
+
+Record = dict[str, Any]
+
+
+def source_root() -> Path | None:
+    """The checkout that this code runs from, or the working directory where that is one."""
+    for folder in (Path(__file__).resolve().parent.parent, Path.cwd()):
+        if (folder / "csrc").is_dir() and (folder / "kernels").is_dir():
+            return folder
+    return None
+
+
+def kernel_sources(op: str, root: Path) -> list[Path]:
+    """The files whose change makes a record of `op` stale: its own stem's and those that all ops share."""
+    others = set(STEMS.values()) - {STEMS[op]}
+    return sorted(
+        path
+        for folder in SOURCE_FOLDERS
+        for path in (root / folder).rglob("*")
+        if path.suffix in SOURCE_SUFFIXES
+        and path.name != "bindings.cpp"  # forwards only
+        and not any(stem in path.name for stem in others)
+    )
+
+
+def kernel_hash(op: str, root: Path | None = None) -> str:
+    """Of the kernel sources, or "unknown" outside of a checkout."""
+    root = source_root() if root is None else root
+    if root is None:
+        return "unknown"
+    digest = hashlib.sha256()
+    for path in kernel_sources(op, root):
+        digest.update(f"{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def is_stale(record: Record, root: Path | None = None) -> bool:
+    """The kernels have changed since; outside of a checkout nobody can tell."""
+    now = kernel_hash(record["op"], root)
+    return now != "unknown" and record["kernel_hash"] != now
+
+
+def _output(*command: str, cwd: Path | None = None) -> str:
+    if shutil.which(command[0]) is None:
+        return "unknown"
+    run = subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+    return run.stdout.strip() if run.returncode == 0 and run.stdout.strip() else "unknown"
+
+
+def cpu_model() -> str:
+    try:
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    return found.group(1).strip() if found else platform.processor() or platform.machine()
+
+
+def device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else cpu_model()
+
+
+def device_folder(device: str) -> str:
+    """benchmarks/results/<this>: cpu, or the GPU's name."""
+    return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-") if device == "cuda" else "cpu"
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        distribution = next(iter(importlib.metadata.distributions(name=name)), None)
+        found[name] = "not installed" if distribution is None else distribution.version
+    return found
+
+
+def environment(op: str, device: str) -> Record:
+    """The fields that every record of a run shares."""
+    from fastdistil import _C
+
+    root = source_root()
+    query = ("nvidia-smi", "--format=csv,noheader", "--id=0")
+    return {
+        "device": device,
+        "device_name": device_name(device),
+        "cpu_model": cpu_model(),
+        "cpu_isa": _C.isa(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "driver": _output(*query, "--query-gpu=driver_version") if device == "cuda" else "",
+        "clock_mhz": _output(*query, "--query-gpu=clocks.sm,clocks.mem") if device == "cuda" else "",
+        "versions": versions(),
+        "commit": _output("git", "rev-parse", "--short=12", "HEAD", cwd=root) if root else "unknown",
+        "kernel_hash": kernel_hash(op),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
+    }
+
+
+def write_records(path: Path, records: Iterable[Record]) -> None:
+    """To a temporary name, then renamed: a run that is cut off leaves what it had."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
+    os.replace(temporary, path)
+
+
+def read_records(folder: Path) -> list[Record]:
+    """Every record of a folder's *.jsonl."""
+    lines = [(p, i, x) for p in sorted(folder.glob("*.jsonl")) for i, x in enumerate(p.read_text().splitlines(), 1)]
+    return [_parse(*line) for line in lines]
+
+
+def _parse(path: Path, number: int, line: str) -> Record:
+    try:
+        found: Record = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{path}:{number}: is not a record, expected one JSON object a line") from error
+    return found

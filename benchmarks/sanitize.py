@@ -1,0 +1,48 @@
+"""A small run of every CUDA C++ kernel, for compute-sanitizer: aligned, odd and strided rows, all divergences."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+import fastdistil
+from fastdistil.ops.logit_rule import DIVERGENCES
+
+SHAPES = ((3, 1), (3, 7), (2, 1024), (2, 2049), (1, 32_003))
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def main() -> int:
+    status = fastdistil.backends()["cuda"]
+    if status is not True:
+        print(f"nothing to check: {status}")
+        return 0
+    runs = 0
+    for rows, columns in SHAPES:
+        for dtype in DTYPES:
+            wide = torch.randn(2, rows, columns + 3, device="cuda", dtype=dtype)
+            for divergence in DIVERGENCES:
+                for view in (wide[..., :columns].contiguous(), wide[..., 1 : columns + 1]):
+                    _logit(view[0], view[1], divergence)
+                    runs += 1
+    torch.cuda.synchronize()
+    print(f"{runs} runs of logit_loss on the cuda backend")
+    return 0
+
+
+def _logit(student: torch.Tensor, teacher: torch.Tensor, divergence: str) -> None:
+    """Fresh gradient, in place, one row skipped, and a loss that is not the last thing computed."""
+    weight = torch.ones(student.shape[0], device="cuda")
+    weight[0] = 0.0
+    for inplace in (False, True):
+        leaf = student.clone().requires_grad_()
+        view = leaf.view_as(leaf)
+        loss = fastdistil.logit_loss(
+            view, teacher, divergence=divergence, weight=weight, inplace_backward=inplace, backend="cuda"
+        )
+        (2 * loss).backward()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
