@@ -120,7 +120,7 @@ def _score_mse(b: Tensor, c: Tensor, plain: Scores, invisible: Tensor | None, ne
     return values, c.mul_(2) if need_grad else c
 
 
-def _prob_kl(b: Tensor, c: Tensor, plain: Scores, invisible: Tensor | None, need_grad: bool) -> tuple[Tensor, Tensor]:
+def prob_kl(b: Tensor, c: Tensor, plain: Scores, invisible: Tensor | None, need_grad: bool) -> tuple[Tensor, Tensor]:
     if (found := _teacher(b, c, invisible)) is None:
         difference = softmax_difference(b, c, None if invisible is None else ~invisible, plain())
         return forward_kl_rows(difference), difference.p_minus_q
@@ -151,7 +151,7 @@ def _prob_mse(b: Tensor, c: Tensor, plain: Scores, invisible: Tensor | None, nee
     return values, e.sub_(torch.linalg.vecdot(p, e)[..., None]).mul_(p).mul_(2)
 
 
-_RULES = {"prob_mse": _prob_mse, "prob_kl": _prob_kl, "score_mse": _score_mse}
+_RULES = {"prob_mse": _prob_mse, "prob_kl": prob_kl, "score_mse": _score_mse}
 
 
 def _teacher(b: Tensor, c: Tensor, invisible: Tensor | None) -> tuple[Tensor, Tensor, float] | None:

@@ -1,10 +1,11 @@
-"""Hidden-state losses on the CPU: the reference's formulas on chunks of rows that stay in the cache."""
+"""Hidden-state losses on the CPU, on chunks of rows that stay in the cache; kl by the rule of the attention maps."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from fastdistil.backends.cpu_attention import prob_kl
 from fastdistil.reference import hidden as reference
 
 # Elements of a chunk: 256 KiB of float32, so that a few temporaries of that size fit in a core's L2 cache.
@@ -37,6 +38,10 @@ def hidden_rows(
             rows[chunk] = torch.linalg.vecdot(r, r).mul_(scale).div_(size)
             if dstudent is not None:
                 torch.mul(r, scale[:, None] * (2 / size), out=dstudent[chunk])
+        elif kind == "kl" and activation == "none":
+            rows[chunk], dh = _kl(student[chunk], teacher[chunk], bias, scale, dstudent is not None)
+            if dstudent is not None:
+                dstudent[chunk] = dh
         else:
             rows[chunk], found = reference.hidden_rows(
                 student[chunk], teacher[chunk], bias, scale, kind, activation, grad_dtype
@@ -44,3 +49,16 @@ def hidden_rows(
             if dstudent is not None and found is not None:
                 dstudent[chunk] = found
     return rows, dstudent
+
+
+def _kl(student: Tensor, teacher: Tensor, bias: Tensor | None, scale: Tensor, need_grad: bool) -> tuple[Tensor, Tensor]:
+    """One chunk of kl without activation: values and, with `need_grad`, gradient, both times `scale`."""
+    skipped = None if bool(scale.all()) else (scale == 0)[:, None]
+    h, t = (x.to(scale.dtype, copy=True) for x in (student, teacher))
+    if bias is not None:
+        h += bias
+    if skipped is not None:
+        h, t = h.masked_fill_(skipped, 0.0), t.masked_fill_(skipped, 0.0)
+    h -= reference.kl_offset(h, t)
+    values, dh = prob_kl(t, h - t, lambda: h, None, need_grad)
+    return values.mul_(scale), dh.mul_(scale[:, None]) if need_grad else dh

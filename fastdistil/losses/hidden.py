@@ -104,7 +104,8 @@ def _layer(
     """One layer's loss; see ops/hidden.py for which op serves which case."""
     arguments = (student.flatten(0, -2), teacher.flatten(0, -2), projection, bias, scale, kind, activation, backend)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (student, projection, bias)]
-    if projection is not None and reduction != "none" and any(wanted):
+    at_once = projection is not None or student.device.type == "cpu"  # where computing twice costs more than keeping
+    if at_once and reduction != "none" and any(wanted):
         total: Tensor = hidden_total(*arguments, wanted, False)[0]
         return total
     rows: Tensor = hidden_rows(*arguments)

@@ -20,7 +20,10 @@ def hand_out(ctx: Any, dloss: Tensor, again: Callable[[], tuple[Tensor, ...]]) -
         assert kept is not None  # never handed out while tracing
         return tuple(g * dloss for g in kept)
     ctx.kept = None
-    return tuple(g.mul_(dloss) for g in (again() if kept is None else kept))
+    gradients = again() if kept is None else kept
+    if dloss.device.type == "cpu" and float(dloss) == 1:  # the usual case, and looking costs nothing here
+        return gradients
+    return tuple(g.mul_(dloss) for g in gradients)
 
 
 def refuse_double_backward(function: str) -> None:

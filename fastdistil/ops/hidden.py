@@ -2,7 +2,8 @@
 
 With a projection the loop below runs the matrix products of one chunk of rows at a time around the backend's row
 kernel, so that the projected states exist for one chunk only. `hidden_total` keeps the gradients for its backward
-pass, which then needs no product again; without a projection `hidden_rows` is enough, its gradient costs one more read.
+pass, which then needs no product again; on a GPU without a projection `hidden_rows` is enough, its gradient costs one
+more read.
 """
 
 from __future__ import annotations

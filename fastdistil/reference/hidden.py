@@ -66,7 +66,11 @@ def _cosine(h: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _kl(h: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """A constant offset, which KL does not see, is first taken off in a multiple of 1/1024, which is exact."""
-    offset = (1024 * (h[:, :1] - t[:, :1])).round().nan_to_num(0.0, 0.0, 0.0) / 1024
-    difference = softmax_difference(t, (h - offset) - t)
+    difference = softmax_difference(t, (h - kl_offset(h, t)) - t)
     return forward_kl_rows(difference), difference.p_minus_q
+
+
+def kl_offset(h: Tensor, t: Tensor) -> Tensor:
+    """A constant between student and teacher (N, 1), which KL does not see: the multiple of 1/1024 nearest to their
+    first difference, which floating point subtracts exactly from almost all entries."""
+    return (1024 * (h[:, :1] - t[:, :1])).round().nan_to_num(0.0, 0.0, 0.0) / 1024
