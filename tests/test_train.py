@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from fastdistil.recipes.pairs import Pair, PairObjective, Stage, cross_entropy, run_stages, set_trainable
@@ -166,26 +167,26 @@ def test_ctrl_c_saves_and_exits(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == [f"step-{step}"]
 
 
-def test_half_written_checkpoint_is_ignored(tmp_path):
-    whole = train(Squares(dropout=0.3), examples(), collate, Options(8, save_every=4))
-    out = tmp_path / "run"
+def test_killed_while_saving_falls_back_to_the_checkpoint_before(tmp_path, monkeypatch):
+    options = Options(12, save_every=4)
+    whole = train(Squares(dropout=0.3), examples(), collate, options)
+    save, calls = Accelerator.save_state, [0]
+
+    def cut(self, folder):
+        calls[0] += 1
+        if calls[0] < 2:
+            return save(self, folder)
+        Path(folder).mkdir()
+        (Path(folder) / "model.safetensors").write_bytes(b"half")
+        raise RuntimeError("power cut")
+
+    monkeypatch.setattr(Accelerator, "save_state", cut)
     with pytest.raises(RuntimeError, match="power cut"):
-        train(Squares(dropout=0.3), examples(), cut_after(6), Options(8, save_every=4), out=out)
-    (out / "partial-8").mkdir()
-    (out / "partial-8" / "model.safetensors").write_bytes(b"half")
-    assert train(Squares(dropout=0.3), examples(), collate, Options(8, save_every=4), out=out) == whole
-
-
-def cut_after(batches):
-    left = [batches]
-
-    def cut(rows):
-        left[0] -= 1
-        if left[0] < 0:
-            raise RuntimeError("power cut")
-        return collate(rows)
-
-    return cut
+        train(Squares(dropout=0.3), examples(), collate, options, out=tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"step-4", "partial-8"}
+    monkeypatch.undo()
+    assert train(Squares(dropout=0.3), examples(), collate, options, out=tmp_path) == whole
+    assert [p.name for p in tmp_path.iterdir()] == ["step-12"]
 
 
 class Tagger(nn.Module):

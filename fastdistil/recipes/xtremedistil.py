@@ -11,8 +11,8 @@ and logits come in the batch, so that it runs once, whatever the number of stude
 | labels | (B, S) | class |
 | words, labelled_words | (B, S) | 1 where a piece carries a word's prediction; where its label is known, too |
 
-Against the paper: a stage adds its pair to those of the stage before, because states alone, and labels alone, taught
-less than the same steps on the logits; one optimisation a stage, not one a group of layers from the top down; KL at
+Against the paper: the logits count in every stage, and the states still a little in the second, because states alone,
+and labels alone, taught less than the same steps on the logits; one optimisation a stage, not one a group of layers from the top down; KL at
 T = 1 for the logits, where the paper has ½‖·‖²; whitened targets for the states.
 """
 
@@ -38,9 +38,11 @@ def logit_kl(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
     return fd.logit_loss(student, teacher, divergence="forward_kl", weight=weight, reduction="sum")
 
 
-def representation(projection: nn.Module) -> Pair:
+def representation(projection: nn.Module, scale: float = 1.0) -> Pair:
     """The student's last states through `projection` (D_s -> D) against the teacher's, on every real piece."""
-    return Pair("hidden", lambda out: out.hidden_states[-1], "teacher_hidden", hidden_mse, "attention_mask", projection)
+    return Pair(
+        "hidden", lambda out: out.hidden_states[-1], "teacher_hidden", hidden_mse, "attention_mask", projection, scale
+    )
 
 
 def logits(weight: str = "words", scale: float = 1.0) -> Pair:
@@ -77,6 +79,6 @@ def stages(
 
     return [
         Stage("representation", [representation(projection), logits()], examples, options(0)),
-        Stage("logits", [representation(projection), logits()], examples, options(1)),
+        Stage("logits", [representation(projection, 0.3), logits()], examples, options(1)),
         Stage("labels", [logits(), labels(0.5)], examples, options(2, 0.25)),
     ]
