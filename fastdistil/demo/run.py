@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from transformers import AutoModelForTokenClassification, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 import fastdistil
 from fastdistil.demo import measure, report
@@ -106,6 +107,7 @@ def run_demo(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     _check_folder(out, settings)
+    disable_progress_bar()  # transformers draws one for each of the small files of a student
     started = time.perf_counter()
 
     def say(text: str) -> None:

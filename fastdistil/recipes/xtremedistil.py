@@ -12,8 +12,8 @@ and logits come in the batch, so that it runs once, whatever the number of stude
 | words, labelled_words | (B, S) | 1 where a piece carries a word's prediction; where its label is known, too |
 
 Against the paper: the logits count in every stage, and the states still a little in the second, because states alone,
-and labels alone, taught less than the same steps on the logits; one optimisation a stage, not one a group of layers from the top down; KL at
-T = 1 for the logits, where the paper has ½‖·‖²; whitened targets for the states.
+and labels alone, taught less than the same steps on the logits; one optimisation a stage, not one a group of layers
+from the top down; KL at T = 1 for the logits, where the paper has ½‖·‖²; whitened targets for the states.
 """
 
 from __future__ import annotations
