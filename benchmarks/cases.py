@@ -114,11 +114,11 @@ def cpu_cases() -> list[Case]:
     """The most valuable first."""
     half = (Bar("fastdistil:cpu", "eager", 2.0, "memory"),)
     logits = [
-        _logits("mbert", 512, "float32", _KL, _CPU_LOGITS, repetitions=9, bars=CPU_LOGIT_BARS),
-        _logits("mbert", 128, "bfloat16", _KL, _CPU_BF16, memory=False),
-        _logits("xlmr", 64, "float32", _KL, _CPU_LOGITS, memory=False),
-        _logits("mbert", 128, "float32", _JSD, (*_CPU_LOGITS[:1], *_CPU_LOGITS[2:]), memory=False),
-        _logits("llama2", 256, "float32", _KL, ("fastdistil:reference", *_CPU_LOGITS), memory=False),
+        _logits("mbert", 512, "float32", _KL, _CPU_LOGITS, bars=CPU_LOGIT_BARS),
+        _logits("mbert", 64, "bfloat16", _KL, _CPU_BF16, memory=False),
+        _logits("xlmr", 32, "float32", _KL, _CPU_LOGITS, memory=False),
+        _logits("mbert", 64, "float32", _JSD, (*_CPU_LOGITS[:1], *_CPU_LOGITS[2:]), memory=False),
+        _logits("llama2", 256, "float32", _KL, _CPU_LOGITS, memory=False),
     ]
     hidden = [
         _hidden("minilm-mbert-mse", 4096, 384, 1, _CPU_OTHER, "float32", bars=half),

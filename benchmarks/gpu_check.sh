@@ -68,7 +68,8 @@ fi
 # Into a folder of its own, so that the machine's packages stay as they are.
 site=$out/site
 export PIP_NO_INDEX=1 PIP_DISABLE_PIP_VERSION_CHECK=1
-step 150 build "$python" -m pip install --no-deps --no-build-isolation --upgrade --target "$site" . || exit 1
+step 150 build "$python" -m pip install --no-deps --no-build-isolation --upgrade --target "$site" \
+  --config-settings=build-dir="$out/build" . || exit 1
 export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
 bench() { # from the checkout, for its commit and sources; the package is the one built above (-P: not the checkout's)
   "$python" -c "import sys; sys.path[:] = [p for p in sys.path if p]; from fastdistil.cli import main; main()" "$@"
@@ -99,6 +100,6 @@ measure 90 attention
 measure 60 hidden
 step 40 report bash -c "bench bench --report --out '$out/all.jsonl'"
 
-rm -rf "$site"
+rm -rf "$site" "$out/build"
 say "gpu_check: $failed steps failed; $SECONDS s; records, report.md, images/ and log.txt in $out"
 exit "$failed"
