@@ -68,7 +68,7 @@ fi
 # Into a folder of its own, so that the machine's packages stay as they are.
 site=$out/site
 export PIP_NO_INDEX=1 PIP_DISABLE_PIP_VERSION_CHECK=1
-step 150 build "$python" -m pip install --no-deps --no-build-isolation --upgrade --target "$site" \
+step 200 build "$python" -m pip install --no-deps --no-build-isolation --upgrade --target "$site" \
   --config-settings=build-dir="$out/build" . || exit 1
 export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
 bench() { # from the checkout, for its commit and sources; the package is the one built above (-P: not the checkout's)
