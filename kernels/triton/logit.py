@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
-from fastdistil.kernels.triton.divergence import RULES
+from fastdistil.kernels.triton.divergence import RULES, Rule
 from fastdistil.kernels.triton.logit_kernels import logit_bwd_kernel, logit_fwd_kernel
 from torch import Tensor
 
 from fastdistil.ops.logit_rule import STATS
 
 
-def logit_config(columns: int, itemsize: int) -> tuple[int, dict[str, int]]:
-    """Columns a tile and warps: 16 bytes a load and thread, at most 8 columns a thread in flight, not yet tuned."""
-    block = min(max(triton.next_power_of_2(columns), 64), 4096 if itemsize == 2 else 2048)
-    return block, {"num_warps": max(1, min(8, block // 256))}
+def logit_config(columns: int, lanes: int) -> tuple[int, dict[str, int]]:
+    """Columns a tile, and warps of `lanes` threads: 8 columns a thread, one 16-byte load of 16-bit logits; 16 columns
+    spill. Not yet tuned on a GPU."""
+    block = min(max(triton.next_power_of_2(columns), 64), 2048)
+    return block, {"num_warps": max(1, block // (8 * lanes))}
 
 
 def _vector(rows: int, *tensors: Tensor) -> int:
@@ -33,7 +35,7 @@ def _arguments(
     divergence = RULES[rule["divergence"]]
     t_s, t_t = rule["student_temperature"], rule["teacher_temperature"]
     rows, columns = student.shape
-    block, options = logit_config(columns, student.element_size())
+    block, options = logit_config(columns, lanes=64 if torch.version.hip else 32)
     stride = student.stride(0) if gradient is None else gradient.stride(0)
     tensors = (student, teacher) if gradient is None else (student, teacher, gradient)
     constants = {
@@ -87,20 +89,39 @@ def aot_cases() -> list[dict[str, Any]]:
     cases = []
     for dtype, itemsize in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
         for rule in RULES if dtype == "bf16" else RULES[:3]:
-            block, options = logit_config(119_547, itemsize)
-            pointers = dict.fromkeys(("student_ptr", "teacher_ptr", "gradient_ptr"), f"*{dtype}")
-            floats = dict.fromkeys(("scale_ptr", "dloss_ptr", "loss_ptr", "stats_ptr"), "*fp32")
-            scalars = {"V": "i32", **{f"{x}_stride": "i32" for x in ("student", "teacher", "gradient")}}
-            scalars |= dict.fromkeys(("inv_s", "inv_t", "value_factor", "gradient_factor", "beta"), "fp32")
-            constants = {
-                "RULE": rule.share, "CENTRED": rule.centred, "SOFTMAX": rule.softmax, "EQUAL": True, "STATS": STATS,
-                "VEC": 16 // itemsize, "BLOCK": block,
-            }  # fmt: skip
-            for kernel, extra in ((logit_fwd_kernel, {"GRADIENT": True}), (logit_bwd_kernel, {"KEEP_UNIT": True})):
-                signature = {k: v for k, v in (pointers | floats | scalars).items() if k in kernel.arg_names}
-                cases.append({
-                    "name": f"{kernel.fn.__name__}-{rule.share.fn.__name__}-{dtype}", "kernel": kernel,
-                    "signature": signature, "constants": constants | extra, "options": options,
-                    "divisible": [k for k in signature if k.endswith("_ptr")], "wide_loads": True,
-                })  # fmt: skip
+            for lanes, targets in ((32, ("sm_80", "sm_90a")), (64, ("gfx942",))):
+                cases += [_aot_case(kernel, rule, dtype, itemsize, lanes, targets) for kernel in _KERNELS]
     return cases
+
+
+_KERNELS = {logit_fwd_kernel: {"GRADIENT": True}, logit_bwd_kernel: {"KEEP_UNIT": True}}
+
+
+def _aot_case(
+    kernel: triton.JITFunction, rule: Rule, dtype: str, itemsize: int, lanes: int, targets: tuple[str, ...]
+) -> dict[str, Any]:
+    block, options = logit_config(119_547, lanes)
+    pointers = dict.fromkeys(("student_ptr", "teacher_ptr", "gradient_ptr"), f"*{dtype}")
+    floats = dict.fromkeys(("scale_ptr", "dloss_ptr", "loss_ptr", "stats_ptr"), "*fp32")
+    scalars = {"V": "i32", **{f"{x}_stride": "i32" for x in ("student", "teacher", "gradient")}}
+    scalars |= dict.fromkeys(("inv_s", "inv_t", "value_factor", "gradient_factor", "beta"), "fp32")
+    constants = {
+        "RULE": rule.share,
+        "CENTRED": rule.centred,
+        "SOFTMAX": rule.softmax,
+        "EQUAL": True,
+        "STATS": STATS,
+        "VEC": 16 // itemsize,
+        "BLOCK": block,
+    }
+    signature = {k: v for k, v in (pointers | floats | scalars).items() if k in kernel.arg_names}
+    return {
+        "name": f"{kernel.fn.__name__}-{rule.share.fn.__name__}-{dtype}",
+        "kernel": kernel,
+        "signature": signature,
+        "constants": constants | _KERNELS[kernel],
+        "options": options,
+        "divisible": [k for k in signature if k.endswith("_ptr")],
+        "wide_loads": True,
+        "targets": targets,
+    }
