@@ -66,8 +66,8 @@ def _run_seed(out: Path, source: Source, settings: Settings, seed: int, material
             student.save_pretrained(folder / "student")
             source.student_tokenizer.save_pretrained(folder / "student")
             report.write_json(done, {"accuracy": accuracy, "loss": _losses(history), "seconds": seconds})
-            for path in folder.glob("[0-9]-*"):
-                shutil.rmtree(path)  # the stages' checkpoints
+        for path in folder.glob("[0-9]-*"):
+            shutil.rmtree(path)  # the stages' checkpoints
         found[arm] = json.loads(done.read_text(encoding="utf-8"))
     return {"seed": seed, "teacher": material.teacher_accuracy, "arms": found}
 
