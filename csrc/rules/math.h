@@ -92,6 +92,20 @@ FD_FUNCTION float exp(float x) {
 
 FD_FUNCTION double exp(double x) { return ::exp(x); }
 
+// e^x for x <= 0, or NaN: softmax weights relative to their maximum.
+FD_FUNCTION float exp_nonpositive(float x) {
+#if defined(__CUDA_ARCH__)
+  return expf(x);
+#else
+  float n, r, power;
+  reduce(x < kExpMin ? kExpMin : x, n, r, power);
+  const float y = power + power * (r + r * r * excess_series(r));
+  return x < kExpMin ? 0.0f : y;
+#endif
+}
+
+FD_FUNCTION double exp_nonpositive(double x) { return ::exp(x); }
+
 // e^x - 1 with full relative precision; 1.7e38 for x >= 88.
 FD_FUNCTION float expm1(float x) {
   x = clamp(x, kExpMin, kExpMax);
@@ -105,6 +119,30 @@ FD_FUNCTION float expm1(float x) {
 }
 
 FD_FUNCTION double expm1(double x) { return ::expm1(clamp(x, -700.0, 700.0)); }
+
+// e^x - 1 and e^x - 1 - x with full relative precision, for |x| < 80: callers know that it is.
+template <class T>
+struct Expm1 {
+  T value, excess;
+};
+
+FD_FUNCTION Expm1<float> bounded_expm1(float x) {
+#if defined(__CUDA_ARCH__)
+  const float value = expm1f(x);
+  return {value, magnitude(x) <= kHalfLn2 ? x * x * excess_series(x) : value - x};
+#else
+  float n, r, power;
+  reduce(x, n, r, power);
+  const float excess = r * r * excess_series(r);
+  const float value = (power - 1.0f) + power * (r + excess);
+  return {value, n == 0.0f ? excess : value - x};
+#endif
+}
+
+FD_FUNCTION Expm1<double> bounded_expm1(double x) {
+  const double value = ::expm1(x);
+  return {value, magnitude(x) <= kHalfLn2 ? x * x * excess_series(x) : value - x};
+}
 
 // ln(1 + x) with full relative precision for finite x >= -1.
 FD_FUNCTION float log1p(float x) {

@@ -48,8 +48,8 @@ struct Mass {
 // A column's share of S = sum e^(b-m) and of X = sum e^(b-m) expm1(d) = sum e^(a-m) - S.
 template <bool kNearBlock, class T>
 FD_FUNCTION Mass<T> mass(Scores<T> c, T m) {
-  const T weight = math::exp(c.b - m);
-  if (kNearBlock) return {weight, weight * math::expm1(c.d)};
+  const T weight = math::exp_nonpositive(c.b - m);
+  if (kNearBlock) return {weight, weight * math::bounded_expm1(c.d).value};
   const T other = math::exp(math::clamp(c.a - m, T(-1e4), T(math::kExpMax)));
   return {weight, math::magnitude(c.d) <= T(1) ? weight * math::expm1(c.d) : other - weight};
 }
@@ -89,20 +89,22 @@ struct RowStats {
 
 template <bool kNearBlock, class T>
 FD_FUNCTION Column<T> column(Scores<T> c, RowStats<T> row) {
-  const T q = math::exp(c.b - row.max) * row.inv_sum;
+  const T q = math::exp_nonpositive(c.b - row.max) * row.inv_sum;
   const T delta = c.d - row.log_ratio;
   if (kNearBlock) {
-    const T gap = q * math::expm1(delta);
-    return {q + gap, q, delta, gap};
+    const math::Expm1<T> e = math::bounded_expm1(delta);
+    const T gap = q * e.value;
+    return {q + gap, q, delta, gap, q * e.excess};
   }
   const T p = math::exp((c.a - row.max) - row.log_ratio) * row.inv_sum;
-  return {p, q, delta, math::magnitude(delta) <= T(1) ? q * math::expm1(delta) : p - q};
+  const T gap = math::magnitude(delta) <= T(1) ? q * math::expm1(delta) : p - q;
+  return {p, q, delta, gap, math::excess(q, gap, delta)};
 }
 
 template <class Rule, bool kNearBlock, class T>
 FD_FUNCTION Column<T> rule_column(Scores<T> c, RowStats<T> row) {
   if (Rule::softmax) return column<kNearBlock>(c, row);
-  return {T(0), row.inv_sum, c.d, T(0)};
+  return {T(0), row.inv_sum, c.d, T(0), T(0)};
 }
 
 template <class T>
