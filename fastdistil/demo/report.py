@@ -180,7 +180,7 @@ the logits alone on the same text, seed by seed.
 {_markdown_table(cost_table(metrics))}
 
 The teacher's own file, in blocks of four bits, takes {metrics["sizes"]["teacher"]["disk_4bit_mib"]:.1f} MiB. Latency:
-median, {machine["threads"]} threads, the same sentences.
+median, {machine["threads"]} thread, the same sentences.
 
 ## What the fused losses cost
 
