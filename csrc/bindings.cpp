@@ -5,6 +5,7 @@
 #include <optional>
 
 #include "cpu/dispatch.h"
+#include "cpu/pool.h"
 #include "tensor_view.h"
 #if defined(FD_CUDA)
 #include "../kernels/cuda/launch.h"
@@ -12,8 +13,10 @@
 
 namespace py = pybind11;
 using fastdistil::DType;
+using fastdistil::HiddenArgs;
 using fastdistil::LogitArgs;
 using fastdistil::TensorView;
+using fastdistil::cpu::PooledMemory;
 
 namespace {
 
@@ -80,6 +83,34 @@ void logit_cpu(const LogitArgs& args, uintptr_t threads) {
   fastdistil::cpu::logit(args, threads < 1 ? 1 : static_cast<int>(threads));
 }
 
+void hidden_rows(const TensorView& student, const TensorView& teacher, const Optional& bias,
+                 const TensorView& row_scale, const TensorView& loss, const Optional& gradient, int kind, int threads) {
+  if (student.shape.size() != 2) throw std::invalid_argument("student is not a matrix");
+  const int64_t rows = student.size(0), columns = student.size(1);
+  const DType accumulator = row_scale.dtype;
+  if (accumulator != DType::f32 && accumulator != DType::f64) throw std::invalid_argument("row_scale is not a float");
+  student.expect_rows("student", rows, columns, student.dtype).expect_device("student", true);
+  teacher.expect_rows("teacher", rows, columns, teacher.dtype).expect_device("teacher", true);
+  row_scale.expect_vector("row_scale", rows, accumulator).expect_device("row_scale", true);
+  loss.expect_vector("loss", rows, accumulator).expect_device("loss", true);
+  if (bias) bias->expect_vector("bias", columns, accumulator).expect_device("bias", true);
+  if (gradient) {
+    gradient->expect_rows("gradient", rows, columns, gradient->dtype).expect_device("gradient", true);
+    if (rows > 1 && gradient->stride(0) != columns) throw std::invalid_argument("gradient is not contiguous");
+  }
+  if (kind < 0 || kind > 1) throw std::invalid_argument("kind " + std::to_string(kind) + " does not exist");
+  HiddenArgs args{};
+  args.student = student.data, args.teacher = teacher.data, args.row_scale = row_scale.data, args.loss = loss.data;
+  args.bias = bias ? bias->data : nullptr;
+  args.rows = rows, args.columns = columns;
+  args.student_stride = student.stride(0), args.teacher_stride = teacher.stride(0);
+  args.student_dtype = student.dtype, args.teacher_dtype = teacher.dtype, args.accumulator = accumulator;
+  if (gradient) args.gradient = gradient->data, args.gradient_dtype = gradient->dtype;
+  args.kind = static_cast<fastdistil::HiddenKind>(kind);
+  py::gil_scoped_release release;
+  fastdistil::cpu::hidden(args, threads < 1 ? 1 : threads);
+}
+
 #if defined(FD_CUDA)
 void logit_cuda(const LogitArgs& args, uintptr_t stream) {
   fastdistil::cuda::logit(args, reinterpret_cast<void*>(stream));
@@ -103,6 +134,17 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", &fastdistil::cpu::isa, "the instruction set that the CPU kernels use here");
   m.def("isas", &fastdistil::cpu::isas, "the instruction sets that this processor can run, the best first");
   m.def("use_isa", &fastdistil::cpu::use_isa, py::arg("name"), "use another of isas(), for tests and benchmarks");
+  py::class_<PooledMemory>(m, "PooledMemory", py::buffer_protocol(), "bytes whose memory the next one uses again")
+      .def(py::init<size_t>(), py::arg("bytes"))
+      .def_buffer([](PooledMemory& x) {
+        return py::buffer_info(x.data(), 1, py::format_descriptor<uint8_t>::format(),
+                               static_cast<py::ssize_t>(x.size()));
+      });
+  m.def("pool_available", &fastdistil::cpu::pool_available, "whether memory is kept on this system");
+  m.def("pool_held", &fastdistil::cpu::pool_held, "bytes that are kept and not in use");
+  m.def("pool_release", &fastdistil::cpu::pool_release, "gives the kept memory back to the system");
+  m.def("hidden_rows", &hidden_rows, py::arg("student"), py::arg("teacher"), py::arg("bias"), py::arg("row_scale"),
+        py::arg("loss"), py::arg("gradient"), py::arg("kind"), py::arg("threads"));
   define_logit<logit_cpu, true>(m, "logit_fwd", "logit_bwd", "threads");
 #if defined(FD_CUDA)
   define_logit<logit_cuda, false>(m, "logit_fwd_cuda", "logit_bwd_cuda", "stream");

@@ -1,10 +1,28 @@
 from torch import Tensor
+from typing_extensions import Buffer
 
 cuda_arches: str
 
 def isa() -> str: ...
 def isas() -> list[str]: ...
 def use_isa(name: str) -> None: ...
+
+class PooledMemory(Buffer):
+    def __init__(self, bytes: int) -> None: ...
+
+def pool_available() -> bool: ...
+def pool_held() -> int: ...
+def pool_release() -> None: ...
+def hidden_rows(
+    student: Tensor,
+    teacher: Tensor,
+    bias: Tensor | None,
+    row_scale: Tensor,
+    loss: Tensor,
+    gradient: Tensor | None,
+    kind: int,
+    threads: int,
+) -> None: ...
 def logit_fwd(
     student: Tensor,
     teacher: Tensor,

@@ -76,3 +76,60 @@ def test_one_openmp_runtime_is_shared_with_torch() -> None:
     mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line}
     runtimes = {path for path in mapped if any(name in Path(path).name for name in ("libgomp", "libiomp", "libomp"))}
     assert len(runtimes) == 1, runtimes
+
+
+@pytest.mark.skipif(not _C.pool_available(), reason="this system cannot take kept memory back")
+def test_large_gradients_use_their_memory_again() -> None:
+    """A freed gradient's memory serves the next one, whose numbers owe nothing to what was there; a live one's never."""
+    torch.use_deterministic_algorithms(False)  # as outside of the tests: nothing fills fresh memory
+    teacher = torch.randn(96, 100_003)  # 38 MB
+    students = [(teacher + noise).requires_grad_() for noise in torch.randn(2, 96, 1)]
+    students[1].data[::2] *= 2
+
+    def gradient(student: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(fd.logit_loss(student, teacher, backend="cpu"), student)[0]
+
+    fd.empty_cache()
+    assert _C.pool_held() == 0
+    first = gradient(students[0])
+    kept, address = first.clone(), first.data_ptr()
+    other = gradient(students[1])
+    assert other.data_ptr() != address and torch.equal(first, kept)
+    del first
+    held = _C.pool_held()
+    assert held >= kept.nbytes
+    again = gradient(students[1])
+    assert again.data_ptr() == address and torch.equal(again, other)
+    assert _C.pool_held() < held
+    del again, other
+    fd.empty_cache()
+    assert _C.pool_held() == 0
+
+
+def test_small_gradients_are_not_pooled() -> None:
+    fd.empty_cache()
+    losses(torch.float32, "forward_kl")
+    assert _C.pool_held() == 0
+
+
+@pytest.mark.parametrize("columns", [1, 2, 13, 15, 16, 17, 511, 512, 513, 528, 1031])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_columns_behind_a_row_have_no_part_in_it(divergence: str, columns: int) -> None:
+    """The kernel pads its last block; far rows, whose D is large, are where a column of no mass could still count."""
+    generator = torch.Generator().manual_seed(columns)
+    teacher = torch.randn(4, columns, generator=generator)
+    student = torch.randn(4, columns, generator=generator)
+    student[1] -= 150 * torch.rand(columns, generator=generator)
+    teacher[2] += 150 * torch.rand(columns, generator=generator)
+    student[3] += 3000
+    found = []
+    for backend, dtype in (("cpu", torch.float32), ("reference", torch.float64)):
+        memory = torch.full((4, columns + 5), math.nan, dtype=dtype)
+        view = memory[:, 2 : columns + 2].copy_(student).requires_grad_()
+        value = fd.logit_loss(view, teacher.to(dtype), divergence=divergence, reduction="none", backend=backend)
+        found.append((value.detach(), torch.autograd.grad(value.sum(), view)[0]))
+    for ours, truth in zip(*found, strict=True):
+        assert torch.equal(ours.isfinite(), truth.isfinite())
+        unit = torch.ones(1)  # what a row of probabilities is measured by: a float32 holds no 1e-40
+        ours, truth = (torch.cat((unit, x[truth.isfinite()].float())) for x in (ours, truth))
+        assert error(ours, truth) <= 100 * SLACK[torch.float32]

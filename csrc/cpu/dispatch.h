@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "../rules/hidden_args.h"
 #include "../rules/logit_args.h"
 
 namespace fastdistil::cpu {
@@ -16,5 +17,7 @@ void use_isa(const std::string& name);
 
 // Forward where args.loss is set, backward from args.stats where it is null.
 void logit(const LogitArgs& args, int threads);
+
+void hidden(const HiddenArgs& args, int threads);
 
 }  // namespace fastdistil::cpu

@@ -5,6 +5,8 @@
 // (2 reads + 1 write) x N x V x bytes an element over the copy bandwidth; fresh gradient pages cost as much again.
 //
 // Compiled once an instruction set (FD_ISA); dispatch.cpp chooses at run time.
+#include <algorithm>
+
 #include "../rules/logit_args.h"
 #include "../rules/pair.h"
 #include "elements.h"
@@ -14,6 +16,7 @@ inline namespace FD_ISA {
 namespace {
 
 constexpr int kBlock = 512;  // columns: five float blocks stay in L1
+constexpr int kLanes = 16;   // floats of the widest vector: blocks are padded to a multiple, so that no loop has a tail
 
 template <class E>
 struct Row {
@@ -30,15 +33,31 @@ struct Block {
   using T = Compute<E>;
   T a[kBlock], b[kBlock], d[kBlock];
   T student[kBlock], teacher[kBlock];
-  bool near;  // every |d| is small
+  E tail[kBlock];      // a padded block's gradient
+  bool near;           // every |d| is small
+  bool whole = false;  // what is loaded is all of the row that is worked on
 
-  void load(const Row<E>& row, int64_t begin, int n) {
+  // Returns how many columns there are now; those behind the row's end have no mass on either side.
+  int load(const Row<E>& row, int64_t begin, int n) {
     const T* zs = load_block(row.student + begin, student, n);
     const T* zt = load_block(row.teacher + begin, teacher, n);
-    near = row.tempering.equal ? temper<true>(row.tempering, zs, zt, n) : temper<false>(row.tempering, zs, zt, n);
+    const int padded = pad(zs, zt, n);
+    near = row.tempering.equal ? temper<true>(row.tempering, zs, zt, padded)
+                               : temper<false>(row.tempering, zs, zt, padded);
+    whole = n == row.columns;
+    return padded;
   }
 
  private:
+  int pad(const T*& zs, const T*& zt, int n) {
+    const int padded = (n + kLanes - 1) / kLanes * kLanes;
+    if (padded == n) return n;
+    if (zs != student) std::copy(zs, zs + n, student), std::copy(zt, zt + n, teacher);
+    for (int i = n; i < padded; ++i) student[i] = teacher[i] = -INFINITY;
+    zs = student, zt = teacher;
+    return padded;
+  }
+
   template <bool kEqual>
   bool temper(const Tempering<T>& row, const T* zs, const T* zt, int n) {
     const Tempering<T> tempering{row.inv_student, row.inv_teacher, kEqual, row.shift};
@@ -53,12 +72,13 @@ struct Block {
   }
 };
 
+// action(begin, padded columns, columns); a row of one block is loaded once.
 template <class E, class Action>
 void for_blocks(const Row<E>& row, Block<E>& block, Action&& action) {
   for (int64_t begin = 0; begin < row.columns; begin += kBlock) {
     const int n = static_cast<int>(row.columns - begin < kBlock ? row.columns - begin : kBlock);
-    block.load(row, begin, n);
-    action(begin, n);
+    const int padded = block.whole ? (n + kLanes - 1) / kLanes * kLanes : block.load(row, begin, n);
+    action(begin, padded, n);
   }
 }
 
@@ -75,7 +95,7 @@ template <class E>
 double plain_logsumexp(const Row<E>& row, Block<E>& block) {
   using T = Compute<E>;
   Masses<T, double> masses;
-  for_blocks(row, block, [&](int64_t, int n) {
+  for_blocks(row, block, [&](int64_t, int n, int) {
     const T m = masses.raise(block_max(block.a, n));
     T part = 0;
 #pragma omp simd reduction(+ : part)
@@ -104,7 +124,7 @@ template <class E>
 void statistics(Row<E>& row, Block<E>& block) {
   using T = Compute<E>;
   Masses<T, double> masses;
-  for_blocks(row, block, [&](int64_t, int n) {
+  for_blocks(row, block, [&](int64_t, int n, int) {
     block.near ? add_block<true>(block, n, masses) : add_block<false>(block, n, masses);
   });
   const T max = masses.max;
@@ -134,12 +154,13 @@ template <class Rule, bool kGradient, class E>
 void pass(const Row<E>& row, Block<E>& block, Compute<E> beta, Compute<E> factor, E* gradient, double& value,
           double& centre) {
   const bool near_row = Rule::softmax && math::magnitude(row.stats.log_ratio) <= kNear;
-  for_blocks(row, block, [&](int64_t begin, int n) {
-    E* out = kGradient ? gradient + begin : nullptr;
+  for_blocks(row, block, [&](int64_t begin, int padded, int n) {
+    E* out = !kGradient ? nullptr : padded == n ? gradient + begin : block.tail;
     if (near_row && block.near)
-      finish_block<Rule, true, kGradient>(row.stats, block, n, beta, factor, out, value, centre);
+      finish_block<Rule, true, kGradient>(row.stats, block, padded, beta, factor, out, value, centre);
     else
-      finish_block<Rule, false, kGradient>(row.stats, block, n, beta, factor, out, value, centre);
+      finish_block<Rule, false, kGradient>(row.stats, block, padded, beta, factor, out, value, centre);
+    if (kGradient && padded != n) std::copy(out, out + n, gradient + begin);
   });
 }
 
@@ -155,7 +176,19 @@ class Kernel {
 
   T scale(int64_t r) const { return static_cast<const T*>(args_.row_scale)[r]; }
   T dloss(int64_t r) const { return args_.dloss ? static_cast<const T*>(args_.dloss)[r] : T(1); }
-  bool keeps(int64_t r) const { return args_.keep_unit && dloss(r) == T(1); }
+  // A gradient that is there already: a factor costs it one rounding more, which a float has to spare.
+  static constexpr bool kScales = std::is_same_v<E, T>;
+
+  bool keeps(int64_t r) const {
+    if (!args_.keep_unit) return false;
+    const T factor = dloss(r);
+    if (factor == T(1) || scale(r) == 0) return true;
+    if constexpr (kScales) {
+      E* g = gradient(r);
+      for (int64_t i = 0; i < args_.columns; ++i) g[i] *= factor;
+    }
+    return kScales;
+  }
   T* stats(int64_t r) const { return static_cast<T*>(args_.stats) + r * kStats; }
   E* gradient(int64_t r) const {
     return args_.gradient ? static_cast<E*>(args_.gradient) + r * args_.gradient_stride : nullptr;
@@ -186,6 +219,7 @@ class Kernel {
 
   void forward(int64_t r, Block<E>& block) const {
     Row<E> row = this->row(r);
+    block.whole = false;
     if constexpr (Rule::softmax) {
       row.tempering.shift = row_shift<T>(to_compute(row.student[0]), to_compute(row.teacher[0]), row.tempering);
       statistics(row, block);
@@ -206,6 +240,7 @@ class Kernel {
 
   void backward(int64_t r, Block<E>& block) const {
     Row<E> row = this->row(r);
+    block.whole = false;
     const T* s = stats(r);
     row.stats = {s[kMax], s[kInvSum], s[kLogRatio], s[kCentre]};
     row.tempering.shift = s[kShift];

@@ -24,7 +24,7 @@ struct LogitArgs {
   const void* teacher;    // (N, V), row stride teacher_stride
   const void* row_scale;  // (N,) float32, float64 for float64 logits; rows of scale 0 are not read
   const void* dloss;      // (N,) as row_scale: what the backward multiplies by, or null (forward: 1)
-  bool keep_unit;         // backward: rows whose dloss is 1 already hold their gradient
+  bool keep_unit;         // backward: gradient holds what a dloss of 1 gives; only the other rows are touched
   void* loss;             // (N,) as row_scale, or null (backward)
   void* stats;            // (N, kStats) as row_scale: written by the forward, read by the backward
   void* gradient;         // (N, V) in the logits' dtype, row stride gradient_stride, or null (forward alone)

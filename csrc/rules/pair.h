@@ -65,9 +65,11 @@ struct Masses {
 
   FD_FUNCTION T raise(T x) {
     if (x > max) {
-      const Accumulator factor = math::exp(static_cast<Accumulator>(unit() - x));
-      sum = max > T(-INFINITY) ? sum * factor : Accumulator(0);
-      difference = difference == Accumulator(0) ? Accumulator(0) : difference * factor;  // not 0 * inf
+      if (sum != Accumulator(0) || difference != Accumulator(0)) {
+        const Accumulator factor = math::exp(static_cast<Accumulator>(unit() - x));
+        sum = max > T(-INFINITY) ? sum * factor : Accumulator(0);
+        difference = difference == Accumulator(0) ? Accumulator(0) : difference * factor;  // not 0 * inf
+      }
       max = x;
     }
     return unit();

@@ -35,7 +35,7 @@ def logit_bwd(
 ) -> None:
     """Writes gradient (N, V), times dloss (N,), from what logit_fwd left in stats; it may be the student's memory.
 
-    With keep_unit, rows whose dloss is 1 already hold their gradient and are left alone.
+    With keep_unit, gradient holds what a dloss of 1 gives: only the other rows are touched.
     """
     _C.logit_bwd(
         student, teacher, row_scale, stats, gradient, dloss, keep_unit, **rule, threads=torch.get_num_threads()

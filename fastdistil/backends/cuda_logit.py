@@ -45,7 +45,7 @@ def logit_bwd(
 ) -> None:
     """Writes gradient (N, V), times dloss (N,), from what logit_fwd left in stats; it may be the student's memory.
 
-    With keep_unit, rows whose dloss is 1 already hold their gradient and are left alone.
+    With keep_unit, gradient holds what a dloss of 1 gives: only the other rows are touched.
     """
     with torch.cuda.device(student.device):
         _C.logit_bwd_cuda(

@@ -133,7 +133,7 @@ def _plots(out: Path, metrics: Mapping[str, Any]) -> None:
     axis.set_xticks(range(len(columns)), columns)
     axis.set_ylabel("accuracy on held-out words, %")
     axis.set_ylim(bottom=max(0.0, 10 * (min(c["low"] for row in summary.values() for c in row.values()) // 10 - 1)))
-    axis.legend(fontsize=8, ncols=2, loc="lower right")
+    axis.legend(fontsize=8, ncols=len(summary), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
     figure.tight_layout()
     figure.savefig(out / "accuracy.png", dpi=120)
     pyplot.close(figure)

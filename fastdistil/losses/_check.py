@@ -97,7 +97,7 @@ def row_scale(
     elif num_items is not None:
         items = positive(function, "num_items", num_items)
     elif reduction != "mean":
-        items = 1.0
+        return torch.ones(rows, device=device, dtype=dtype) if weight is None else weight
     elif weight is None:
         items = float(max(rows, 1))
     else:

@@ -81,7 +81,7 @@ def hidden_loss(
     rows_weight = None if weight is None else _check.row_weight(_NAME, weight, shape, first.device, dtype)
     scale = _check.row_scale(_NAME, shape.numel(), rows_weight, reduction, num_items, first.device, dtype)
     losses = [
-        _layer(s, t, p, c, scale * factor, kind, activation, reduction, backend)
+        _layer(s, t, p, c, scale if factor == 1 else scale * factor, kind, activation, reduction, backend)
         for s, t, p, c, factor in zip(layers, teachers, projections, biases, factors, strict=True)
     ]
     loss = losses[0]

@@ -2,13 +2,14 @@
 
 ``fastdistil::logit`` computes the scaled value of each row and, where the caller says that a gradient will be wanted,
 the gradient for a dloss of 1 in the same pass over the logits. The backward hands that buffer out if dloss is 1
-(the usual case: the loss is what `backward()` was called on), and rewrites it from the logits, not from the rounded
-gradient, if not. A second backward through a retained graph computes into fresh memory. Under torch.compile the
-gradient is always computed in the backward.
+(the usual case: the loss is what `backward()` was called on); if not, a 16-bit one is computed again from the logits,
+so that it is rounded once. A second backward through a retained graph computes into fresh memory. Under torch.compile
+the gradient is always computed in the backward.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastdistil.backends import choose, get
+from fastdistil.backends.memory import new_empty
 from fastdistil.ops.logit_rule import STATS, LogitRule
 
 
@@ -52,17 +54,19 @@ def logit(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Row losses (N,), row statistics (N, 5) and the gradient for dloss = 1 ((N, V), or (0, V) if not wanted)."""
-    loss, stats, gradient = _outputs(student, row_scale, with_gradient)
+    loss, stats, gradient = _outputs(student, row_scale, with_gradient, new_empty)
     rule = _rule(divergence, beta, student_temperature, teacher_temperature, value_factor)
     module = _module(backend, student)
     module.logit_fwd(student, teacher, row_scale, loss, stats, gradient if with_gradient else None, **rule)
     return loss, stats, gradient
 
 
-def _outputs(student: Tensor, row_scale: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _outputs(
+    student: Tensor, row_scale: Tensor, with_gradient: bool, empty: Callable[..., Tensor] = Tensor.new_empty
+) -> tuple[Tensor, Tensor, Tensor]:
     rows, columns = student.shape
     stats = row_scale.new_empty(rows, STATS)
-    return torch.empty_like(row_scale), stats, student.new_empty(rows if with_gradient else 0, columns)
+    return torch.empty_like(row_scale), stats, empty(student, (rows if with_gradient else 0, columns))
 
 
 @logit.register_fake
@@ -96,7 +100,7 @@ def logit_bwd(
     backend: str,
 ) -> Tensor:
     """The student's gradient (N, V), times dloss, in fresh memory."""
-    gradient = student.new_empty(student.shape)
+    gradient = new_empty(student, student.shape)
     rule = _rule(divergence, beta, student_temperature, teacher_temperature, value_factor)
     module = _module(backend, student)
     module.logit_bwd(student, teacher, row_scale, stats, gradient, dloss.contiguous(), False, **rule)
@@ -118,27 +122,6 @@ def _(
     backend: str,
 ) -> Tensor:
     return student.new_empty(student.shape)
-
-
-@torch.library.custom_op("fastdistil::logit_rescale_", mutates_args={"gradient"})
-def logit_rescale_(
-    gradient: Tensor,  # (N, V): what logit computed for dloss = 1
-    student: Tensor,
-    teacher: Tensor,
-    row_scale: Tensor,
-    stats: Tensor,
-    dloss: Tensor,  # (N,)
-    divergence: int,
-    beta: float,
-    student_temperature: float,
-    teacher_temperature: float,
-    value_factor: float,
-    backend: str,
-) -> None:
-    """Computes the rows of `gradient` whose dloss is not 1 again, from the logits."""
-    rule = _rule(divergence, beta, student_temperature, teacher_temperature, value_factor)
-    module = _module(backend, student)
-    module.logit_bwd(student, teacher, row_scale, stats, gradient, dloss.contiguous(), True, **rule)
 
 
 @torch.library.custom_op("fastdistil::logit_overwrite_", mutates_args={"student"})
@@ -213,12 +196,13 @@ def _backward(ctx: Any, dloss: Tensor | None, *unused: Tensor | None) -> tuple[T
     gradient = None
     if dloss is not None and ctx.needs_input_grad[0]:
         student, teacher, row_scale, stats = ctx.saved_tensors
-        rest = (teacher, row_scale, stats, dloss, *ctx.rule, ctx.backend)
         gradient, ctx.gradient = ctx.gradient, None
-        if gradient is not None:
-            logit_rescale_(gradient, student, *rest)
+        if gradient is not None:  # never while tracing: no need for the dispatcher, which costs more than small rows
+            module = _module(ctx.backend, student)
+            rest = (stats, gradient, dloss.contiguous())
+            module.logit_bwd(student, teacher, row_scale, *rest, True, **_rule(*ctx.rule))
         else:
-            gradient = logit_bwd(student, *rest)
+            gradient = logit_bwd(student, teacher, row_scale, stats, dloss, *ctx.rule, ctx.backend)
     return (gradient, *(None,) * 9)
 
 

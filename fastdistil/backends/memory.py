@@ -1,0 +1,33 @@
+"""Memory of large results. On a CPU it is kept from one call to the next (csrc/cpu/pool.h says why)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from fastdistil import _C
+
+# Below, the C library's allocator keeps freed memory by itself (its mmap threshold grows up to 32 MiB).
+SMALLEST_POOLED = 32 << 20
+
+
+def new_empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    """like.new_empty(shape, dtype=dtype); large CPU tensors from the pool."""
+    dtype = dtype or like.dtype
+    size = prod(shape) * dtype.itemsize
+    filled = torch.are_deterministic_algorithms_enabled()  # new_empty may then be asked to fill what it returns
+    if like.device.type != "cpu" or size < SMALLEST_POOLED or filled or not _C.pool_available():
+        return like.new_empty(shape, dtype=dtype)
+    return torch.frombuffer(_C.PooledMemory(size), dtype=dtype).view(tuple(shape))
+
+
+def empty_cache() -> None:
+    """Gives the CPU memory that past results left for the next ones back to the system.
+
+    Large gradients (32 MiB and more) of the losses keep their memory for the next call, at most four blocks of it,
+    which saves the page faults of a fresh one. The system takes it back by itself when memory is short.
+    """
+    _C.pool_release()
