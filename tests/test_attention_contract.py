@@ -177,3 +177,13 @@ def test_bad_calls(change: dict[str, Any], kind: type[Exception], message: str) 
     with pytest.raises(kind) as raised:
         attention_loss(**(_good() | change))
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_does_not_round_the_scores(backend: str, kind: str) -> None:
+    tensors, mask = draw(SHAPES["padded"], torch.float32)
+    loss = partial(attention_loss, kind=kind, mask=mask, backend=backend)
+    expected = loss(*tensors)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        assert torch.equal(loss(*tensors), expected)

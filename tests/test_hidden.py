@@ -243,3 +243,14 @@ def test_compiles_without_a_graph_break(projected: bool) -> None:
 
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
     judge_exact(outcome(compiled, inputs), outcome(both, inputs), torch.float32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_does_not_round_the_products(backend: str) -> None:
+    inputs, teacher = draw((6, 24, 37, True), torch.float32)
+    expected = outcome(partial(ours, teacher=teacher, backend=backend), inputs)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        found = outcome(partial(ours, teacher=teacher, backend=backend), inputs)
+    assert torch.equal(found.value, expected.value)
+    for g, wanted in zip(found.gradients, expected.gradients, strict=True):
+        assert torch.equal(g, wanted)

@@ -69,11 +69,8 @@ def logit_loss(
     student = _check.float_tensor(_NAME, "student_logits", student_logits)
     teacher = _check.float_tensor(_NAME, "teacher_logits", teacher_logits)
     _check_pair(student, teacher)
-    _check.one_of(_NAME, "divergence", divergence, DIVERGENCES)
+    rule = rule_of(_NAME, divergence, beta, temperature, teacher_temperature, scale_by_t2)
     _check.one_of(_NAME, "reduction", reduction, _check.REDUCTIONS)
-    _check_beta(divergence, beta)
-    t_s = _check.positive(_NAME, "temperature", temperature)
-    t_t = t_s if teacher_temperature is None else _check.positive(_NAME, "teacher_temperature", teacher_temperature)
     if inplace_backward and student.is_leaf and student.requires_grad:
         raise ValueError(
             f"{_NAME}: inplace_backward came with student_logits that are a leaf, expected a model's output"
@@ -85,8 +82,6 @@ def logit_loss(
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     w = None if weight is None else _check.row_weight(_NAME, weight, rows, student.device, dtype)
     scale = _check.row_scale(_NAME, rows.numel(), w, reduction, num_items, student.device, dtype)
-    factor = t_s * t_t if scale_by_t2 else 1.0
-    rule = (DIVERGENCES.index(divergence), float(beta), t_s, t_t, factor)
     matrices = (_matrix(student), _matrix(teacher))
     # The gradient ahead of its time, but not where torch.compile plans the memory.
     ahead = student.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
@@ -116,11 +111,23 @@ def _check_pair(student: Tensor, teacher: Tensor) -> None:
     _check.constant(_NAME, "teacher_logits", teacher)
 
 
-def _check_beta(divergence: str, beta: float) -> None:
-    value = _check.number(_NAME, "beta", beta)
+def rule_of(
+    function: str,
+    divergence: str,
+    beta: float,
+    temperature: float,
+    teacher_temperature: float | None,
+    scale_by_t2: bool,
+) -> tuple[int, float, float, float, float]:
+    """The checked constants in the order of LogitRule."""
+    _check.one_of(function, "divergence", divergence, DIVERGENCES)
+    value = _check.number(function, "beta", beta)
     if divergence == "jsd" and not 0 < value < 1:
         raise ValueError(
-            f"{_NAME}: beta is {value} for jsd, expected 0 < beta < 1 (the limits are forward_kl and reverse_kl)"
+            f"{function}: beta is {value} for jsd, expected 0 < beta < 1 (the limits are forward_kl and reverse_kl)"
         )
     if divergence.startswith("skew") and not 0 <= value < 1:
-        raise ValueError(f"{_NAME}: beta is {value} for {divergence}, expected 0 <= beta < 1")
+        raise ValueError(f"{function}: beta is {value} for {divergence}, expected 0 <= beta < 1")
+    t_s = _check.positive(function, "temperature", temperature)
+    t_t = t_s if teacher_temperature is None else _check.positive(function, "teacher_temperature", teacher_temperature)
+    return DIVERGENCES.index(divergence), value, t_s, t_t, t_s * t_t if scale_by_t2 else 1.0

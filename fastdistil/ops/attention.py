@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastdistil.backends import choose, get, low_rank
 from fastdistil.ops.gradients import hand_out, refuse_double_backward
+from fastdistil.ops.precision import without_autocast
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -22,6 +23,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+@without_autocast
 def _compute(
     student_q: Tensor,
     student_k: Tensor,

@@ -1,0 +1,170 @@
+"""The squared difference of two heads' logits without any logits (docs/losses.md, section 5).
+
+With X = [h / T, 1 / T] and Y = [W, b] the logits are X Y^T, so that a row of the difference has the squared norm
+u (W^T W) u^T with U = [X_s - X_t, X_t] and W = [Y_s, Y_s - Y_t]: time linear in N + V, and nothing cancels as the
+student nears its teacher. Heads of different width have no difference to form; their Gram matrices are accumulated in
+float64 instead.
+
+FLOPs: 6 V D^2 for the Gram matrices (none for frozen heads that were seen before), 8 N D^2 for the rows, 4 V D^2 for
+the gradient of the weight; the chunks of linear_logit.py take 2 N V (2 D_s + D_t) and 2 N V D_s for the weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from fastdistil.ops.logit_rule import LogitRule
+
+# How much faster a device multiplies in the chunks' precision than in this form's: 16-bit tensor cores against float32
+# on a GPU (data sheets, not a record), and float32 against float64 for heads of different width.
+LOW_PRECISION_GAIN = 12.0
+FLOAT64_COST = {"cpu": 2.0, "gpu": 1.0}
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+Head = tuple[Tensor, Tensor | None]  # weight (V, D), bias (V,)
+
+
+@dataclass
+class _Grams:
+    """Y_s^T Y_s, Y_s^T E and E^T E with E = Y_s - Y_t; for heads of different width E stands for Y_t."""
+
+    first: Tensor
+    mixed: Tensor
+    second: Tensor
+
+
+# student weight -> (what the heads were then, their Gram matrices)
+_frozen: Any = WeakTensorKeyDictionary()
+
+
+def forget() -> None:
+    """Drops the kept Gram matrices."""
+    _frozen.clear()
+
+
+def pays(student: Tensor, student_weight: Tensor, teacher: Tensor, wanted: tuple[bool, bool, bool]) -> bool:
+    """Whether this form needs less time than the chunks, by operations."""
+    (rows, size_s), size_t, columns = student.shape, teacher.shape[1], student_weight.shape[0]
+    chunks = 2.0 * rows * columns * (size_s + size_t + size_s * (wanted[0] + wanted[1]))
+    if size_s == size_t:
+        own = 8.0 * rows * size_s**2 + columns * size_s**2 * (6.0 + 4.0 * wanted[1])
+    else:
+        grams = 2.0 * columns * (size_s**2 + size_s * size_t + size_t**2)
+        own = grams + 2.0 * rows * (size_s + size_t) ** 2 + 2.0 * columns * size_s * (size_s + size_t) * wanted[1]
+        own *= FLOAT64_COST["cpu" if student.device.type == "cpu" else "gpu"]
+    if student.device.type != "cpu" and student.dtype in (torch.float16, torch.bfloat16):
+        own *= LOW_PRECISION_GAIN
+    if not wanted[1] and _frozen.get(student_weight) is not None:
+        own = 8.0 * rows * size_s**2
+    return own < chunks
+
+
+def compute(
+    student: Tensor,
+    teacher: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+    scale: Tensor,
+    rule: LogitRule,
+    chunk_bytes: int,
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor, Gradients]:
+    """As `linear_logit._chunks` for the mse, in scale's dtype; chunk_bytes bounds the blocks of the heads."""
+    (_, size_s), size_t, columns = student.shape, teacher.shape[1], student_weight.shape[0]
+    same = size_s == size_t
+    dtype = scale.dtype if same else torch.float64
+    biased = student_bias is not None or teacher_bias is not None
+    heads = ((student_weight, student_bias), (teacher_weight, teacher_bias))
+    block = max(1, chunk_bytes // (4 * (size_s + size_t + 2) * dtype.itemsize))
+    x_s = _rows(student, rule["student_temperature"], biased, dtype)
+    x_t = _rows(teacher, rule["teacher_temperature"], biased, dtype)
+    grams = _grams(heads, biased, dtype, block, frozen=not (wanted[1] or wanted[2]))
+    left, right = (x_s - x_t, x_t) if same else (x_s, -x_t)
+    # U [W^T Y_s, W^T E]: (A_s - A_t) Y_s and (A_s - A_t) E for every row
+    first = left @ grams.first + right @ grams.mixed.T
+    values = torch.linalg.vecdot(first, left) + torch.linalg.vecdot(left @ grams.mixed + right @ grams.second, right)
+    unit = (scale * (rule["value_factor"] / columns)).to(dtype)
+    rows = (values * unit).to(scale.dtype)
+    factor = (2 * unit)[:, None]
+    dstudent = (first[:, :size_s] * (factor / rule["student_temperature"])).to(scale.dtype) if wanted[0] else None
+    if not (wanted[1] or wanted[2]):
+        return rows, (dstudent, None, None)
+    x = x_s * factor
+    m_left, m_right = left.T @ x, right.T @ x
+    dweight = scale.new_empty(student_weight.shape) if wanted[1] else None
+    dbias = scale.new_empty(columns) if wanted[2] else None
+    for start in range(0, columns, block):
+        part = slice(start, start + block)
+        y, e = _block(heads, part, biased, dtype)
+        dy = y @ m_left + e @ m_right
+        if dweight is not None:
+            dweight[part] = dy[:, :size_s]
+        if dbias is not None:
+            dbias[part] = dy[:, -1]
+    return rows, (dstudent, dweight, dbias)
+
+
+def _rows(hidden: Tensor, temperature: float, biased: bool, dtype: torch.dtype) -> Tensor:
+    x = hidden.to(dtype)
+    if biased:
+        x = torch.cat((x, x.new_ones(len(x), 1)), 1)
+    return x if temperature == 1 else x / temperature
+
+
+def _block(heads: tuple[Head, Head], part: slice, biased: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows `part` of Y_s, and of Y_s - Y_t, or of Y_t where the widths differ."""
+    y = []
+    for weight, bias in heads:
+        rows = weight[part].to(dtype)
+        if biased:
+            column = rows.new_zeros(len(rows)) if bias is None else bias[part].to(dtype)
+            rows = torch.cat((rows, column[:, None]), 1)
+        y.append(rows)
+    return y[0], y[0] - y[1] if y[0].shape == y[1].shape else y[1]
+
+
+def _grams(heads: tuple[Head, Head], biased: bool, dtype: torch.dtype, block: int, frozen: bool) -> _Grams:
+    if not frozen:
+        return _accumulate(heads, biased, dtype, block)
+    state = (dtype, *(_state(x) for head in heads for x in head))
+    known = _frozen.get(heads[0][0])
+    if known is not None and known[0] == state:
+        grams: _Grams = known[1]
+        return grams
+    grams = _accumulate(heads, biased, dtype, block)
+    _frozen[heads[0][0]] = (state, grams)
+    return grams
+
+
+def _accumulate(heads: tuple[Head, Head], biased: bool, dtype: torch.dtype, block: int) -> _Grams:
+    weight = heads[0][0]
+    size_s, size_t = (head[0].shape[1] + biased for head in heads)
+    shapes = ((size_s, size_s), (size_s, size_t), (size_t, size_t))
+    first, mixed, second = (weight.new_zeros(shape, dtype=dtype) for shape in shapes)
+    for start in range(0, weight.shape[0], block):
+        y, e = _block(heads, slice(start, start + block), biased, dtype)
+        first.addmm_(y.T, y)
+        mixed.addmm_(y.T, e)
+        second.addmm_(e.T, e)
+    return _Grams(first, mixed, second)
+
+
+def _state(x: Tensor | None) -> tuple[Any, ...]:
+    """What changes when a head does: its memory, its version, and on a CPU, where looking does not wait for a device,
+    a weighted sum of its entries, which also sees writes through .data."""
+    if x is None:
+        return ()
+    if x.device.type != "cpu":
+        return (x.data_ptr(), x._version, x.shape)
+    matrix = x if x.ndim == 2 else x[:, None]
+    columns, rows = torch.linspace(0.5, 1.5, matrix.shape[1]), torch.linspace(1.0, 2.0, len(matrix))
+    parts = [slice(start, start + 8192) for start in range(0, len(matrix), 8192)]
+    total = sum(float(torch.dot(torch.mv(matrix[part].float(), columns), rows[part])) for part in parts)
+    return (x.data_ptr(), x._version, x.shape, total)

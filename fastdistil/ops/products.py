@@ -1,0 +1,67 @@
+"""Matrix products that accumulate in float32 (float64 for float64), whatever the dtype of their factors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Rows of a 16-bit matrix that are converted at a time on a CPU, whose 16-bit products are slower than float32 ones.
+CONVERTED_ROWS = 8192
+
+
+def product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """out (n, m) = left (n, k) @ right (m, k).T; out is float32 or float64 and may have padded rows."""
+    if _fast(left, right, out):
+        return _low(left, right.T, out)
+    left = left.to(out.dtype)
+    if right.dtype == out.dtype:
+        return torch.mm(left, right.T, out=out)
+    for rows in _slices(right):
+        torch.mm(left, right[rows].to(out.dtype).T, out=out[:, rows])
+    return out
+
+
+def product_back(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """out (n, k) = left (n, m) @ right (m, k); left and out are float32 or float64.
+
+    On a GPU left is rounded once to right's dtype where that has 16 bits."""
+    if right.dtype == out.dtype:
+        return torch.mm(left, right, out=out)
+    if left.device.type == "cpu":
+        out.zero_()
+        for rows in _slices(right):
+            out.addmm_(left[:, rows], right[rows].to(out.dtype))
+        return out
+    low, factor = rounded(left, right.dtype)
+    return _low(low, right, out).mul_(factor)
+
+
+def add_product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """out (m, k) += left (n, m).T @ right (n, k), rounded as in `product_back`."""
+    if left.device.type == "cpu" or right.dtype == out.dtype:
+        return out.addmm_(left.T, right.to(out.dtype))
+    low, factor = rounded(left, right.dtype)
+    return out.addcmul_(_low(low.T, right, torch.empty_like(out)), factor)
+
+
+def rounded(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x in a 16-bit dtype, and the factor () that gives it back its size: float16 has not the range of a gradient."""
+    largest = x.abs().amax().clamp(min=torch.finfo(x.dtype).tiny)
+    return (x / largest).to(dtype), largest
+
+
+def _slices(x: Tensor) -> list[slice]:
+    return [slice(start, start + CONVERTED_ROWS) for start in range(0, x.shape[0], CONVERTED_ROWS)]
+
+
+def _fast(left: Tensor, right: Tensor, out: Tensor) -> bool:
+    """Whether tensor cores multiply these: two 16-bit factors of one dtype on a GPU."""
+    return left.device.type != "cpu" and left.dtype == right.dtype != out.dtype
+
+
+def _low(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """The product of two 16-bit matrices, kept in float32 from the accumulator on."""
+    if hasattr(torch.ops.aten.mm, "dtype_out"):  # torch 2.8
+        torch.ops.aten.mm.dtype_out(left, right, out.dtype, out=out)
+        return out
+    return torch.mm(left.to(out.dtype), right.to(out.dtype), out=out)

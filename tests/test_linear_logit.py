@@ -1,0 +1,370 @@
+"""linear_logit_loss: logits of two heads, every backend, divergence and dtype, against autograd in float64."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from conftest import DEVICE, available
+from judge import SLACK, Outcome, error, judge, judge_exact
+from test_logit import textbook
+from torch import Tensor
+from torch.nn import functional
+
+import fastdistil as fd
+from fastdistil.ops import linear_mse
+from fastdistil.ops.linear_logit import chunk_rows, linear_logit_rows, linear_logit_total
+from fastdistil.ops.logit_rule import DIVERGENCES
+
+BACKENDS = available("reference", "cpu", "triton", "cuda")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+# N, D_s, D_t, V and biases: several chunks of odd size, one row, no rows, equal widths
+SHAPES = {
+    "wider teacher": (37, 12, 20, 101, True),
+    "equal widths": (19, 16, 16, 67, False),
+    "one row": (1, 3, 5, 7, True),
+    "no rows": (0, 8, 8, 9, False),
+}
+
+
+def draw(shape: tuple[int, int, int, int, bool], dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Any]]:
+    """student hidden, weight (and bias); the teacher's as keywords."""
+    rows, size_s, size_t, columns, biased = shape
+
+    def random(*sizes: int, scale: float = 1.0) -> Tensor:
+        return (scale * torch.randn(*sizes, dtype=torch.float64)).to(DEVICE, dtype)
+
+    student = [random(rows, size_s), random(columns, size_s, scale=2 / size_s**0.5)]
+    teacher = {
+        "teacher_hidden": random(rows, size_t),
+        "teacher_weight": random(columns, size_t, scale=2 / size_t**0.5),
+        "teacher_bias": random(columns) if biased else None,
+    }
+    return student + [random(columns)] * biased, teacher
+
+
+def weights(rows: int) -> Tensor:
+    weight = torch.arange(1.0, rows + 1, device=DEVICE)
+    weight[1::4] = 0
+    return weight
+
+
+def ours(hidden: Tensor, matrix: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
+    teacher = (options.pop("teacher_hidden"), options.pop("teacher_weight"))
+    return fd.linear_logit_loss(hidden, matrix, *teacher, student_bias=bias, **options)
+
+
+def plain(
+    hidden: Tensor,
+    matrix: Tensor,
+    bias: Tensor | None = None,
+    *,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+    weight: Tensor | None = None,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+) -> Tensor:
+    """The weighted mean by whole logits."""
+    t_t = teacher_temperature or temperature
+    z_s = functional.linear(hidden, matrix, bias)
+    z_t = functional.linear(teacher_hidden, teacher_weight, teacher_bias)
+    rows = textbook(z_s, z_t, divergence, beta, temperature, t_t) * temperature * t_t
+    w = torch.ones_like(rows) if weight is None else weight.to(rows.dtype)
+    return (w * rows).sum() / w.sum().clamp(min=1e-30)
+
+
+def widened(options: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.double() if isinstance(v, Tensor) else v for k, v in options.items()}
+
+
+def outcome(function: Any, inputs: list[Tensor], factor: float = 1.0) -> Outcome:
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    value = function(*inputs)
+    return Outcome(value.detach(), torch.autograd.grad(value, inputs, torch.full_like(value, factor)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_against_textbook(backend: str, divergence: str, shape: Any, dtype: torch.dtype) -> None:
+    inputs, teacher = draw(shape, dtype)
+    options = teacher | {"divergence": divergence, "temperature": 2.0, "weight": weights(shape[0])}
+    options |= {"teacher_temperature": 1.5} if divergence == "jsd" else {}
+    if backend == "triton" and dtype == torch.float64:
+        with pytest.raises(ValueError, match="linear_logit_loss: backend 'triton' has no float64 kernel"):
+            ours(*inputs, backend=backend, **options)
+        return
+    factor = 64.0  # keeps float16's gradients in its range
+    truth = outcome(partial(plain, **widened(options)), [x.double() for x in inputs], factor)
+    eager = outcome(partial(plain, **options), inputs, factor)
+    small = 16 * 4 * 2 * 128  # chunks of 16 rows, several of them in the longest case
+    found = outcome(partial(ours, backend=backend, chunk_bytes=small, **options), inputs, factor)
+    judge(found, truth, eager, dtype)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("backend", available("reference", "cpu", "cuda"))
+def test_16_bit_heads_near_convergence(backend: str, divergence: str) -> None:
+    """KL about 1e-3, where logits of 16 bits are 8 to 140% off: within 0.5% after the gradients' rounding (judge_exact)
+    and 0.1% before, which reduction in float32 shows."""
+    rows, size, columns = 64, 256, 8000
+    teacher_hidden = torch.randn(rows, size, device=DEVICE).bfloat16()
+    teacher_weight = (0.1 * torch.randn(columns, size, device=DEVICE)).bfloat16()
+    hidden = (teacher_hidden + 0.03 * torch.randn_like(teacher_hidden)).bfloat16()
+    options: dict[str, Any] = {"teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight, "teacher_bias": None}
+    inputs, common = [hidden, teacher_weight.clone()], {"divergence": divergence}
+    truth = outcome(partial(plain, **widened(options), **common), [x.double() for x in inputs])
+    assert 1e-4 < truth.value < 4e-3
+    found = outcome(partial(ours, backend=backend, **options, **common), inputs)
+    judge_exact(Outcome(truth.value, found.gradients), truth, torch.bfloat16)
+    assert error(found.value, truth.value) <= SLACK[torch.bfloat16] / 4
+    scale = torch.full((rows,), 1 / rows, device=DEVICE)
+    rule = [float(DIVERGENCES.index(divergence)), 0.5, 1.0, 1.0, 1.0]
+    heads = (*inputs, None, teacher_hidden, teacher_weight, None)
+    _, *kept, _ = linear_logit_total(*heads, scale, rule, 1 << 22, backend, True, [True, True, False])
+    for gradient, wanted in zip(kept, truth.gradients, strict=True):
+        assert gradient.dtype == torch.float32 and error(gradient, wanted) <= 1e-3
+
+
+@pytest.mark.parametrize("noise", [1e-1, 1e-3])
+@pytest.mark.parametrize("widths", [(64, 64), (48, 64)], ids=["equal", "unequal"])
+@pytest.mark.parametrize("biased", [False, True])
+def test_mse_without_logits_is_exact(biased: bool, widths: tuple[int, int], noise: float) -> None:
+    """Value within 1e-5 of float64 however near; a float32 form of the whole logits would lose its digits."""
+    rows, columns = 2000, 1500
+    inputs, teacher = draw((rows, *widths, columns, biased), torch.float32)
+    teacher["teacher_hidden"][:, : widths[0]] = inputs[0]
+    teacher["teacher_hidden"][:, widths[0] :] = 0
+    teacher["teacher_weight"][:, : widths[0]] = inputs[1]
+    if biased:
+        teacher["teacher_bias"] = inputs[2] + 0
+    inputs = [x * (1 + noise * torch.randn_like(x)) for x in inputs]
+    options = teacher | {"divergence": "mse", "temperature": 2.0}
+    assert linear_mse.pays(inputs[0], inputs[1], teacher["teacher_hidden"], (True, True, biased))
+    truth = outcome(partial(plain, **widened(options)), [x.double() for x in inputs])
+    judge_exact(outcome(partial(ours, **options), inputs), truth, torch.float32)
+
+
+def test_mse_of_frozen_heads_keeps_the_gram_matrices() -> None:
+    """They are used again, and never after a head has changed, whichever way it was written to."""
+    inputs, teacher = draw((50, 16, 16, 400, True), torch.float32)
+    hidden, (matrix, bias) = inputs[0], inputs[1:]
+    linear_mse.forget()
+
+    def check() -> None:
+        options = teacher | {"divergence": "mse"}
+        truth = outcome(lambda h: plain(h, matrix.double(), bias.double(), **widened(options)), [hidden.double()])
+        judge_exact(outcome(lambda h: ours(h, matrix, bias, **options), [hidden]), truth, torch.float32)
+
+    check()
+    kept = linear_mse._frozen[matrix][1]
+    check()
+    assert linear_mse._frozen[matrix][1] is kept
+    changes = [lambda: matrix.add_(1.0), lambda: teacher["teacher_weight"].mul_(2.0), lambda: bias.zero_()]
+    changes += [lambda: matrix.data.mul_(0.5), lambda: teacher["teacher_bias"].data.add_(1.0)][
+        : 2 * (DEVICE.type == "cpu")
+    ]
+    for change in changes:
+        change()
+        check()
+    linear_mse.forget()
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "mse"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_reductions_and_what_needs_a_gradient(backend: str, divergence: str) -> None:
+    inputs, teacher = draw(SHAPES["equal widths"], torch.float32)
+    weight = weights(19)
+    common: dict[str, Any] = teacher | {"backend": backend, "weight": weight, "divergence": divergence}
+    mean, items = outcome(partial(ours, **common), inputs), float(weight.sum())
+    rows = ours(*inputs, reduction="none", **common)
+    assert rows.shape == (19,) and not rows[weight == 0].any()
+    others = [
+        lambda *x: ours(*x, reduction="sum", **common) / items,
+        lambda *x: (ours(*x, reduction="none", **common) / items).sum(),
+        lambda *x: ours(*x, num_items=torch.tensor(items, device=DEVICE), **common),
+        lambda *x: ours(*x, num_items=2 * items, **common) * 2,
+        lambda h, w: ours(
+            h[None], w, **(common | {"teacher_hidden": teacher["teacher_hidden"][None], "weight": weight[None]})
+        ),
+    ]
+    for other in others:
+        judge_exact(outcome(other, inputs), mean, torch.float32)
+    for i, wanted in enumerate(mean.gradients):  # one side at a time
+        leaves = [x.clone().requires_grad_(i == j) for j, x in enumerate(inputs)]
+        value = ours(*leaves, **common)
+        assert error(torch.autograd.grad(value, leaves[i])[0], wanted) <= SLACK[torch.float32]
+    with torch.no_grad():
+        assert error(ours(*inputs, **common), mean.value) <= SLACK[torch.float32]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("divergence", ["forward_kl", "mse"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_of_weight_0_may_hold_anything(backend: str, divergence: str, reduction: str) -> None:
+    inputs, teacher = draw(SHAPES["equal widths"], torch.float32)
+    common: dict[str, Any] = {"backend": backend, "reduction": reduction, "divergence": divergence}
+    clean = outcome(lambda *x: ours(*x, weight=weights(19), **common, **teacher).sum(), inputs)
+    dirty, dirty_teacher = inputs[0].clone(), teacher["teacher_hidden"].clone()
+    dirty[1], dirty_teacher[5] = torch.nan, torch.inf
+    teacher["teacher_hidden"] = dirty_teacher
+    found = outcome(lambda *x: ours(*x, weight=weights(19), **common, **teacher).sum(), [dirty, *inputs[1:]])
+    assert torch.equal(found.value, clean.value) and (found.gradients[0][1] == 0).all()
+    assert all(torch.equal(a, b) for a, b in zip(found.gradients, clean.gradients, strict=True))
+    none = outcome(lambda *x: ours(*x, weight=0 * weights(19), **common, **teacher).sum(), [dirty, *inputs[1:]])
+    assert none.value == 0 and all((g == 0).all() for g in none.gradients)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "mse"])
+def test_backward_twice(divergence: str) -> None:
+    inputs, teacher = draw(SHAPES["wider teacher"], torch.float32)
+    inputs = [x.requires_grad_() for x in inputs]
+    value = ours(*inputs, divergence=divergence, **teacher)
+    first, second, tripled = (torch.autograd.grad(f * value, inputs, retain_graph=True) for f in (1, 1, 3))
+    for a, b, c in zip(first, second, tripled, strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(c, 3 * a)
+    with pytest.raises(RuntimeError, match="linear_logit_loss: its gradient cannot be differentiated again"):
+        torch.autograd.grad(value, inputs, create_graph=True)
+
+
+def test_autocast_does_not_round_the_logits() -> None:
+    inputs, teacher = draw(SHAPES["wider teacher"], torch.float32)
+    expected = outcome(partial(ours, **teacher), inputs)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        found = outcome(partial(ours, **teacher), inputs)
+    assert torch.equal(found.value, expected.value)
+    assert all(torch.equal(a, b) for a, b in zip(found.gradients, expected.gradients, strict=True))
+
+
+def test_dtypes_may_differ() -> None:
+    inputs, teacher = draw(SHAPES["wider teacher"], torch.float32)
+    low = {k: v.half() for k, v in teacher.items()}
+    mixed = [inputs[0].bfloat16(), *inputs[1:]]
+    found = outcome(partial(ours, **low), mixed)
+    expected = outcome(partial(ours, **{k: v.float() for k, v in low.items()}), [mixed[0].float(), *inputs[1:]])
+    assert error(found.value, expected.value) <= SLACK[torch.float32]
+    assert [g.dtype for g in found.gradients] == [torch.bfloat16, torch.float32, torch.float32]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("backend", available("reference", "cpu"))
+def test_gradcheck(backend: str, divergence: str, reduction: str) -> None:
+    inputs, teacher = draw((3, 4, 3, 6, True), torch.float64)
+    function = partial(
+        ours,
+        divergence=divergence,
+        backend=backend,
+        reduction=reduction,
+        weight=torch.tensor([1.0, 0.0, 2.0]),
+        **teacher,
+    )
+    assert torch.autograd.gradcheck(function, [x.requires_grad_() for x in inputs])
+
+
+def test_opcheck() -> None:
+    inputs, teacher = draw((4, 3, 5, 9, True), torch.float32)
+    scale = torch.rand(4, device=DEVICE)
+    hidden, matrix, bias = (x.requires_grad_() for x in inputs)
+    heads = (hidden, matrix, bias, *teacher.values())
+    arguments = (*heads, scale, [0.0, 0.5, 2.0, 2.0, 4.0], 1 << 20, "auto", False)
+    torch.library.opcheck(linear_logit_rows, arguments)
+    torch.library.opcheck(linear_logit_total, (*arguments, [True, True, True]))
+    torch.library.opcheck(linear_logit_total, (*arguments, [True, False, False]))
+
+
+def test_compiles_without_a_graph_break() -> None:
+    inputs, teacher = draw(SHAPES["wider teacher"], torch.float32)
+    weight = weights(37)
+
+    def both(*x: Tensor) -> Tensor:
+        return ours(*x, reduction="none", **teacher).mean() + ours(*x, weight=weight, num_items=weight.sum(), **teacher)
+
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    judge_exact(outcome(compiled, inputs), outcome(both, inputs), torch.float32)
+
+
+def test_a_chunk_fits_in_its_bytes() -> None:
+    for rows, columns, size, allowed in ((512, 119_547, 4, 124_000_000), (5, 10, 4, 1), (4096, 32_000, 8, 10**8)):
+        step = chunk_rows(rows, columns, size, allowed)
+        assert 1 <= step <= rows and (step == 1 or 2 * step * columns * size <= allowed)
+    assert chunk_rows(512, 119_547, 4, 124_000_000) == 128
+
+
+_PEAK = """
+import torch, fastdistil as fd
+torch.manual_seed(0)
+torch.set_num_threads(1)
+heads = [torch.randn(256, 64), torch.randn(60_001, 64), torch.randn(256, 96), torch.randn(60_001, 96)]
+def run(n):
+    h, w = heads[0][:n].requires_grad_(), heads[1].requires_grad_()
+    loss = fd.linear_logit_loss(h, w, heads[2][:n], heads[3], chunk_bytes=8_000_000)
+    return torch.autograd.grad(loss, (h, w))
+run(16)
+open("/proc/self/clear_refs", "w").write("5")
+status = lambda key: int(next(x for x in open("/proc/self/status") if x.startswith(key)).split()[1]) * 1024
+before = status("VmRSS")
+gradients = run(256)
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux's /proc")
+def test_memory_is_the_gradients_and_a_chunk() -> None:
+    """Eager keeps 256 x 60,001 logits four times over: 246 MB."""
+    peak = int(subprocess.run([sys.executable, "-c", _PEAK], capture_output=True, text=True, check=True).stdout)
+    gradients = 4 * (60_001 * 64 + 256 * 64)
+    assert peak <= gradients + 8_000_000 + 6_000_000, f"{peak:,} bytes"
+
+
+HEADS = (torch.zeros(4, 3), torch.zeros(9, 3), torch.zeros(4, 5), torch.zeros(9, 5))
+BAD = [
+    (0, torch.zeros(4, 3, dtype=torch.int64), {}, TypeError, "student_hidden has dtype torch.int64"),
+    (0, [1.0], {}, TypeError, "student_hidden is list, expected a torch.Tensor"),
+    (0, torch.zeros(()), {}, ValueError, r"student_hidden has shape \(\), expected \(..., D\)"),
+    (
+        1,
+        torch.zeros(9, 4),
+        {},
+        ValueError,
+        r"student_weight has shape \(9, 4\), expected \(V, 3\) to match student_hidden",
+    ),
+    (
+        1,
+        torch.zeros(8, 3),
+        {},
+        ValueError,
+        r"teacher_weight has shape \(9, 5\), expected \(8, D_t\) to match student_weight",
+    ),
+    (2, torch.zeros(2, 2, 5), {}, ValueError, r"teacher_hidden has shape \(2, 2, 5\), expected \(4, D_t\)"),
+    (3, torch.zeros(9, 5, requires_grad=True), {}, ValueError, "teacher_weight requires grad, expected a constant"),
+    (0, None, {"student_bias": torch.zeros(8)}, ValueError, r"student_bias has shape \(8,\), expected \(9,\)"),
+    (0, None, {"chunk_bytes": 0}, ValueError, "chunk_bytes is 0, expected a whole number of bytes"),
+    (0, None, {"chunk_bytes": 1e6}, ValueError, "chunk_bytes is 1000000.0, expected a whole number"),
+    (0, None, {"divergence": "kl"}, ValueError, "divergence is 'kl', expected one of"),
+    (0, None, {"temperature": 0}, ValueError, "temperature is 0.0, expected more than 0"),
+    (0, None, {"beta": 1.0, "divergence": "jsd"}, ValueError, "beta is 1.0 for jsd"),
+    (0, None, {"weight": torch.ones(5)}, ValueError, r"weight has shape \(5,\)"),
+    (0, None, {"backend": "cudnn"}, ValueError, "backend is 'cudnn'"),
+    (0, None, {"reduction": "batchmean"}, ValueError, "reduction is 'batchmean'"),
+]
+
+
+@pytest.mark.parametrize(("position", "value", "options", "kind", "message"), BAD)
+def test_bad_calls(position: int, value: Any, options: dict[str, Any], kind: type[Exception], message: str) -> None:
+    heads: list[Any] = [x.to(DEVICE) for x in HEADS]
+    if value is not None:
+        heads[position] = value.to(DEVICE) if isinstance(value, Tensor) else value
+    with pytest.raises(kind, match=message):
+        fd.linear_logit_loss(*heads, **options)
