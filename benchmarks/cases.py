@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-OPS = ("logits", "hidden", "attention")
+OPS = ("logits", "linear", "hidden", "attention")
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}  # bytes
 
 
@@ -51,6 +51,10 @@ def traffic_bytes(case: Case, what: str) -> int:
         student, teacher = s["N"] * s["D_s"] * s["L"], s["N"] * s["D_t"] * s["L"]
         projection = s["D_s"] * s["D_t"] * s["L"] if case.options.get("projection") else 0
         return size * (student + teacher + projection + gradient * (student + projection))
+    if case.op == "linear":
+        student, teacher = (s["N"] + s["V"]) * s["D_s"], (s["N"] + s["V"]) * s["D_t"]
+        own = s["N"] * s["D_s"] if case.options.get("frozen") else student
+        return size * (student + teacher + gradient * own)
     heads = s["B"] * s["H"] * s["S"]
     return size * heads * (2 * s["d_s"] + 2 * s["d_t"] + gradient * 2 * s["d_s"])
 
@@ -65,15 +69,29 @@ def operations(case: Case, what: str) -> int:
     if case.op == "hidden":
         products = (3 if gradient else 1) if case.options.get("projection") else 0
         return 2 * s["N"] * s["D_s"] * s["D_t"] * s["L"] * products
+    if case.op == "linear":
+        return _linear_operations(case, gradient)
     if case.options["kind"] == "score_mse" and s["d_s"] == s["d_t"]:  # Gram matrices of the factors, no map at all
         return s["B"] * s["H"] * s["S"] * s["d_s"] ** 2 * (32 if gradient else 16)
     return 2 * s["B"] * s["H"] * s["S"] ** 2 * (s["d_s"] + s["d_t"] + gradient * 2 * s["d_s"])
+
+
+def _linear_operations(case: Case, gradient: bool) -> int:
+    """Of the logits' products and those back; of the Gram matrices and what is made of them for the mse of two heads of
+    one width, which needs no logits (a frozen pair's matrices are there already)."""
+    s, trained = case.shape, not case.options.get("frozen")
+    if case.options["divergence"] == "mse" and s["D_s"] == s["D_t"]:
+        return s["D_s"] ** 2 * (8 * s["N"] + s["V"] * (6 + 4 * gradient) * trained)
+    back = 2 * s["D_s"] * gradient if trained else s["D_s"] * gradient
+    return 2 * s["N"] * s["V"] * (s["D_s"] + s["D_t"] + back)
 
 
 VOCABULARIES = {"mbert": 119_547, "llama3": 128_256, "xlmr": 250_002, "llama2": 32_000}  # columns of the logits
 
 _CPU_LOGITS = ("eager", "eager_common", "compile", "fastdistil:cpu", "fastdistil:cpu:inplace")
 _CPU_OTHER = ("eager", "compile", "fastdistil:reference", "fastdistil:cpu")
+_CPU_LINEAR = ("products", "eager", "compile", "fastdistil:cpu")
+_GPU_LINEAR = ("products", "eager", "eager_upcast", "compile", "liger_jsd", "fastdistil:triton", "fastdistil:cuda")
 _CPU_BF16 = ("eager", "eager_upcast", "compile", "fastdistil:cpu", "fastdistil:cpu:inplace")
 _GPU_LOGITS = (
     "eager", "eager_common", "eager_upcast", "compile", "liger_kl", "liger_jsd", "fastdistil:triton", "fastdistil:cuda",
@@ -91,6 +109,27 @@ def _logits(model: str, rows: int, dtype: str, options: dict[str, Any], names: t
     return Case("logits", f"{model}-{label}-{short}", shape, names, dtype, options, **rest)
 
 
+def _linear(
+    model: str,
+    rows: int,
+    sizes: tuple[int, int],
+    dtype: str,
+    options: dict[str, Any],
+    names: tuple[str, ...],
+    **rest: Any,
+) -> Case:
+    short = {"float32": "fp32", "bfloat16": "bf16"}[dtype]
+    label = {"forward_kl": "kl", "jsd": "jsd", "mse": "mse"}[options["divergence"]]
+    name = f"{model}-{label}-{sizes[0]}-{sizes[1]}{'-frozen' * options.get('frozen', False)}-{short}"
+    shape = {"N": rows, "V": VOCABULARIES[model], "D_s": sizes[0], "D_t": sizes[1]}
+    return Case("linear", name, shape, names, dtype, options, **rest)
+
+
+CPU_LINEAR_BARS = (
+    Bar("fastdistil:cpu", "products", 1 / 1.08),
+    Bar("fastdistil:cpu", "eager", 1.45),
+    Bar("fastdistil:cpu", "compile", 1.0),
+)
 CPU_LOGIT_BARS = (
     Bar("fastdistil:cpu", "eager", 7.0),
     Bar("fastdistil:cpu", "compile", 1.6),
@@ -120,6 +159,17 @@ def cpu_cases() -> list[Case]:
         _logits("mbert", 64, "float32", _JSD, (*_CPU_LOGITS[:1], *_CPU_LOGITS[2:]), memory=False),
         _logits("llama2", 256, "float32", _KL, _CPU_LOGITS, memory=False),
     ]
+    mse = {"divergence": "mse", "temperature": 1.0}
+    linear = [
+        _linear("mbert", 512, (768, 768), "float32", _KL, _CPU_LINEAR, bars=CPU_LINEAR_BARS, repetitions=5),
+        *(
+            _linear(
+                "mbert", 4096, (768, 768), "float32", mse | more, ("eager", "fastdistil:cpu"),
+                bars=(Bar("fastdistil:cpu", "eager", bar),), repetitions=2, memory=False,
+            )
+            for more, bar in (({}, 3.0), ({"frozen": True}, 20.0))
+        ),
+    ]  # fmt: skip
     hidden = [
         _hidden("minilm-mbert-mse", 4096, 384, 1, _CPU_OTHER, "float32", bars=half),
         _hidden("lightmbert-mse", 2048, 768, 6, _CPU_OTHER, "float32"),
@@ -130,7 +180,7 @@ def cpu_cases() -> list[Case]:
         for kind in ("prob_mse", "prob_kl", "score_mse")
         if not (length == 2048 and kind == "prob_kl")
     ]
-    return [*logits, *hidden, *attention]
+    return [*logits, *linear, *hidden, *attention]
 
 
 def _same_work(name: str, dtype: str, options: dict[str, Any]) -> bool:
@@ -149,6 +199,15 @@ def gpu_cases() -> list[Case]:
         for options in (_KL, _JSD)
         for model in VOCABULARIES
     ]
+    plain = {"divergence": "forward_kl", "temperature": 1.0}
+    linear = [
+        _linear(model, 8192, sizes, "bfloat16", options, _GPU_LINEAR, **more)
+        for model, sizes in (
+            ("mbert", (768, 1024)), ("llama3", (2048, 4096)), ("mbert", (384, 768)), ("mbert", (768, 768)),
+            ("xlmr", (768, 1024)),
+        )
+        for options in (plain, _JSD)
+    ]  # fmt: skip
     hidden = [
         _hidden("minilm-mbert-mse", 8192, 384, 12, _GPU_OTHER, "bfloat16", **more),
         _hidden("lightmbert-mse", 8192, 768, 12, _GPU_OTHER, "bfloat16", **more),
@@ -158,7 +217,7 @@ def gpu_cases() -> list[Case]:
         for length, batch in ((512, 32), (128, 32), (2048, 32), (8192, 1))
         for kind in ("prob_mse", "prob_kl", "score_mse")
     ]
-    return [*logits, *hidden, *attention]
+    return [*logits, *linear, *hidden, *attention]
 
 
 SMALL = {"N": 6, "V": 515, "B": 2, "H": 2, "S": 33, "d_s": 16, "d_t": 16, "D_s": 24, "D_t": 32, "L": 2}

@@ -5,7 +5,9 @@ eager_common        kl_div(log_softmax, softmax), as most training scripts write
 eager_upcast        eager after .float(), as careful scripts do with 16-bit logits
 compile             torch.compile of eager's formula
 fastdistil:<backend>[:inplace]
-liger_kl, liger_jsd Liger-Kernel's losses over torch's log_softmax, as its documentation uses them
+liger_kl, liger_jsd Liger-Kernel's losses over torch's log_softmax, as its documentation uses them; for two heads its
+                    fused linear JSD, whose beta 0 is the forward KL
+products            no loss: the matrix products of two heads alone, in one piece, which nothing that multiplies beats
 """
 
 from __future__ import annotations
@@ -105,6 +107,8 @@ def build(name: str, case: Case, problem: Problem) -> Contender:
         except ValueError as reason:
             raise Unavailable(str(reason)) from reason
         return Contender(name, _fastdistil(case, backend, bool(rest)), problem, inplace=bool(rest))
+    if name == "products":
+        return Contender(name, _products(case), problem)
     if name in ("liger_kl", "liger_jsd"):
         return Contender(name, _liger(name, case, device), problem)
     raise ValueError(f"contender is {name!r}, expected one of those that benchmarks/contenders.py lists")
@@ -136,6 +140,11 @@ def _fastdistil(case: Case, backend: str, inplace: bool) -> Loss:
         attention = partial(fastdistil.attention_loss, kind=case.options["kind"], backend=backend)
         return lambda x: attention(x["student_q"], x["student_k"], x["teacher_q"], x["teacher_k"])
 
+    if case.op == "linear":
+        options = {key: value for key, value in case.options.items() if key != "frozen"}
+        linear = partial(fastdistil.linear_logit_loss, **options, backend=backend)
+        return lambda x: linear(*(x[f"{w}_{part}"] for w in ("student", "teacher") for part in ("hidden", "weight")))
+
     def hidden(x: Tensors) -> Tensor:
         projection = layers(x, "projection") or None
         kind = case.options["kind"]
@@ -151,6 +160,8 @@ def _liger(name: str, case: Case, device: torch.device) -> Loss:
         raise Unavailable("liger-kernel is not installed (pip install liger-kernel)")
     if device.type == "cpu" and not interpreting():
         raise Unavailable("liger-kernel needs a GPU, or Triton's interpreter (TRITON_INTERPRET=1)")
+    if case.op == "linear":
+        return _liger_linear(case)
     if case.op != "logits" or (name == "liger_kl" and case.options["divergence"] != "forward_kl"):
         raise Unavailable("liger-kernel has no such loss")
     temperature = case.options["temperature"]
@@ -170,3 +181,35 @@ def _liger(name: str, case: Case, device: torch.device) -> Loss:
         return found
 
     return loss
+
+
+def _liger_linear(case: Case) -> Loss:
+    if case.options["divergence"] not in ("forward_kl", "jsd") or case.options["temperature"] != 1:
+        raise Unavailable("liger-kernel's fused linear JSD has no such loss, or another factor for it")
+    from liger_kernel.transformers import LigerFusedLinearJSD
+
+    module = LigerFusedLinearJSD(jsd_beta=0.0 if case.options["divergence"] == "forward_kl" else 0.5)
+    names = ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight")
+    return lambda x: module(*(x[name] for name in names), None)
+
+
+def _products(case: Case) -> Loss:
+    """Forward products in the forward pass, products back in the backward pass, out of the student's logits."""
+    if case.options["divergence"] == "mse":
+        raise Unavailable("the mse of two heads needs none of these products")
+    names = ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight")
+    loss: Loss = lambda x: _Products.apply(*(x[name] for name in names))  # type: ignore[no-untyped-call] # noqa: E731
+    return loss
+
+
+class _Products(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor) -> Tensor:
+        logits = hidden @ weight.T
+        ctx.save_for_backward(hidden, weight, logits)
+        return logits[0, 0] + (teacher_hidden @ teacher_weight.T)[0, 0]
+
+    @staticmethod
+    def backward(ctx: Any, *dloss: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, logits = ctx.saved_tensors
+        return logits @ weight, logits.T @ hidden, None, None

@@ -19,6 +19,7 @@ LABELS = {
     "eager_common": "eager, target not log",
     "eager_upcast": "eager after .float()",
     "compile": "torch.compile",
+    "products": "the products alone",
     "liger_kl": "Liger KL",
     "liger_jsd": "Liger JSD",
 }

@@ -50,6 +50,8 @@ def make(case: Case, device: str, noise: float, seed: int = 0) -> Problem:
         student, teacher = pair(normal(s["N"], s["V"]).mul_(4.0))  # logits of std 4
         return Problem({"student": student, "teacher": teacher}, ("student",))
     tensors: Tensors = {}
+    if case.op == "linear":
+        return _heads(case, normal, noise, dtype)
     if case.op == "attention":
         size = (s["B"], s["H"], s["S"])
         tensors["student_q"], tensors["teacher_q"] = pair(normal(*size, s["d_t"]))
@@ -70,6 +72,22 @@ def make(case: Case, device: str, noise: float, seed: int = 0) -> Problem:
     return Problem(tensors, (*wanted, *shared), tuple(shared))
 
 
+def _heads(case: Case, normal: Callable[..., Tensor], noise: float, dtype: torch.dtype) -> Problem:
+    """Logits of std 4; a narrower student has the teacher's first columns, and of the rest the teacher has `noise`."""
+    s = case.shape
+    hidden, weight = normal(s["N"], s["D_t"]), normal(s["V"], s["D_t"]).mul_(4 * s["D_t"] ** -0.5)
+    hidden[:, s["D_s"] :] *= noise
+    student_hidden = hidden[:, : s["D_s"]] + normal(s["N"], s["D_s"]).mul_(noise)
+    tensors = {
+        "student_hidden": student_hidden.to(dtype),
+        "student_weight": weight[:, : s["D_s"]].to(dtype).contiguous(),
+        "teacher_hidden": hidden.to(dtype),
+        "teacher_weight": weight.to(dtype),
+    }
+    wanted = ("student_hidden",) if case.options.get("frozen") else ("student_hidden", "student_weight")
+    return Problem(tensors, wanted, ("student_weight", "teacher_weight"))
+
+
 def layers(x: Tensors, name: str) -> list[Tensor]:
     return [x[f"{name}_{i}"] for i in range(sum(key.startswith(f"{name}_") for key in x))]
 
@@ -78,6 +96,8 @@ def textbook(case: Case) -> Callable[[Tensors], Tensor]:
     """The loss as one writes it in PyTorch: eager contender in the case's dtype, truth in float64."""
     if case.op == "logits":
         return _logits(case.options["divergence"], case.options["temperature"])
+    if case.op == "linear":
+        return _linear(case.options["divergence"], case.options["temperature"])
     if case.op == "hidden":
         return _hidden_mse
     return _attention(case.options["kind"])
@@ -96,6 +116,16 @@ def _logits(divergence: str, temperature: float) -> Callable[[Tensors], Tensor]:
         return 0.5 * (forth + back) * temperature**2
 
     return {"forward_kl": forward_kl, "jsd": jsd}[divergence]
+
+
+def _linear(divergence: str, temperature: float) -> Callable[[Tensors], Tensor]:
+    def loss(x: Tensors) -> Tensor:
+        heads = {w: F.linear(x[f"{w}_hidden"], x[f"{w}_weight"]) for w in ("student", "teacher")}
+        if divergence == "mse":
+            return F.mse_loss(heads["student"] / temperature, heads["teacher"] / temperature) * temperature**2
+        return _logits(divergence, temperature)(heads)
+
+    return loss
 
 
 def _hidden_mse(x: Tensors) -> Tensor:
@@ -140,7 +170,7 @@ def truth(case: Case, problem: Problem) -> Outcome:
     """The textbook formula in float64."""
     device = next(iter(problem.tensors.values())).device
     s = case.shape
-    each = {"logits": s.get("V", 0), "hidden": s.get("D_t", 0) * s.get("L", 0)}.get(case.op)
+    each = {"logits": s.get("V", 0), "linear": s.get("V", 0), "hidden": s.get("D_t", 0) * s.get("L", 0)}.get(case.op)
     each = s["H"] * s["S"] ** 2 if each is None else each  # float64 entries an item
     step = max(1, CHUNK_ELEMENTS["cpu" if device.type == "cpu" else "cuda"] // each)
     formula, sampled, value = textbook(case), sample(problem).to(device), 0.0

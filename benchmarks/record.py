@@ -17,7 +17,10 @@ from typing import Any
 
 import torch
 
-STEMS = {"logits": "logit", "hidden": "hidden", "attention": "attention", "exactness": "logit", "threads": "logit"}
+STEMS = {  # parts of the names of an op's own files
+    "logits": ("logit",), "linear": ("logit", "linear", "products"), "hidden": ("hidden",), "attention": ("attention",),
+    "exactness": ("logit",), "threads": ("logit",),
+}  # fmt: skip
 SOURCE_FOLDERS = ("csrc", "kernels", "fastdistil/backends", "fastdistil/ops")
 SOURCE_SUFFIXES = {".cpp", ".h", ".cu", ".cuh", ".py"}
 PACKAGES = ("fastdistil", "torch", "triton", "liger-kernel", "numpy")
@@ -35,7 +38,7 @@ def source_root() -> Path | None:
 
 def kernel_sources(op: str, root: Path) -> list[Path]:
     """The files whose change makes a record of `op` stale: its own stem's and those that all ops share."""
-    others = set(STEMS.values()) - {STEMS[op]}
+    others = {stem for stems in STEMS.values() for stem in stems} - set(STEMS[op])
     return sorted(
         path
         for folder in SOURCE_FOLDERS

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastdistil.backends import choose, get
+from fastdistil.backends.memory import new_empty
 from fastdistil.ops import linear_mse
 from fastdistil.ops.gradients import hand_out, refuse_double_backward
 from fastdistil.ops.logit_rule import DIVERGENCES, STATS, LogitRule
@@ -91,13 +92,13 @@ def _chunks(
     module = get("logit", "reference" if name == "triton" and dtype == torch.float64 else name, student.device)
     rows = torch.empty_like(scale)
     dstudent = scale.new_empty(student.shape) if wanted[0] else None
-    dweight = scale.new_zeros(student_weight.shape) if wanted[1] else None
+    dweight = new_empty(scale, student_weight.shape) if wanted[1] else None
     dbias = scale.new_zeros(columns) if wanted[2] else None
     if count == 0:
-        return rows, (dstudent, dweight, dbias)
+        return rows, (dstudent, None if dweight is None else dweight.zero_(), dbias)
     step = chunk_rows(count, columns, scale.element_size(), chunk_bytes)
     padded = -(-columns // ALIGNED_COLUMNS) * ALIGNED_COLUMNS
-    buffers = scale.new_empty(2, step, padded)[:, :, :columns]
+    buffers = new_empty(scale, (2, step, padded))[:, :, :columns]
     stats = scale.new_empty(step, STATS)
     for start in range(0, count, step):
         chunk = slice(start, min(start + step, count))
@@ -110,7 +111,7 @@ def _chunks(
         if dstudent is not None:
             product_back(z_s, student_weight, dstudent[chunk])
         if dweight is not None:
-            add_product(z_s, student[chunk], dweight)
+            add_product(z_s, student[chunk], dweight, first=start == 0)
         if dbias is not None:
             dbias += z_s.sum(0)
     return rows, (dstudent, dweight, dbias)

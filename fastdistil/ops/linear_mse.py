@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from fastdistil.backends.memory import new_empty
 from fastdistil.ops.logit_rule import LogitRule
 
 # How much faster a device multiplies in the chunks' precision than in this form's: 16-bit tensor cores against float32
@@ -98,7 +99,7 @@ def compute(
         return rows, (dstudent, None, None)
     x = x_s * factor
     m_left, m_right = left.T @ x, right.T @ x
-    dweight = scale.new_empty(student_weight.shape) if wanted[1] else None
+    dweight = new_empty(scale, student_weight.shape) if wanted[1] else None
     dbias = scale.new_empty(columns) if wanted[2] else None
     for start in range(0, columns, block):
         part = slice(start, start + block)

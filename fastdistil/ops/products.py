@@ -36,11 +36,13 @@ def product_back(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     return _low(low, right, out).mul_(factor)
 
 
-def add_product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-    """out (m, k) += left (n, m).T @ right (n, k), rounded as in `product_back`."""
+def add_product(left: Tensor, right: Tensor, out: Tensor, first: bool) -> Tensor:
+    """out (m, k) += left (n, m).T @ right (n, k), or = for the `first` of several; rounded as in `product_back`."""
     if left.device.type == "cpu" or right.dtype == out.dtype:
-        return out.addmm_(left.T, right.to(out.dtype))
+        return out.addmm_(left.T, right.to(out.dtype), beta=0 if first else 1)
     low, factor = rounded(left, right.dtype)
+    if first:
+        return _low(low.T, right, out).mul_(factor)
     return out.addcmul_(_low(low.T, right, torch.empty_like(out)), factor)
 
 
