@@ -186,11 +186,13 @@ def truth(case: Case, problem: Problem) -> Outcome:
         for name, gradient in zip(
             problem.wanted, torch.autograd.grad(loss, [tensors[n] for n in problem.wanted]), strict=True
         ):
-            kept[name].append(gradient if name in problem.shared else gradient[here])
-    gradients = {
-        name: torch.stack(parts).sum(0).cpu() if name in problem.shared else torch.cat(parts).cpu()
-        for name, parts in kept.items()
-    }
+            if name not in problem.shared:
+                kept[name].append(gradient[here])
+            elif kept[name]:
+                kept[name][0] += gradient
+            else:
+                kept[name].append(gradient)
+    gradients = {name: torch.cat(parts).cpu() for name, parts in kept.items()}
     return Outcome(value, gradients)
 
 

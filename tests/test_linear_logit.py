@@ -17,8 +17,9 @@ from torch.nn import functional
 
 import fastdistil as fd
 from fastdistil.ops import linear_mse
-from fastdistil.ops.linear_logit import chunk_rows, linear_logit_rows, linear_logit_total
+from fastdistil.ops.linear_logit import linear_logit_rows, linear_logit_total
 from fastdistil.ops.logit_rule import DIVERGENCES
+from fastdistil.ops.logit_terms import chunk_rows, pack
 
 BACKENDS = available("reference", "cpu", "triton", "cuda")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -129,9 +130,10 @@ def test_16_bit_heads_near_convergence(backend: str, divergence: str) -> None:
     judge_exact(Outcome(truth.value, found.gradients), truth, torch.bfloat16)
     assert error(found.value, truth.value) <= SLACK[torch.bfloat16] / 4
     scale = torch.full((rows,), 1 / rows, device=DEVICE)
-    rule = [float(DIVERGENCES.index(divergence)), 0.5, 1.0, 1.0, 1.0]
+    constants = pack((DIVERGENCES.index(divergence), 0.5, 1.0, 1.0, 1.0), (1.0, 0.0, 1.0, 0.0))
+    terms = (scale, None, None, None, constants, False)
     heads = (*inputs, None, teacher_hidden, teacher_weight, None)
-    _, *kept, _ = linear_logit_total(*heads, scale, rule, 1 << 22, backend, True, [True, True, False])
+    _, _, *kept, _ = linear_logit_total(*heads, *terms, 1 << 22, backend, True, [True, True, False])
     for gradient, wanted in zip(kept, truth.gradients, strict=True):
         assert gradient.dtype == torch.float32 and error(gradient, wanted) <= 1e-3
 
@@ -278,7 +280,10 @@ def test_opcheck() -> None:
     scale = torch.rand(4, device=DEVICE)
     hidden, matrix, bias = (x.requires_grad_() for x in inputs)
     heads = (hidden, matrix, bias, *teacher.values())
-    arguments = (*heads, scale, [0.0, 0.5, 2.0, 2.0, 4.0], 1 << 20, "auto", False)
+    terms = (scale, torch.tensor([3, 0, 8, 1], device=DEVICE), torch.rand(4, device=DEVICE))
+    vocab_map = torch.tensor([2, -1, 0, 3, 4, 8, 8, -1, 1], device=DEVICE)
+    constants = pack((0, 0.5, 2.0, 2.0, 4.0), (0.5, 30.0, 1.0, 0.0))
+    arguments = (*heads, *terms, vocab_map, constants, True, 1 << 20, "auto", False)
     torch.library.opcheck(linear_logit_rows, arguments)
     torch.library.opcheck(linear_logit_total, (*arguments, [True, True, True]))
     torch.library.opcheck(linear_logit_total, (*arguments, [True, False, False]))

@@ -6,15 +6,18 @@ namespace fastdistil {
 
 #if defined(FD_X86)
 namespace avx512 {
+void cross_entropy(const CrossEntropyArgs&, int);
 void logit(const LogitArgs&, int);
 void hidden(const HiddenArgs&, int);
 }  // namespace avx512
 namespace avx2 {
+void cross_entropy(const CrossEntropyArgs&, int);
 void logit(const LogitArgs&, int);
 void hidden(const HiddenArgs&, int);
 }  // namespace avx2
 #endif
 namespace generic {
+void cross_entropy(const CrossEntropyArgs&, int);
 void logit(const LogitArgs&, int);
 void hidden(const HiddenArgs&, int);
 }  // namespace generic
@@ -26,6 +29,7 @@ struct Isa {
   const char* name;
   void (*logit)(const LogitArgs&, int);
   void (*hidden)(const HiddenArgs&, int);
+  void (*cross_entropy)(const CrossEntropyArgs&, int);
 };
 
 // What this processor can run, the best first.
@@ -38,10 +42,10 @@ std::vector<Isa> runnable() {
   const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                   __builtin_cpu_supports("avx512vl");
-  if (v4) found.push_back({"avx512", avx512::logit, avx512::hidden});
-  if (v3) found.push_back({"avx2", avx2::logit, avx2::hidden});
+  if (v4) found.push_back({"avx512", avx512::logit, avx512::hidden, avx512::cross_entropy});
+  if (v3) found.push_back({"avx2", avx2::logit, avx2::hidden, avx2::cross_entropy});
 #endif
-  found.push_back({"generic", generic::logit, generic::hidden});
+  found.push_back({"generic", generic::logit, generic::hidden, generic::cross_entropy});
   return found;
 }
 
@@ -69,6 +73,7 @@ void use_isa(const std::string& name) {
 
 void logit(const LogitArgs& args, int threads) { chosen->logit(args, threads); }
 void hidden(const HiddenArgs& args, int threads) { chosen->hidden(args, threads); }
+void cross_entropy(const CrossEntropyArgs& args, int threads) { chosen->cross_entropy(args, threads); }
 
 }  // namespace cpu
 }  // namespace fastdistil

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "../rules/cross_entropy_args.h"
 #include "../rules/hidden_args.h"
 #include "../rules/logit_args.h"
 
@@ -19,5 +20,7 @@ void use_isa(const std::string& name);
 void logit(const LogitArgs& args, int threads);
 
 void hidden(const HiddenArgs& args, int threads);
+
+void cross_entropy(const CrossEntropyArgs& args, int threads);
 
 }  // namespace fastdistil::cpu

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal, overload
+
 import torch
 from torch import Tensor
 
 from fastdistil.backends import choose
-from fastdistil.losses import _check
+from fastdistil.losses import _check, _terms
+from fastdistil.losses._terms import LogitStats
 from fastdistil.losses.logit import rule_of
 from fastdistil.ops.linear_logit import linear_logit_rows, linear_logit_total
+from fastdistil.ops.logit_terms import pack
 
 _NAME = "linear_logit_loss"
 
@@ -17,7 +21,27 @@ _NAME = "linear_logit_loss"
 CHUNK_BYTES = {"cpu": 124_000_000, "gpu": 1_500_000_000}
 
 
+@overload
 def linear_logit_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    *,
+    return_stats: Literal[True],
+    **options: Any,
+) -> tuple[Tensor, LogitStats]: ...
+@overload
+def linear_logit_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    *,
+    return_stats: Literal[False] = False,
+    **options: Any,
+) -> Tensor: ...
+def linear_logit_loss(  # type: ignore[misc] # the overloads need not repeat what is written here
     student_hidden: Tensor,
     student_weight: Tensor,
     teacher_hidden: Tensor,
@@ -32,10 +56,19 @@ def linear_logit_loss(
     teacher_temperature: float | None = None,
     scale_by_t2: bool = True,
     weight: Tensor | None = None,
+    labels: Tensor | None = None,
+    label_weight: float = 0.0,
+    ignore_index: int = -100,
+    vocab_map: Tensor | None = None,
+    student_logit_scale: float = 1.0,
+    student_softcap: float | None = None,
+    teacher_logit_scale: float = 1.0,
+    teacher_softcap: float | None = None,
     reduction: str = "mean",
     num_items: float | Tensor | None = None,
+    return_stats: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, LogitStats]:
     """`logit_loss` of `student_hidden @ student_weight.T + student_bias` and the teacher's likewise, chunk by chunk.
 
     Logits stay float32 from the product's accumulator to p - q, so that the gradients are right where the student has
@@ -51,19 +84,30 @@ def linear_logit_loss(
             All constants.
         chunk_bytes: upper bound of the memory for logits; by default 124 MB on a CPU, 1.5 GB on a GPU. Beyond it come
             the gradients alone: (..., D_s), (V, D_s) and (V,) in float32.
-        divergence, beta, temperature, teacher_temperature, scale_by_t2, reduction, num_items: as in `logit_loss`.
+        divergence, beta, temperature, teacher_temperature, scale_by_t2, labels, label_weight, ignore_index, vocab_map,
+            reduction, num_items, return_stats: as in `logit_loss`.
+        student_logit_scale, student_softcap, and the teacher's: logits become scale * z and then, with a softcap,
+            cap * tanh(z / cap) (Gemma 2, arXiv 2408.00118), before anything else is made of them.
         weight: (...,) one number or bool a row. Rows of weight 0 are dropped before the products: 15% of the rows cost
             15%. On a GPU, finding them waits for it once a call; without a weight nothing waits.
         backend: "auto", "reference", "cpu", "triton" or "cuda", for the rows; the products are torch's.
 
     Returns:
         float32 (float64 for float64 inputs): a scalar, or (...,) for reduction="none", whose backward pass computes
-        everything again.
+        everything again; with return_stats a pair of that and LogitStats.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was wanted.
     """
-    heads = _check_heads(student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias)
+    heads = _check_heads(
+        student_hidden,
+        student_weight,
+        student_bias,
+        teacher_hidden,
+        teacher_weight,
+        teacher_bias,
+        vocab_map is not None,
+    )
     rule = rule_of(_NAME, divergence, beta, temperature, teacher_temperature, scale_by_t2)
     _check.one_of(_NAME, "reduction", reduction, _check.REDUCTIONS)
     device = student_hidden.device
@@ -78,19 +122,28 @@ def linear_logit_loss(
     wide = any(x is not None and x.dtype == torch.float64 for x in heads)
     dtype = torch.float64 if wide else torch.float32
     w = None if weight is None else _check.row_weight(_NAME, weight, rows, device, dtype)
-    scale = _check.row_scale(_NAME, rows.numel(), w, reduction, num_items, device, dtype)
+    columns = student_weight.shape[0]
+    partners = None
+    if vocab_map is not None:
+        partners = _terms.vocab_map(_NAME, vocab_map, columns, teacher_weight.shape[0], device)
+    label, counted, alpha = _terms.labels(_NAME, labels, label_weight, ignore_index, rows, columns, device)
+    caps = _terms.caps(_NAME, student_logit_scale, student_softcap, teacher_logit_scale, teacher_softcap)
+    scale, label_scale = _terms.scales(_NAME, rows.numel(), w, counted, alpha, reduction, num_items, device, dtype)
+    if partners is not None and divergence == "mse":
+        scale = _terms.over_partners(scale, partners)
     hidden, matrix, bias, *teacher = heads
     assert hidden is not None and matrix is not None and teacher[0] is not None
     arguments = (
         hidden.reshape(-1, hidden.shape[-1]), matrix, bias, teacher[0].reshape(-1, teacher[0].shape[-1]), *teacher[1:],
-        scale, [float(x) for x in rule], chunk_bytes, backend, weight is None,
+        scale, label, label_scale, partners, pack(rule, caps), return_stats, chunk_bytes, backend, weight is None,
     )  # fmt: skip
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, matrix, bias)]
     if reduction != "none" and any(wanted):
-        total: Tensor = linear_logit_total(*arguments, wanted)[0]
-        return total
-    losses: Tensor = linear_logit_rows(*arguments)
-    return losses.reshape(rows) if reduction == "none" else losses.sum()
+        loss, each, *_ = linear_logit_total(*arguments, wanted)
+    else:
+        losses, each = linear_logit_rows(*arguments)
+        loss = losses.reshape(rows) if reduction == "none" else losses.sum()
+    return (loss, _terms.row_stats(each, rows)) if return_stats else loss
 
 
 def _check_heads(
@@ -100,6 +153,7 @@ def _check_heads(
     teacher_hidden: Tensor,
     teacher_weight: Tensor,
     teacher_bias: Tensor | None,
+    mapped: bool,
 ) -> tuple[Tensor | None, ...]:
     """The six tensors, checked; the student's first."""
     named = {
@@ -126,7 +180,7 @@ def _check_heads(
             )
         if bias is not None:
             _check.same_shape(_NAME, f"{side}_bias", bias, f"{side}_weight", matrix.shape[:1])
-    if teacher_weight.shape[0] != student_weight.shape[0]:
+    if teacher_weight.shape[0] != student_weight.shape[0] and not mapped:
         raise ValueError(
             f"{_NAME}: teacher_weight has shape {tuple(teacher_weight.shape)}, expected "
             f"({student_weight.shape[0]}, D_t) to match student_weight"

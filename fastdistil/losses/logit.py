@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal, overload
+
 import torch
 from torch import Tensor
 
 from fastdistil.backends import choose
-from fastdistil.losses import _check
+from fastdistil.losses import _check, _terms
+from fastdistil.losses._terms import LogitStats
 from fastdistil.ops import logit as ops
+from fastdistil.ops.logit_rows import logit_rows, logit_total
 from fastdistil.ops.logit_rule import DIVERGENCES
+from fastdistil.ops.logit_terms import pack
 
 _NAME = "logit_loss"
 
 
+@overload
 def logit_loss(
+    student_logits: Tensor, teacher_logits: Tensor, *, return_stats: Literal[True], **options: Any
+) -> tuple[Tensor, LogitStats]: ...
+@overload
+def logit_loss(
+    student_logits: Tensor, teacher_logits: Tensor, *, return_stats: Literal[False] = False, **options: Any
+) -> Tensor: ...
+def logit_loss(  # type: ignore[misc] # the overloads need not repeat what is written here
     student_logits: Tensor,
     teacher_logits: Tensor,
     *,
@@ -23,11 +36,16 @@ def logit_loss(
     teacher_temperature: float | None = None,
     scale_by_t2: bool = True,
     weight: Tensor | None = None,
+    labels: Tensor | None = None,
+    label_weight: float = 0.0,
+    ignore_index: int = -100,
+    vocab_map: Tensor | None = None,
     reduction: str = "mean",
     num_items: float | Tensor | None = None,
     inplace_backward: bool = False,
+    return_stats: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, LogitStats]:
     """Divergence of the student's next-token (or class) distribution from the teacher's.
 
     With p = softmax(student_logits / temperature) and q = softmax(teacher_logits / teacher_temperature):
@@ -46,29 +64,40 @@ def logit_loss(
 
     Args:
         student_logits: (..., V) float32, bfloat16, float16 or float64.
-        teacher_logits: the same shape, dtype and device; a constant.
+        teacher_logits: the same shape, dtype and device, or (..., V_t) with a vocab_map; a constant.
         divergence: one of the names above.
         beta: the mixture's weight of the teacher (jsd, skew_kl) or of the student (skew_reverse_kl); inside (0, 1) for
             jsd, [0, 1) for the skewed ones, ignored by the others.
         temperature: T_s > 0; teacher_temperature: T_t > 0, by default the same.
         scale_by_t2: multiply by T_s * T_t, so that gradients keep their size as the temperature changes (Hinton 2015).
         weight: (...,) one number or bool a row; a row of weight 0 contributes exactly 0 and is not read.
+        labels: (...,) int64, with label_weight: a second term, the cross entropy of the student's own logits at
+            temperature 1. The loss is (1 - label_weight) * divergence + label_weight * cross entropy, in "mean" each
+            over its own rows; rows whose label is ignore_index have no cross entropy.
+        vocab_map: (V_s,) int64: student column v is teacher column vocab_map[v], -1 for none. Both distributions are
+            renormalised over the columns that have a partner; the others get no gradient (but from the labels). The
+            mse is the mean over the columns that have one. On a GPU the entries of labels and vocab_map are not
+            checked: that would wait for it.
         reduction: "mean" is sum(w * loss) / sum(w), "sum" is sum(w * loss), "none" is w * loss, one entry a row.
         num_items: replaces sum(w) in "mean": a number or a tensor of one entry (gradient accumulation, data parallel).
         inplace_backward: lets the gradient overwrite student_logits, which must not be read after this call and cannot
             be a leaf; a second backward is then an error, and an incoming gradient other than 1 costs 16-bit logits a
-            second rounding. torch.compile, which plans memory itself, ignores it.
+            second rounding. torch.compile, which plans memory itself, ignores it, and so do labels, vocab_map and
+            return_stats, which go through buffers.
+        return_stats: return (loss, LogitStats) with the entropies of student and teacher, their cross entropy and
+            whether their most likely columns agree, a number a row, detached.
         backend: "auto", "reference", "cpu", "triton" or "cuda"; see fastdistil.backends().
 
     Returns:
-        float32 (float64 for float64 logits): a scalar, or (...,) for reduction="none".
+        float32 (float64 for float64 logits): a scalar, or (...,) for reduction="none"; with return_stats a pair of
+        that and LogitStats.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was wanted.
     """
     student = _check.float_tensor(_NAME, "student_logits", student_logits)
     teacher = _check.float_tensor(_NAME, "teacher_logits", teacher_logits)
-    _check_pair(student, teacher)
+    device, columns = student.device, _check_pair(student, teacher, vocab_map is not None)
     rule = rule_of(_NAME, divergence, beta, temperature, teacher_temperature, scale_by_t2)
     _check.one_of(_NAME, "reduction", reduction, _check.REDUCTIONS)
     if inplace_backward and student.is_leaf and student.requires_grad:
@@ -76,13 +105,19 @@ def logit_loss(
             f"{_NAME}: inplace_backward came with student_logits that are a leaf, expected a model's output"
         )
     if not torch.compiler.is_compiling():
-        choose(backend, student.device)
+        choose(backend, device)
 
     rows = student.shape[:-1]
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
-    w = None if weight is None else _check.row_weight(_NAME, weight, rows, student.device, dtype)
-    scale = _check.row_scale(_NAME, rows.numel(), w, reduction, num_items, student.device, dtype)
+    w = None if weight is None else _check.row_weight(_NAME, weight, rows, device, dtype)
+    partners = None if vocab_map is None else _terms.vocab_map(_NAME, vocab_map, *columns, device)
+    label, counted, alpha = _terms.labels(_NAME, labels, label_weight, ignore_index, rows, columns[0], device)
+    scale, label_scale = _terms.scales(_NAME, rows.numel(), w, counted, alpha, reduction, num_items, device, dtype)
     matrices = (_matrix(student), _matrix(teacher))
+    if label is not None or partners is not None or return_stats:
+        if partners is not None and divergence == "mse":
+            scale = _terms.over_partners(scale, partners)
+        return _with_terms(matrices, rows, scale, label, label_scale, partners, rule, reduction, return_stats, backend)
     # The gradient ahead of its time, but not where torch.compile plans the memory.
     ahead = student.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
     if inplace_backward and ahead:
@@ -93,22 +128,52 @@ def logit_loss(
     return total
 
 
+def _with_terms(
+    matrices: tuple[Tensor, Tensor],
+    rows: torch.Size,
+    scale: Tensor,
+    labels: Tensor | None,
+    label_scale: Tensor | None,
+    partners: Tensor | None,
+    rule: tuple[float, ...],
+    reduction: str,
+    return_stats: bool,
+    backend: str,
+) -> Tensor | tuple[Tensor, LogitStats]:
+    constants = pack(rule, (1.0, 0.0, 1.0, 0.0))
+    arguments = (*matrices, scale, labels, label_scale, partners, constants, return_stats, backend)
+    if reduction != "none" and matrices[0].requires_grad and torch.is_grad_enabled():
+        loss, each, _ = logit_total(*arguments)
+    else:
+        losses, each = logit_rows(*arguments)
+        loss = losses.reshape(rows) if reduction == "none" else losses.sum()
+    return (loss, _terms.row_stats(each, rows)) if return_stats else loss
+
+
 def _matrix(x: Tensor) -> Tensor:
     """(..., V) as (N, V) with dense rows."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _check_pair(student: Tensor, teacher: Tensor) -> None:
+def _check_pair(student: Tensor, teacher: Tensor, mapped: bool) -> tuple[int, int]:
+    """Columns of student and teacher."""
     if student.dim() == 0 or student.shape[-1] == 0:
         raise ValueError(f"{_NAME}: student_logits has shape {tuple(student.shape)}, expected (..., V) with V >= 1")
-    _check.same_shape(_NAME, "teacher_logits", teacher, "student_logits", student.shape)
+    if not mapped:
+        _check.same_shape(_NAME, "teacher_logits", teacher, "student_logits", student.shape)
+    elif teacher.shape[:-1] != student.shape[:-1] or teacher.dim() == 0 or teacher.shape[-1] == 0:
+        wanted = ", ".join(map(str, (*student.shape[:-1], "V_t")))
+        raise ValueError(
+            f"{_NAME}: teacher_logits has shape {tuple(teacher.shape)}, expected ({wanted}) to match student_logits"
+        )
     _check.same_device(_NAME, "teacher_logits", teacher, "student_logits", student.device)
     if teacher.dtype != student.dtype:
         raise TypeError(
             f"{_NAME}: teacher_logits has dtype {teacher.dtype}, expected {student.dtype} to match student_logits"
         )
     _check.constant(_NAME, "teacher_logits", teacher)
+    return student.shape[-1], teacher.shape[-1]
 
 
 def rule_of(

@@ -9,15 +9,20 @@ from torch import Tensor
 CONVERTED_ROWS = 8192
 
 
-def product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-    """out (n, m) = left (n, k) @ right (m, k).T; out is float32 or float64 and may have padded rows."""
-    if _fast(left, right, out):
-        return _low(left, right.T, out)
-    left = left.to(out.dtype)
-    if right.dtype == out.dtype:
-        return torch.mm(left, right.T, out=out)
-    for rows in _slices(right):
-        torch.mm(left, right[rows].to(out.dtype).T, out=out[:, rows])
+def product(left: Tensor, right: Tensor, out: Tensor, chosen: Tensor | None = None) -> Tensor:
+    """out (n, m) = left (n, k) @ right (m, k).T; out is float32 or float64 and may have padded rows.
+
+    With `chosen` (m,) int64 the rows right[chosen] are meant; a negative entry leaves anything in its column."""
+    fast = _fast(left, right, out)
+    left = left if fast else left.to(out.dtype)
+    if chosen is None and (fast or right.dtype == out.dtype):
+        return _low(left, right.T, out) if fast else torch.mm(left, right.T, out=out)
+    for columns in _slices(right if chosen is None else chosen):
+        part = right[columns] if chosen is None else right[chosen[columns].clamp(min=0)]
+        if fast:
+            _low(left, part.T, out[:, columns])
+        else:
+            torch.mm(left, part.to(out.dtype).T, out=out[:, columns])
     return out
 
 

@@ -1,0 +1,56 @@
+// Cross entropy of rows of logits with their labels, added to what another loss has left (docs/losses.md, section 1).
+//
+// Bytes: the logits are read three times, from the cache where a row fits, and the gradient is read and written once.
+#include "../rules/cross_entropy_args.h"
+
+#include <cmath>
+
+#include "../rules/math.h"
+
+namespace fastdistil {
+inline namespace FD_ISA {
+namespace {
+
+constexpr int64_t kBlock = 4096;  // columns whose sum stays in a float
+
+template <class T>
+void row(const CrossEntropyArgs& args, int64_t r) {
+  const T scale = static_cast<const T*>(args.row_scale)[r];
+  if (scale == T(0)) return;
+  const T* logits = static_cast<const T*>(args.logits) + r * args.logits_stride;
+  const int64_t columns = args.columns, label = static_cast<const int64_t*>(args.labels)[r];
+  T max = -INFINITY;
+#pragma omp simd reduction(max : max)
+  for (int64_t i = 0; i < columns; ++i) max = logits[i] > max ? logits[i] : max;
+  double sum = 0;
+  for (int64_t begin = 0; begin < columns; begin += kBlock) {
+    const int64_t end = begin + kBlock < columns ? begin + kBlock : columns;
+    T part = 0;
+#pragma omp simd reduction(+ : part)
+    for (int64_t i = begin; i < end; ++i) part += math::exp_nonpositive(logits[i] - max);
+    sum += part;
+  }
+  static_cast<T*>(args.loss)[r] += static_cast<T>(scale * (std::log(sum) + (max - logits[label])));
+  if (!args.gradient) return;
+  T* gradient = static_cast<T*>(args.gradient) + r * args.gradient_stride;
+  const T factor = static_cast<T>(scale / sum);
+#pragma omp simd
+  for (int64_t i = 0; i < columns; ++i) gradient[i] += factor * math::exp_nonpositive(logits[i] - max);
+  gradient[label] -= scale;
+}
+
+template <class T>
+void run(const CrossEntropyArgs& args, int threads) {
+  if (args.rows * args.columns <= kBlock) threads = 1;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1 + kBlock / (args.columns + 1))
+  for (int64_t r = 0; r < args.rows; ++r) row<T>(args, r);
+}
+
+}  // namespace
+
+void cross_entropy(const CrossEntropyArgs& args, int threads) {
+  args.dtype == DType::f64 ? run<double>(args, threads) : run<float>(args, threads);
+}
+
+}  // namespace FD_ISA
+}  // namespace fastdistil

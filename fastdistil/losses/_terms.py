@@ -1,0 +1,113 @@
+"""What logit_loss and linear_logit_loss take besides the divergence: labels, a vocabulary map, statistics."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdistil.losses import _check
+
+
+class LogitStats(NamedTuple):
+    """Of each row's tempered distributions p (student) and q (teacher), float32, detached; 0 in rows of weight 0."""
+
+    student_entropy: Tensor  # (...,) H(p), nats
+    teacher_entropy: Tensor  # (...,) H(q), nats
+    cross_entropy: Tensor  # (...,) H(q, p), nats
+    agreement: Tensor  # (...,) 1.0 where p and q have the same most likely column
+
+
+def row_stats(found: Tensor, rows: torch.Size) -> LogitStats:
+    """From the ops' (N, 4)."""
+    return LogitStats(*(x.reshape(rows) for x in found.unbind(-1)))
+
+
+def vocab_map(function: str, value: object, columns: int, teacher_columns: int, device: torch.device) -> Tensor:
+    """The checked map as int64. Its entries are looked at on a CPU alone: a GPU would have to be waited for."""
+    found = _integers(function, "vocab_map", value, torch.Size((columns,)), device)
+    if found.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = int(found.min()), int(found.max())
+        if low < -1 or high >= teacher_columns:
+            raise ValueError(
+                f"{function}: vocab_map has entries from {low} to {high}, expected -1 (no partner) to "
+                f"{teacher_columns - 1}, the teacher's last column"
+            )
+        if high < 0:
+            raise ValueError(f"{function}: vocab_map maps no column, expected at least one")
+    return found
+
+
+def over_partners(scale: Tensor, partners: Tensor) -> Tensor:
+    """The mse's kernels divide by V_s: the mean is over the columns that have a partner."""
+    return scale * (len(partners) / (partners >= 0).sum().to(scale.dtype))
+
+
+def labels(
+    function: str,
+    value: object,
+    label_weight: object,
+    ignore_index: int,
+    rows: torch.Size,
+    columns: int,
+    device: torch.device,
+) -> tuple[Tensor | None, Tensor | None, float]:
+    """Flat labels int64 and which of them count, both (N,), and the checked label_weight; None where that is 0."""
+    alpha = _check.number(function, "label_weight", label_weight)
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"{function}: label_weight is {alpha}, expected 0 to 1")
+    if value is None:
+        if alpha > 0:
+            raise ValueError(f"{function}: label_weight is {alpha} without labels, expected both or neither")
+        return None, None, 0.0
+    found = _integers(function, "labels", value, rows, device).reshape(-1)
+    counted = found != ignore_index
+    if device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU would have to be waited for
+        wrong = found[counted & ((found < 0) | (found >= columns))]
+        if len(wrong):
+            raise ValueError(
+                f"{function}: labels has {int(wrong[0])}, expected 0 to {columns - 1} or ignore_index = {ignore_index}"
+            )
+    return (found, counted, alpha) if alpha > 0 else (None, None, 0.0)
+
+
+def scales(
+    function: str,
+    rows: int,
+    weight: Tensor | None,
+    counted: Tensor | None,
+    alpha: float,
+    reduction: str,
+    num_items: object,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:
+    """The factors (rows,) of each row's divergence and of its cross entropy; for "mean" each has its denominator."""
+    scale = _check.row_scale(function, rows, weight, reduction, num_items, device, dtype)
+    if counted is None:
+        return scale, None
+    labelled = counted.to(dtype) if weight is None else weight * counted
+    return scale * (1 - alpha), _check.row_scale(function, rows, labelled, reduction, num_items, device, dtype) * alpha
+
+
+def caps(
+    function: str, student_scale: object, student_cap: object, teacher_scale: object, teacher_cap: object
+) -> tuple[float, float, float, float]:
+    """The checked logit scales and softcaps (0 for none)."""
+    found = []
+    for side, scale, cap in (("student", student_scale, student_cap), ("teacher", teacher_scale, teacher_cap)):
+        found.append(_check.positive(function, f"{side}_logit_scale", scale))
+        found.append(0.0 if cap is None else _check.positive(function, f"{side}_softcap", cap))
+    return found[0], found[1], found[2], found[3]
+
+
+def _integers(function: str, name: str, value: object, shape: torch.Size, device: torch.device) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{function}: {name} is {type(value).__name__}, expected a torch.Tensor")
+    if value.dtype not in (torch.int64, torch.int32, torch.int16):
+        raise TypeError(f"{function}: {name} has dtype {value.dtype}, expected int64")
+    if value.shape != shape:
+        raise ValueError(f"{function}: {name} has shape {tuple(value.shape)}, expected {tuple(shape)}")
+    _check.same_device(function, name, value, "the logits", device)
+    return value.to(torch.int64)

@@ -1,0 +1,147 @@
+"""Custom ops of logit_loss with labels, a vocabulary map or statistics: rows in memory, a chunk at a time.
+
+Without any of these `fastdistil::logit` reads the rows where they are. Here a chunk of them is brought into float32
+buffers, the teacher's in the order of the student's columns, and the gradient is rounded once on its way out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdistil.backends.memory import new_empty
+from fastdistil.ops.gradients import hand_out, refuse_double_backward
+from fastdistil.ops.logit_terms import ROW_STATISTICS, Terms, run, unpack
+from fastdistil.ops.precision import without_autocast
+
+# Bytes of the two buffers: on a CPU what a level 3 cache may hold, on a GPU enough rows to fill it (not yet tuned).
+CHUNK_BYTES = {"cpu": 16 << 20, "gpu": 1 << 30}
+
+
+class _Source:
+    """Rows of logits in memory."""
+
+    def __init__(self, student: Tensor, teacher: Tensor, vocab_map: Tensor | None, need_gradient: bool) -> None:
+        self.student, self.teacher = student, teacher
+        self.partners = None if vocab_map is None else vocab_map.clamp(min=0)
+        self.columns = student.shape[1]
+        self.gradient = new_empty(student, student.shape) if need_gradient else None
+
+    def fill(self, rows: slice, student: Tensor, teacher: Tensor) -> None:
+        student.copy_(self.student[rows])
+        there = self.teacher[rows]
+        teacher.copy_(there if self.partners is None else there[:, self.partners])
+
+    def back(self, rows: slice, gradient: Tensor) -> None:
+        if self.gradient is not None:
+            self.gradient[rows] = gradient
+
+
+@without_autocast
+def _compute(
+    student: Tensor,
+    teacher: Tensor,
+    row_scale: Tensor,
+    labels: Tensor | None,
+    label_scale: Tensor | None,
+    vocab_map: Tensor | None,
+    constants: list[float],
+    statistics: bool,
+    backend: str,
+    need_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    if backend == "triton" and row_scale.dtype == torch.float64:
+        raise ValueError("logit_loss: backend 'triton' has no float64 kernel, expected backend='reference'")
+    rule, caps = unpack(constants)
+    terms = Terms(labels, label_scale, vocab_map, *caps, statistics)
+    source = _Source(student, teacher, vocab_map, need_gradient)
+    chunk_bytes = CHUNK_BYTES["cpu" if student.device.type == "cpu" else "gpu"]
+    rows, each = run(source, row_scale, rule, terms, chunk_bytes, backend, need_gradient)
+    return rows, each, source.gradient
+
+
+@torch.library.custom_op("fastdistil::logit_rows", mutates_args=())
+def logit_rows(
+    student: Tensor,
+    teacher: Tensor,
+    row_scale: Tensor,
+    labels: Tensor | None,
+    label_scale: Tensor | None,
+    vocab_map: Tensor | None,
+    constants: list[float],
+    statistics: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """student (N, V_s), teacher (N, V_t), row_scale (N,) float32 (float64 for float64 logits), labels (N,) int64,
+    label_scale (N,) as row_scale, vocab_map (V_s,) int64, `constants` of logit_terms.pack -> rows (N,) times their
+    scales, and statistics (N, ROW_STATISTICS), or none of them."""
+    options = (row_scale, labels, label_scale, vocab_map, constants, statistics, backend)
+    return _compute(student, teacher, *options, need_gradient=False)[:2]
+
+
+@torch.library.custom_op("fastdistil::logit_total", mutates_args=())
+def logit_total(
+    student: Tensor,
+    teacher: Tensor,
+    row_scale: Tensor,
+    labels: Tensor | None,
+    label_scale: Tensor | None,
+    vocab_map: Tensor | None,
+    constants: list[float],
+    statistics: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `logit_rows` -> the rows' sum (), statistics, and the sum's gradient in the student's dtype."""
+    options = (row_scale, labels, label_scale, vocab_map, constants, statistics, backend)
+    rows, each, gradient = _compute(student, teacher, *options, need_gradient=True)
+    assert gradient is not None
+    return rows.sum(), each, gradient
+
+
+@logit_rows.register_fake
+def _(student: Tensor, teacher: Tensor, row_scale: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return row_scale.new_empty(row_scale.shape), row_scale.new_empty(len(row_scale) if rest[4] else 0, ROW_STATISTICS)
+
+
+@logit_total.register_fake
+def _(student: Tensor, teacher: Tensor, row_scale: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    each = row_scale.new_empty(len(row_scale) if rest[4] else 0, ROW_STATISTICS)
+    return row_scale.new_empty(()), each, student.new_empty(student.shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:6])
+    ctx.options = inputs[6:]
+    ctx.kept = output[2:]
+
+
+def _backward_rows(ctx: Any, drows: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    refuse_double_backward("logit_loss")
+    if drows is None:
+        return (None,) * 9
+    student, teacher, row_scale, labels, label_scale, vocab_map = ctx.saved_tensors
+    scale, label_scale = (None if x is None else torch.where(x == 0, 0.0, x * drows) for x in (row_scale, label_scale))
+    constants, _statistics, backend = ctx.options
+    found = logit_total(student, teacher, scale, labels, label_scale, vocab_map, constants, False, backend)
+    return found[2], *[None] * 8
+
+
+def _backward_total(ctx: Any, dtotal: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    refuse_double_backward("logit_loss")
+    if dtotal is None:
+        return (None,) * 9
+
+    def again() -> tuple[Tensor, ...]:
+        constants, _statistics, backend = ctx.options
+        found: tuple[Tensor, ...] = logit_total(*ctx.saved_tensors, constants, False, backend)
+        return found[2:]
+
+    return *hand_out(ctx, dtotal, again), *[None] * 8
+
+
+logit_rows.register_autograd(_backward_rows, setup_context=_setup)
+logit_total.register_autograd(_backward_total, setup_context=_setup)

@@ -1,0 +1,181 @@
+"""What may come on top of a divergence of two rows of logits, and the loop that does it chunk by chunk.
+
+A source of tile pairs fills two buffers with the student's and the teacher's logits of a few rows (memory, or two
+heads); the row op of `logit_loss` turns one of them into the gradient; the source takes that back to where it belongs.
+In between come what the options ask for: a logit scale and softcap on either side, columns without a partner, the
+cross entropy with labels, and statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fastdistil.backends import choose, get
+from fastdistil.backends.memory import new_empty
+from fastdistil.ops.logit_rule import STATS, LogitRule
+
+# Columns that rows of logits are padded to, so that every row of an odd vocabulary begins at 64 bytes.
+ALIGNED_COLUMNS = 16
+# Entries of the temporaries that the statistics need at a time, besides the chunk's own buffers.
+STATISTICS_ELEMENTS = {"cpu": 1 << 19, "gpu": 1 << 26}
+ROW_STATISTICS = 4  # student entropy, teacher entropy, cross entropy, whether both have the same top column
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The options of one call; the defaults ask for nothing.
+
+    labels (N,) int64 with label_scale (N,), the factor of each row's cross entropy; vocab_map (V_s,) int64, -1 for a
+    column without a partner; scales and caps: z -> scale * z, then cap * tanh(z / cap) where the cap is not 0."""
+
+    labels: Tensor | None = None
+    label_scale: Tensor | None = None
+    vocab_map: Tensor | None = None
+    student_logit_scale: float = 1.0
+    student_softcap: float = 0.0
+    teacher_logit_scale: float = 1.0
+    teacher_softcap: float = 0.0
+    statistics: bool = False
+
+    @property
+    def plain(self) -> bool:
+        tensors = self.labels is None and self.vocab_map is None
+        return tensors and not self.statistics and self.caps == (1.0, 0.0, 1.0, 0.0)
+
+    @property
+    def caps(self) -> tuple[float, float, float, float]:
+        return self.student_logit_scale, self.student_softcap, self.teacher_logit_scale, self.teacher_softcap
+
+    def counts(self, row_scale: Tensor) -> Tensor:
+        """Which rows count for anything (N,)."""
+        return row_scale != 0 if self.label_scale is None else (row_scale != 0) | (self.label_scale != 0)
+
+    def rows(self, kept: Tensor) -> Terms:
+        """The options of the rows `kept` alone."""
+        if self.labels is None or self.label_scale is None:
+            return self
+        return Terms(self.labels[kept], self.label_scale[kept], self.vocab_map, *self.caps, self.statistics)
+
+
+def pack(rule: Sequence[float], caps: Sequence[float]) -> list[float]:
+    """The constants of LogitRule, in its order, and `Terms.caps`, as one argument of an op."""
+    return [float(x) for x in (*rule, *caps)]
+
+
+def unpack(constants: list[float]) -> tuple[LogitRule, tuple[float, float, float, float]]:
+    divergence, beta, t_s, t_t, factor, *caps = constants
+    rule: LogitRule = {
+        "divergence": int(divergence),
+        "beta": beta,
+        "student_temperature": t_s,
+        "teacher_temperature": t_t,
+        "value_factor": factor,
+    }
+    return rule, (caps[0], caps[1], caps[2], caps[3])
+
+
+class Source(Protocol):
+    columns: int  # V_s
+
+    def fill(self, rows: slice, student: Tensor, teacher: Tensor) -> None:
+        """Writes the logits of `rows` (n, V_s); the teacher's in the order of the student's columns."""
+
+    def back(self, rows: slice, gradient: Tensor) -> None:
+        """Takes the gradient of those logits (n, V_s)."""
+
+
+def chunk_rows(rows: int, columns: int, itemsize: int, chunk_bytes: int) -> int:
+    """Rows a chunk, whose two buffers of logits fit in `chunk_bytes`: a multiple of 16 where there are as many."""
+    padded = -(-columns // ALIGNED_COLUMNS) * ALIGNED_COLUMNS
+    fit = max(1, chunk_bytes // (2 * padded * itemsize))
+    return max(1, min(rows, fit - fit % 16 if fit >= 16 else fit))
+
+
+def run(
+    source: Source, scale: Tensor, rule: LogitRule, terms: Terms, chunk_bytes: int, backend: str, need_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """Rows (N,) times their scales, and statistics (N, ROW_STATISTICS), (0, ROW_STATISTICS) where not asked for.
+
+    scale (N,) is float32 or float64; so are the buffers."""
+    count, dtype, device = len(scale), scale.dtype, scale.device
+    rows, statistics = (
+        torch.empty_like(scale),
+        scale.new_zeros(count if terms.statistics else 0, ROW_STATISTICS),
+    )
+    if count == 0:
+        return rows, statistics
+    name = choose(backend, device)
+    name = "reference" if name == "triton" and dtype == torch.float64 else name
+    logit = get("logit", name, device)
+    step = chunk_rows(count, source.columns, scale.element_size(), chunk_bytes)
+    padded = -(-source.columns // ALIGNED_COLUMNS) * ALIGNED_COLUMNS
+    buffers = new_empty(scale, (2, step, padded))[:, :, : source.columns]
+    row_stats = scale.new_empty(step, STATS)
+    alone = None if terms.vocab_map is None else (terms.vocab_map < 0).nonzero()[:, 0]
+    # The row op may overwrite the student's logits, unless they are needed afterwards.
+    again = terms.labels is not None or terms.caps[:2] != (1.0, 0.0)
+    for start in range(0, count, step):
+        chunk = slice(start, min(start + step, count))
+        student, teacher = buffers[:, : chunk.stop - start]
+        source.fill(chunk, student, teacher)
+        _cap(student, *terms.caps[:2])
+        _cap(teacher, *terms.caps[2:])
+        kept = None
+        if alone is not None:
+            kept = student[:, alone] if terms.labels is not None else None
+            student.index_fill_(1, alone, float("-inf"))
+            teacher.index_fill_(1, alone, float("-inf"))
+        if terms.statistics:
+            _statistics(student, teacher, scale[chunk], rule, statistics[chunk])
+        gradient = None if not need_gradient else teacher if again else student
+        value = rows[chunk]
+        logit.logit_fwd(student, teacher, scale[chunk], value, row_stats[: len(value)], gradient, **rule)
+        if terms.labels is not None and terms.label_scale is not None:
+            if kept is not None and alone is not None:
+                student.index_copy_(1, alone, kept)
+            entropy = get("cross_entropy", "triton" if name == "cuda" else name, device)
+            entropy.cross_entropy_rows(student, terms.labels[chunk], terms.label_scale[chunk], value, gradient)
+        if gradient is not None:
+            _cap_back(gradient, student, *terms.caps[:2])
+            if alone is not None and terms.labels is None:
+                gradient.index_fill_(1, alone, 0.0)  # capping back made NaN of what was -inf
+            source.back(chunk, gradient)
+    return rows, statistics
+
+
+def _cap(logits: Tensor, scale: float, cap: float) -> None:
+    if scale != 1:
+        logits *= scale
+    if cap != 0:
+        logits.div_(cap).tanh_().mul_(cap)
+
+
+def _cap_back(gradient: Tensor, capped: Tensor, scale: float, cap: float) -> None:
+    """The gradient in the logits from that in the capped ones, in place; `capped` is overwritten."""
+    if cap != 0:
+        gradient.addcmul_(gradient, capped.div_(cap).square_(), value=-1)
+    if scale != 1:
+        gradient *= scale
+
+
+def _statistics(student: Tensor, teacher: Tensor, scale: Tensor, rule: LogitRule, out: Tensor) -> None:
+    """Of the tempered distributions of each row; 0 for rows of scale 0."""
+    elements = STATISTICS_ELEMENTS["cpu" if student.device.type == "cpu" else "gpu"]
+    step = max(1, elements // student.shape[1])
+    for start in range(0, len(student), step):
+        part = slice(start, start + step)
+        log_p = (student[part] / rule["student_temperature"]).log_softmax(-1)
+        log_q = (teacher[part] / rule["teacher_temperature"]).log_softmax(-1)
+        p, q = log_p.exp(), log_q.exp()
+        found = (
+            -torch.where(p > 0, p * log_p, 0.0).sum(-1),
+            -torch.where(q > 0, q * log_q, 0.0).sum(-1),
+            -torch.where(q > 0, q * log_p, 0.0).sum(-1),
+            (log_p.argmax(-1) == log_q.argmax(-1)).to(p.dtype),
+        )
+        out[part] = torch.where((scale[part] != 0)[:, None], torch.stack(found, -1), 0.0)

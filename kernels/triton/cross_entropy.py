@@ -1,0 +1,93 @@
+"""Cross entropy in Triton: one program a row of float32 logits, which it reads twice.
+
+Floor: (1 read + 1 read and write of the gradient) x N x V x 4 bytes over the copy bandwidth; the second read of the
+logits comes from L2 (0.5 MB a row at V 119,547).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def cross_entropy_kernel(
+    logits_ptr, labels_ptr, scale_ptr, loss_ptr, gradient_ptr, V, logits_stride, gradient_stride,
+    GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """loss (N,) and, with GRADIENT, gradient (N, V) += scale times the row's cross entropy and its gradient."""
+    row = tl.program_id(0).to(tl.int64)
+    scale = tl.load(scale_ptr + row)
+    if scale != 0.0:
+        z_ptr = logits_ptr + row * logits_stride
+        lanes = tl.arange(0, BLOCK)
+        largest = tl.full((BLOCK,), float("-inf"), tl.float32)
+        total = tl.zeros((BLOCK,), tl.float32)
+        for begin in range(0, V, BLOCK):
+            columns = begin + lanes
+            z = tl.load(z_ptr + columns, mask=columns < V, other=float("-inf"))
+            new = tl.maximum(largest, z)
+            unit = tl.where(new == float("-inf"), 0.0, new)
+            total = total * tl.exp(tl.where(largest == float("-inf"), 0.0, largest) - unit) + tl.exp(z - unit)
+            largest = new
+        top = tl.max(largest, 0)
+        unit = tl.where(largest == float("-inf"), 0.0, largest)
+        total = tl.where(largest == float("-inf"), 0.0, total * tl.exp(unit - top))
+        mass = tl.sum(total, 0)
+        label = tl.load(labels_ptr + row)
+        # A label that is no column shows as NaN: reading there would not be allowed.
+        exists = (label >= 0) & (label < V)
+        at_label = tl.load(z_ptr + label, mask=exists, other=float("nan"))
+        tl.store(loss_ptr + row, tl.load(loss_ptr + row) + scale * (tl.log(mass) + (top - at_label)))
+        if GRADIENT:
+            g_ptr = gradient_ptr + row * gradient_stride
+            factor = scale / mass
+            for begin in range(0, V, BLOCK):
+                columns = begin + lanes
+                z = tl.load(z_ptr + columns, mask=columns < V, other=float("-inf"))
+                g = tl.load(g_ptr + columns, mask=columns < V, other=0.0)
+                g += factor * tl.exp(z - top) - tl.where(columns == label, scale, 0.0)
+                tl.store(g_ptr + columns, g, mask=columns < V)
+
+
+def cross_entropy_config(columns: int) -> tuple[int, dict[str, int]]:
+    """Columns a tile, four a thread: one 16-byte load. Not yet tuned on a GPU."""
+    block = min(max(triton.next_power_of_2(columns), 128), 2048)
+    return block, {"num_warps": max(1, block // 256)}
+
+
+def cross_entropy_rows(
+    logits: Tensor, labels: Tensor, row_scale: Tensor, loss: Tensor, gradient: Tensor | None
+) -> None:
+    """As fastdistil.reference.cross_entropy.cross_entropy_rows, for float32."""
+    rows, columns = logits.shape
+    block, options = cross_entropy_config(columns)
+    if rows:
+        cross_entropy_kernel[(rows,)](
+            logits, labels.contiguous(), row_scale, loss, logits if gradient is None else gradient, columns,
+            logits.stride(0), logits.stride(0) if gradient is None else gradient.stride(0),
+            GRADIENT=gradient is not None, BLOCK=block, **options,
+        )  # fmt: skip
+
+
+def aot_cases() -> list[dict[str, object]]:
+    block, options = cross_entropy_config(119_547)
+    pointers = {
+        "logits_ptr": "*fp32",
+        "labels_ptr": "*i64",
+        "scale_ptr": "*fp32",
+        "loss_ptr": "*fp32",
+        "gradient_ptr": "*fp32",
+    }
+    return [
+        {
+            "name": f"cross_entropy_kernel{'' if gradient else '-forward'}",
+            "kernel": cross_entropy_kernel,
+            "signature": pointers | {"V": "i32", "logits_stride": "i32", "gradient_stride": "i32"},
+            "constants": {"GRADIENT": gradient, "BLOCK": block},
+            "options": options,
+            "divisible": [*pointers, "logits_stride", "gradient_stride"],
+        }
+        for gradient in (True, False)
+    ]

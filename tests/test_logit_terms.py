@@ -1,0 +1,322 @@
+"""What logit_loss and linear_logit_loss take besides the divergence: labels, vocab_map, caps, statistics."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from conftest import DEVICE, available
+from judge import Outcome, error, judge, judge_exact
+from test_logit import textbook
+from torch import Tensor
+from torch.nn import functional
+
+import fastdistil as fd
+from fastdistil.ops.logit_rows import logit_rows, logit_total
+from fastdistil.ops.logit_rule import DIVERGENCES
+from fastdistil.ops.logit_terms import pack
+from fastdistil.reference import cross_entropy as reference
+
+BACKENDS = available("reference", "cpu", "triton", "cuda")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+ROWS, COLUMNS, TEACHER_COLUMNS = 6, 53, 61
+IGNORED = -7
+
+
+def draw(dtype: torch.dtype = torch.float32, noise: float = 1.0) -> dict[str, Tensor]:
+    """Logits of different vocabularies, their map, labels (some ignored) and weights (some 0)."""
+    teacher = 3 * torch.randn(ROWS, TEACHER_COLUMNS, dtype=torch.float64)
+    partner = torch.randperm(TEACHER_COLUMNS)[:COLUMNS]
+    student = teacher[:, partner] + noise * torch.randn(ROWS, COLUMNS, dtype=torch.float64)
+    vocab_map = torch.where(torch.arange(COLUMNS) % 5 == 2, -1, partner)
+    labels = torch.randint(COLUMNS, (ROWS,))
+    labels[1], labels[4], labels[5] = IGNORED, IGNORED, 2  # 2 has no partner
+    weight = torch.tensor([1.0, 2.0, 0.0, 0.5, 3.0, 1.0])
+    found = {"student": student.to(dtype), "teacher": teacher.to(dtype), "vocab_map": vocab_map, "labels": labels}
+    return {name: x.to(DEVICE) for name, x in (found | {"weight": weight}).items()}
+
+
+def plain(student: Tensor, x: dict[str, Any], divergence: str, alpha: float, mapped: bool, labelled: bool) -> Tensor:
+    """losses.md, section 1, by autograd: the mean over each term's own rows."""
+    dtype, t = student.dtype, 2.0
+    teacher, s = x["teacher"].to(dtype), student
+    if mapped:
+        keep = x["vocab_map"] >= 0
+        s, teacher = student[:, keep], teacher[:, x["vocab_map"][keep]]
+    elif teacher.shape[1] != student.shape[1]:
+        teacher = teacher[:, : student.shape[1]]
+    rows, w = textbook(s, teacher, divergence, 0.5, t, t) * t * t, x["weight"].to(dtype)
+    first = (w * rows).sum() / w.sum()
+    if not labelled:
+        return first
+    counts = w * (x["labels"] != IGNORED)
+    entropy = functional.cross_entropy(student, x["labels"], ignore_index=IGNORED, reduction="none")
+    return (1 - alpha) * first + alpha * (counts * entropy).sum() / counts.sum()
+
+
+def ours(
+    student: Tensor, x: dict[str, Any], divergence: str, alpha: float, mapped: bool, labelled: bool, **more: Any
+) -> Any:
+    options: dict[str, Any] = {"divergence": divergence, "temperature": 2.0, "weight": x["weight"]} | more
+    options |= {"labels": x["labels"], "label_weight": alpha, "ignore_index": IGNORED} if labelled else {}
+    teacher = x["teacher"]
+    if mapped:
+        options["vocab_map"] = x["vocab_map"]
+    elif teacher.shape[1] != student.shape[1]:
+        teacher = teacher[:, : student.shape[1]]
+    return fd.logit_loss(student, teacher, **options)
+
+
+def outcome(function: Any, student: Tensor, factor: float = 1.0) -> Outcome:
+    leaf = student.detach().clone().requires_grad_()
+    value = function(leaf)
+    return Outcome(value.detach(), torch.autograd.grad(value, leaf, torch.full_like(value, factor)))
+
+
+KINDS = {
+    "labels": (0.3, False, True),
+    "only labels": (1.0, False, True),
+    "map": (0.0, True, False),
+    "both": (0.6, True, True),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_against_textbook(backend: str, divergence: str, kind: Any, dtype: torch.dtype) -> None:
+    x = draw(dtype)
+    if backend == "triton" and dtype == torch.float64:
+        with pytest.raises(ValueError, match="logit_loss: backend 'triton' has no float64 kernel"):
+            ours(x["student"], x, divergence, *kind, backend=backend)
+        return
+    truth = outcome(lambda s: plain(s, x, divergence, *kind), x["student"].double(), 64.0)
+    eager = outcome(lambda s: plain(s, x, divergence, *kind), x["student"], 64.0)
+    found = outcome(lambda s: ours(s, x, divergence, *kind, backend=backend), x["student"], 64.0)
+    judge(found, truth, eager, dtype)
+    if kind[1] and not kind[2]:
+        assert not found.gradients[0][:, x["vocab_map"] < 0].any()
+
+
+@pytest.mark.parametrize("noise", [1e-1, 1e-3])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_map_keeps_the_digits_near_convergence(backend: str, noise: float) -> None:
+    x = draw(noise=noise)
+    truth = outcome(lambda s: plain(s, x, "forward_kl", 0.0, True, False), x["student"].double())
+    judge_exact(
+        outcome(lambda s: ours(s, x, "forward_kl", 0.0, True, False, backend=backend), x["student"]),
+        truth,
+        torch.float32,
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_reductions(backend: str) -> None:
+    x, alpha = draw(), 0.25
+    loss = partial(ours, x=x, divergence="jsd", alpha=alpha, mapped=True, labelled=True, backend=backend)
+    rows = loss(x["student"], reduction="none")
+    without = partial(ours, x=x, divergence="jsd", alpha=0.0, mapped=True, labelled=False, backend=backend)
+    entropy = functional.cross_entropy(x["student"], x["labels"], ignore_index=IGNORED, reduction="none") * x["weight"]
+    torch.testing.assert_close(rows, (1 - alpha) * without(x["student"], reduction="none") + alpha * entropy)
+    assert rows[2] == 0
+    total = outcome(lambda s: loss(s, reduction="sum"), x["student"])
+    judge_exact(outcome(lambda s: loss(s, reduction="none").sum(), x["student"]), total, torch.float32)
+    items = outcome(lambda s: loss(s, num_items=torch.tensor(4.0, device=DEVICE)) * 4, x["student"])
+    judge_exact(items, total, torch.float32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_of_weight_0_may_hold_anything(backend: str) -> None:
+    x = draw()
+    function = partial(ours, divergence="forward_kl", alpha=0.5, mapped=True, labelled=True, backend=backend)
+    clean = outcome(lambda s: function(s, x), x["student"])
+    x["student"][2], x["teacher"][2] = torch.nan, torch.inf
+    found = outcome(lambda s: function(s, x), x["student"])
+    assert torch.equal(found.value, clean.value) and torch.equal(found.gradients[0], clean.gradients[0])
+    x["weight"] = torch.zeros_like(x["weight"])
+    none = outcome(lambda s: function(s, x), x["student"])
+    assert none.value == 0 and not none.gradients[0].any()
+
+
+def test_only_labels_do_not_look_at_the_teacher() -> None:
+    x = draw()
+    clean = outcome(lambda s: ours(s, x, "forward_kl", 1.0, False, True), x["student"])
+    x["teacher"] = torch.full_like(x["teacher"], torch.nan)
+    found = outcome(lambda s: ours(s, x, "forward_kl", 1.0, False, True), x["student"])
+    assert torch.equal(found.value, clean.value) and torch.equal(found.gradients[0], clean.gradients[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_statistics(backend: str, reduction: str) -> None:
+    x = draw()
+    loss, stats = ours(
+        x["student"].requires_grad_(),
+        x,
+        "forward_kl",
+        0.2,
+        True,
+        True,
+        backend=backend,
+        reduction=reduction,
+        return_stats=True,
+    )
+    alone = ours(x["student"], x, "forward_kl", 0.2, True, True, backend=backend, reduction=reduction)
+    assert torch.equal(loss, alone) and loss.requires_grad and not any(s.requires_grad for s in stats)
+    keep = x["vocab_map"] >= 0
+    p = (x["student"][:, keep] / 2).double().log_softmax(-1)
+    q = (x["teacher"][:, x["vocab_map"][keep]] / 2).double().log_softmax(-1)
+    expected = (-(p.exp() * p).sum(-1), -(q.exp() * q).sum(-1), -(q.exp() * p).sum(-1), (p.argmax(-1) == q.argmax(-1)))
+    for found, wanted in zip(stats, expected, strict=True):
+        assert found.shape == (ROWS,) and found[2] == 0
+        wanted[2] = 0
+        torch.testing.assert_close(found, wanted.float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("capped", [False, True])
+@pytest.mark.parametrize("divergence", ["forward_kl", "mse"])
+@pytest.mark.parametrize("backend", available("reference", "cpu", "triton"))
+def test_two_heads_with_everything(backend: str, divergence: str, capped: bool) -> None:
+    """Labels, map, logit scales and softcaps over two heads, in chunks of one row, against whole logits."""
+    x = draw()
+    hidden, matrix, bias = torch.randn(ROWS, 9), torch.randn(COLUMNS, 9), torch.randn(COLUMNS)
+    teacher = [torch.randn(ROWS, 7), torch.randn(TEACHER_COLUMNS, 7), torch.randn(TEACHER_COLUMNS)]
+    inputs, teacher = [y.to(DEVICE) for y in (hidden, matrix, bias)], [y.to(DEVICE) for y in teacher]
+    caps = {"student_softcap": 4.0, "teacher_softcap": 3.0} if capped else {}
+    caps |= {"student_logit_scale": 1.5, "teacher_logit_scale": 0.5}
+
+    def whole(*heads: Tensor) -> Tensor:
+        def cap(z: Tensor, side: str) -> Tensor:
+            z, c = z * caps[f"{side}_logit_scale"], caps.get(f"{side}_softcap")
+            return z if c is None else c * torch.tanh(z / c)
+
+        dtype = heads[0].dtype
+        z_t = functional.linear(*(y.to(dtype) for y in teacher))
+        there = x | {"teacher": cap(z_t, "teacher")}
+        return plain(cap(functional.linear(*heads), "student"), there, divergence, 0.4, True, True)
+
+    def fused(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return fd.linear_logit_loss(
+            h, w, teacher[0], teacher[1], student_bias=b, teacher_bias=teacher[2], chunk_bytes=1, divergence=divergence,
+            temperature=2.0, weight=x["weight"], vocab_map=x["vocab_map"], labels=x["labels"], label_weight=0.4,
+            ignore_index=IGNORED, backend=backend, **caps,
+        )  # fmt: skip
+
+    def run(function: Any, tensors: list[Tensor]) -> Outcome:
+        leaves = [y.detach().clone().requires_grad_() for y in tensors]
+        value = function(*leaves)
+        return Outcome(value.detach(), torch.autograd.grad(value, leaves))
+
+    truth = run(whole, [y.double() for y in inputs])
+    judge(run(fused, inputs), truth, run(whole, inputs), torch.float32)
+    loss, stats = fd.linear_logit_loss(inputs[0], inputs[1], teacher[0], teacher[1], vocab_map=x["vocab_map"],
+                                       weight=x["weight"], return_stats=True, backend=backend)  # fmt: skip
+    z = [functional.linear(*pair) for pair in ((inputs[0], inputs[1]), (teacher[0], teacher[1]))]
+    expected = fd.logit_loss(*z, vocab_map=x["vocab_map"], weight=x["weight"], return_stats=True, backend=backend)
+    torch.testing.assert_close(loss, expected[0])
+    torch.testing.assert_close(torch.stack(stats), torch.stack(expected[1]))
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0])
+@pytest.mark.parametrize("columns", [1, 7, 1000, 2049, 9001])
+@pytest.mark.parametrize("backend", available("cpu", "triton"))
+def test_cross_entropy_kernels(backend: str, columns: int, scale: float) -> None:
+    """Against the reference in float64, on padded rows, with -inf among the logits; it adds to what is there."""
+    from fastdistil.backends import get
+
+    z = 5 * torch.randn(4, columns + 3, device=DEVICE)[:, :columns]
+    z[1, 1 % columns :: 2] = -torch.inf
+    labels = torch.randint(columns, (4,), device=DEVICE)
+    labels[1] = 0
+    factor = torch.tensor([1.0, 0.5, scale, 2.0], device=DEVICE)
+    if scale == 0:
+        z[2], labels[2] = torch.nan, columns + 5
+    loss, gradient = torch.rand(4, device=DEVICE), torch.rand(4, columns, device=DEVICE)
+    wanted = [x.double() for x in (loss, gradient)]
+    reference.cross_entropy_rows(z.double(), labels, factor.double(), *wanted)
+    get("cross_entropy", backend, DEVICE).cross_entropy_rows(z, labels, factor, loss, gradient)
+    assert error(loss, wanted[0]) <= 1e-6 and error(gradient, wanted[1]) <= 1e-6
+
+
+def test_backward_twice() -> None:
+    x = draw()
+    student = x["student"].requires_grad_()
+    value = ours(student, x, "forward_kl", 0.5, True, True)
+    first, second, tripled = (torch.autograd.grad(f * value, student, retain_graph=True)[0] for f in (1, 1, 3))
+    assert torch.equal(first, second)
+    torch.testing.assert_close(tripled, 3 * first)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_gradcheck(divergence: str, reduction: str) -> None:
+    x = {name: y[:3] if y.shape[0] == ROWS else y for name, y in draw(torch.float64).items()}
+    function = partial(ours, x=x, divergence=divergence, alpha=0.5, mapped=True, labelled=True, reduction=reduction)
+    assert torch.autograd.gradcheck(lambda s: function(s), x["student"].requires_grad_())
+
+
+def test_opcheck() -> None:
+    x = draw()
+    constants = pack((0, 0.5, 2.0, 2.0, 4.0), (1.0, 0.0, 1.0, 0.0))
+    labels = x["labels"].clamp(min=0)
+    arguments = (
+        x["student"].requires_grad_(),
+        x["teacher"],
+        x["weight"],
+        labels,
+        x["weight"],
+        x["vocab_map"],
+        constants,
+    )
+    torch.library.opcheck(logit_rows, (*arguments, True, "auto"))
+    torch.library.opcheck(logit_total, (*arguments, False, "auto"))
+
+
+def test_compiles_without_a_graph_break() -> None:
+    x = draw()
+    function = partial(ours, x=x, divergence="forward_kl", alpha=0.5, mapped=True, labelled=True)
+    compiled = torch.compile(lambda s: function(s), fullgraph=True, backend="aot_eager")
+    judge_exact(outcome(compiled, x["student"]), outcome(lambda s: function(s), x["student"]), torch.float32)
+
+
+Z = torch.zeros(3, 5)
+BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"label_weight": 0.5}, ValueError, "label_weight is 0.5 without labels"),
+    ({"labels": torch.zeros(3).long(), "label_weight": 1.5}, ValueError, "label_weight is 1.5, expected 0 to 1"),
+    ({"labels": torch.zeros(2).long(), "label_weight": 0.5}, ValueError, r"labels has shape \(2,\), expected \(3,\)"),
+    ({"labels": torch.zeros(3), "label_weight": 0.5}, TypeError, "labels has dtype torch.float32, expected int64"),
+    (
+        {"labels": torch.tensor([0, 5, 1]), "label_weight": 0.5},
+        ValueError,
+        "labels has 5, expected 0 to 4 or ignore_index = -100",
+    ),
+    ({"vocab_map": torch.zeros(4).long()}, ValueError, r"vocab_map has shape \(4,\), expected \(5,\)"),
+    ({"vocab_map": torch.tensor([0, 1, 2, 3, 5])}, ValueError, "vocab_map has entries from 0 to 5, expected -1"),
+    ({"vocab_map": torch.tensor([-2, 1, 2, 3, 4])}, ValueError, "vocab_map has entries from -2 to 4"),
+    ({"vocab_map": torch.full((5,), -1)}, ValueError, "vocab_map maps no column"),
+    ({"vocab_map": [0, 1, 2, 3, 4]}, TypeError, "vocab_map is list, expected a torch.Tensor"),
+]
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="entries are checked on a CPU alone")
+@pytest.mark.parametrize(("options", "kind", "message"), BAD)
+def test_bad_calls(options: dict[str, Any], kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=f"logit_loss: {message}"):
+        fd.logit_loss(Z, Z, **options)
+    with pytest.raises(kind, match=f"linear_logit_loss: {message}"):
+        fd.linear_logit_loss(torch.zeros(3, 2), torch.zeros(5, 2), torch.zeros(3, 2), torch.zeros(5, 2), **options)
+
+
+def test_bad_caps_and_a_teacher_of_other_rows() -> None:
+    heads = (torch.zeros(3, 2), torch.zeros(5, 2), torch.zeros(3, 2), torch.zeros(5, 2))
+    with pytest.raises(ValueError, match="linear_logit_loss: student_softcap is 0.0, expected more than 0"):
+        fd.linear_logit_loss(*heads, student_softcap=0.0)
+    with pytest.raises(ValueError, match="linear_logit_loss: teacher_logit_scale is -1.0, expected more than 0"):
+        fd.linear_logit_loss(*heads, teacher_logit_scale=-1.0)
+    with pytest.raises(
+        ValueError, match=r"teacher_logits has shape \(2, 6\), expected \(3, V_t\) to match student_logits"
+    ):
+        fd.logit_loss(Z, torch.zeros(2, 6), vocab_map=torch.arange(5))
