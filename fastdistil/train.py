@@ -1,8 +1,8 @@
 """The minimal training loop: one stage of a distillation, from a list of examples to a trained module.
 
-An `Objective` maps a batch to the *sum* of each of its loss terms, and says from the batch alone how many items each
-sum runs over. The loop adds up those counts over all micro-batches and processes of a step before the first backward,
-and divides each sum by its total: accumulation and data parallelism then give the gradient of one big batch, however
+An `Objective` says from a batch alone how many items each of its loss terms runs over. The loop adds up those counts
+over all micro-batches and processes of a step before the first backward, and asks for each term's sum divided by its
+total (`num_items` of the losses): accumulation and data parallelism then give the gradient of one big batch, however
 many tokens each part holds.
 
 Stop it at any moment and call it again: it continues from its newest checkpoint, on the CPU bit for bit.
@@ -37,8 +37,8 @@ Batch = Mapping[str, Tensor]
 class Objective(Protocol):
     """What a stage minimises: an nn.Module that holds the student and whatever else trains with it."""
 
-    def __call__(self, batch: Batch) -> Mapping[str, Tensor]:
-        """Weighted sum of each term over the batch, 0-d, by the term's name; the loss is Σ sum/count."""
+    def __call__(self, batch: Batch, items: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Each term's weighted sum over the batch, divided by items[name], 0-d, by name; the loss is their sum."""
 
     def counts(self, batch: Batch) -> Mapping[str, Tensor]:
         """Number of items of each term in the batch, 0-d, by the same names; needs no forward pass."""
@@ -165,12 +165,12 @@ def _optimizer(module: nn.Module, options: Options) -> tuple[torch.optim.AdamW, 
 def _step(module: nn.Module, group: list[Batch], counts: list[Mapping[str, Tensor]], accelerator: Accelerator) -> Any:
     """Gradients of one step, added up over the group's micro-batches; returns {term: mean over all processes}."""
     totals = {name: accelerator.reduce(torch.stack([c[name].float() for c in counts]).sum()) for name in counts[0]}
+    items = {name: total.clamp(min=1) for name, total in totals.items()}
     logged = {name: torch.zeros((), device=accelerator.device) for name in totals}
     for index, batch in enumerate(group):
         last = index == len(group) - 1
         with nullcontext() if last else accelerator.no_sync(module):  # processes exchange gradients once a step
-            sums = module(batch)
-            terms = {name: value / totals[name].clamp(min=1) for name, value in sums.items()}
+            terms = module(batch, items)
             # Data parallelism averages gradients over processes; the totals already run over all of them.
             accelerator.backward(torch.stack(list(terms.values())).sum() * accelerator.num_processes)
         for name, value in terms.items():

@@ -16,7 +16,7 @@ from fastdistil.train import Options, batch_indices, train
 
 
 class Squares(nn.Module):
-    """Sum over real entries of (w . x - y)^2; examples have different numbers of real entries. Dropout optional."""
+    """Mean over real entries of (w . x - y)^2; examples have different numbers of real entries. Dropout optional."""
 
     def __init__(self, dropout=0.0):
         super().__init__()
@@ -24,9 +24,9 @@ class Squares(nn.Module):
         self.layer = nn.Linear(4, 1)
         self.drop = nn.Dropout(dropout)
 
-    def forward(self, batch):
+    def forward(self, batch, items):
         error = self.layer(self.drop(batch["x"])).squeeze(-1) - batch["y"]
-        return {"squares": (error.square() * batch["mask"]).sum()}
+        return {"squares": (error.square() * batch["mask"]).sum() / items["squares"]}
 
     def counts(self, batch):
         return {"squares": batch["mask"].sum()}
@@ -55,7 +55,7 @@ def test_accumulation_equals_one_big_batch():
     # The mean of means is another number: this data would catch a loop that averages micro-batches.
     batch = [collate([data[i] for i in batch_indices(0, len(data), 2, k)]) for k in range(4)]
     fresh = Squares()
-    means = [(fresh(b)["squares"] / b["mask"].sum()).item() for b in batch]
+    means = [fresh(b, fresh.counts(b))["squares"].item() for b in batch]
     assert abs(sum(means) / 4 - one[0]["squares"]) > 1e-3
 
 
@@ -236,7 +236,7 @@ def test_stages_freeze_and_learn():
         set_trainable(student, ["encoder"])
 
 
-def test_pair_objective_sums_and_counts():
+def test_pair_objective_divides_and_counts():
     student = Tagger()
     batch = tagging([[1, 2, 0], [5, 9, 7]])
     pair = Pair("labels", lambda out: out.logits, "labels", cross_entropy, "labelled_words", scale=0.5)
@@ -244,4 +244,5 @@ def test_pair_objective_sums_and_counts():
     logits = student(batch["input_ids"], None, True).logits
     rows = torch.nn.functional.cross_entropy(logits[1], batch["labels"][1], reduction="none")
     assert objective.counts(batch)["labels"].item() == 3
-    torch.testing.assert_close(objective(batch)["labels"], 0.5 * rows.sum())
+    terms = objective(batch, {"labels": torch.tensor(12.0)})
+    torch.testing.assert_close(terms["labels"], 0.5 * rows.sum() / 12)

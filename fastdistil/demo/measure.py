@@ -71,15 +71,15 @@ def latency(source: Source, student: nn.Module, material: Material) -> dict[str,
     return result
 
 
-def _plain_logits(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+def _plain_logits(student: Tensor, teacher: Tensor, weight: Tensor, items: Tensor) -> Tensor:
     keep = weight.bool()
     p, q = student[keep].log_softmax(-1), teacher[keep].log_softmax(-1)
-    return functional.kl_div(p, q, log_target=True, reduction="sum")
+    return functional.kl_div(p, q, log_target=True, reduction="sum") / items
 
 
-def _plain_hidden(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+def _plain_hidden(student: Tensor, teacher: Tensor, weight: Tensor, items: Tensor) -> Tensor:
     keep = weight.bool()
-    return functional.mse_loss(student[keep], teacher[keep], reduction="sum") / student.shape[-1]
+    return functional.mse_loss(student[keep], teacher[keep], reduction="sum") / (items * student.shape[-1])
 
 
 def loss_cost(material: Material, batch_size: int) -> dict[str, dict[str, float]]:
@@ -97,9 +97,13 @@ def loss_cost(material: Material, batch_size: int) -> dict[str, dict[str, float]
     for name, (fused, plain, teacher, weight) in cases.items():
         student = torch.randn(teacher.shape, generator=generator).requires_grad_()
 
-        def run(loss: Callable[..., Tensor], s: Tensor = student, t: Tensor = teacher, w: Tensor = weight) -> Tensor:
+        items = weight.sum()
+
+        def run(
+            loss: Callable[..., Tensor], s: Tensor = student, t: Tensor = teacher, w: Tensor = weight, n: Tensor = items
+        ) -> Tensor:
             s.grad = None
-            value = loss(s, t, w)
+            value = loss(s, t, w, n)
             value.backward()  # type: ignore[no-untyped-call]
             return value.detach()
 

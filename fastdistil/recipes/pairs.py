@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from fastdistil.train import Batch, Options, train
 
-PairLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(student (..., C), teacher (..., C) or (...), weight (...)) -> 0-d sum of weight * loss over rows."""
+PairLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(student (..., C), teacher (..., C) or (...), weight (...), items ()) -> 0-d sum of weight * loss, / items."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class Pair:
     """One term of a stage.
 
     `student` picks a tensor from the student's transformers output; `teacher` and `weight` name entries of the batch
-    (the weight has one 0/1 entry a token and its sum is the term's number of items); `loss` returns a sum;
+    (the weight has one 0/1 entry a token and its sum is the term's number of items); `loss` is told by how many items
+    of the whole step to divide;
     `projection` maps the student's tensor to the teacher's width and trains with the student; `scale` is the term's
     share in the stage's loss.
     """
@@ -55,17 +56,19 @@ class PairObjective(nn.Module):
         self.projections = nn.ModuleDict({p.name: p.projection for p in pairs if p.projection is not None})
         self.pairs = tuple(pairs)
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, items: Mapping[str, Tensor]) -> dict[str, Tensor]:
         out = self.student(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True
         )
-        sums: dict[str, Tensor] = {}
+        terms: dict[str, Tensor] = {}
         for pair in self.pairs:
             student = pair.student(out)
             if pair.name in self.projections:
                 student = self.projections[pair.name](student)
-            sums[pair.name] = pair.scale * pair.loss(student, batch[pair.teacher], batch[pair.weight])
-        return sums
+            # The scale goes into the divisor: what follows the loss would cost its gradient another pass.
+            divisor = items[pair.name] / pair.scale
+            terms[pair.name] = pair.loss(student, batch[pair.teacher], batch[pair.weight], divisor)
+        return terms
 
     def counts(self, batch: Batch) -> Mapping[str, Tensor]:
         return {pair.name: batch[pair.weight].sum() for pair in self.pairs}
@@ -85,10 +88,10 @@ def set_trainable(student: nn.Module, frozen: Iterable[str]) -> None:
         parameter.requires_grad_(not any(part in name for part in parts))
 
 
-def cross_entropy(student: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
-    """Sum of weight * cross entropy: `student` (..., C) logits, `labels` (...) int64, `weight` (...) 0/1."""
+def cross_entropy(student: Tensor, labels: Tensor, weight: Tensor, items: Tensor) -> Tensor:
+    """Sum of weight * cross entropy / items: `student` (..., C) logits, `labels` (...) int64, `weight` (...) 0/1."""
     keep = weight.bool()
-    return torch.nn.functional.cross_entropy(student[keep].float(), labels[keep], reduction="sum")
+    return torch.nn.functional.cross_entropy(student[keep].float(), labels[keep], reduction="sum") / items
 
 
 def run_stages(

@@ -28,14 +28,14 @@ from fastdistil.recipes.pairs import Pair, Stage, cross_entropy
 from fastdistil.train import Options
 
 
-def hidden_mse(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
-    """Sum over tokens of the mean squared difference of (B, S, D) states."""
-    return fd.hidden_loss(student, teacher, kind="mse", weight=weight, reduction="sum")
+def hidden_mse(student: Tensor, teacher: Tensor, weight: Tensor, items: Tensor) -> Tensor:
+    """Sum over tokens of the mean squared difference of (B, S, D) states, / items."""
+    return fd.hidden_loss(student, teacher, kind="mse", weight=weight, num_items=items)
 
 
-def logit_kl(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
-    """Sum over tokens of KL(teacher || student) of (B, S, C) logits, T = 1."""
-    return fd.logit_loss(student, teacher, divergence="forward_kl", weight=weight, reduction="sum")
+def logit_kl(student: Tensor, teacher: Tensor, weight: Tensor, items: Tensor) -> Tensor:
+    """Sum over tokens of KL(teacher || student) of (B, S, C) logits, T = 1, / items."""
+    return fd.logit_loss(student, teacher, divergence="forward_kl", weight=weight, num_items=items)
 
 
 def representation(projection: nn.Module, scale: float = 1.0) -> Pair:
