@@ -175,9 +175,10 @@ def truth(case: Case, problem: Problem) -> Outcome:
     step = max(1, CHUNK_ELEMENTS["cpu" if device.type == "cpu" else "cuda"] // each)
     formula, sampled, value = textbook(case), sample(problem).to(device), 0.0
     kept: dict[str, list[Tensor]] = {name: [] for name in problem.wanted}
+    shared = {name: problem.tensors[name].double() for name in problem.shared}  # once: heads are large
     for start in range(0, problem.items, step):
         part = problem.pick(slice(start, start + step))
-        tensors = {name: x.double() for name, x in part.tensors.items()}
+        tensors = shared | {name: x.double() for name, x in part.tensors.items() if name not in shared}
         for name in problem.wanted:
             tensors[name].requires_grad_()
         loss = formula(tensors) * (part.items / problem.items)

@@ -57,9 +57,12 @@ using Run = void (*)(const LogitArgs&, uintptr_t where);
 template <Run run, bool cpu>
 void logit_fwd(const TensorView& student, const TensorView& teacher, const TensorView& row_scale,
                const TensorView& loss, const TensorView& stats, const Optional& gradient, int divergence, double beta,
-               double student_temperature, double teacher_temperature, double value_factor, uintptr_t where) {
+               double student_temperature, double teacher_temperature, double value_factor, uintptr_t where,
+               int phase) {
+  if (phase < 0 || phase > 2) throw std::invalid_argument("phase " + std::to_string(phase) + " does not exist");
   const Rule rule{divergence, beta, student_temperature, teacher_temperature, value_factor};
   LogitArgs args = logit_args(student, teacher, row_scale, stats, gradient, rule, cpu);
+  args.phase = static_cast<fastdistil::Phase>(phase);
   loss.expect_vector("loss", args.rows, row_scale.dtype).expect_device("loss", cpu);
   args.loss = loss.data;
   py::gil_scoped_release release;
@@ -140,7 +143,7 @@ template <Run run, bool cpu>
 void define_logit(py::module_& m, const char* forward, const char* backward, const char* where) {
   m.def(forward, &logit_fwd<run, cpu>, py::arg("student"), py::arg("teacher"), py::arg("row_scale"), py::arg("loss"),
         py::arg("stats"), py::arg("gradient"), py::arg("divergence"), py::arg("beta"), py::arg("student_temperature"),
-        py::arg("teacher_temperature"), py::arg("value_factor"), py::arg(where));
+        py::arg("teacher_temperature"), py::arg("value_factor"), py::arg(where), py::arg("phase") = 0);
   m.def(backward, &logit_bwd<run, cpu>, py::arg("student"), py::arg("teacher"), py::arg("row_scale"), py::arg("stats"),
         py::arg("gradient"), py::arg("dloss"), py::arg("keep_unit"), py::arg("divergence"), py::arg("beta"),
         py::arg("student_temperature"), py::arg("teacher_temperature"), py::arg("value_factor"), py::arg(where));

@@ -39,6 +39,7 @@ def logit_fwd(
     teacher_temperature: float,
     value_factor: float,
     threads: int,
+    phase: int = 0,
 ) -> None: ...
 def logit_bwd(
     student: Tensor,
@@ -68,6 +69,7 @@ def logit_fwd_cuda(
     teacher_temperature: float,
     value_factor: float,
     stream: int,
+    phase: int = 0,
 ) -> None: ...
 def logit_bwd_cuda(
     student: Tensor,

@@ -271,8 +271,8 @@ def test_opcheck() -> None:
         x["vocab_map"],
         constants,
     )
-    torch.library.opcheck(logit_rows, (*arguments, True, "auto"))
-    torch.library.opcheck(logit_total, (*arguments, False, "auto"))
+    torch.library.opcheck(logit_rows, (*arguments, True, "auto", ""))
+    torch.library.opcheck(logit_total, (*arguments, False, "auto", ""))
 
 
 def test_compiles_without_a_graph_break() -> None:

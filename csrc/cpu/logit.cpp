@@ -119,17 +119,21 @@ void add_block(const Block<E>& block, int n, Masses<Compute<E>, double>& masses)
   masses.difference += difference;
 }
 
-// First pass: the teacher's maximum and sum, and D = log1p(X/S).
+// First pass: the teacher's maximum and sum, and D = log1p(X/S). A `part` of a row may have no teacher mass.
 template <class E>
-void statistics(Row<E>& row, Block<E>& block) {
+void statistics(Row<E>& row, Block<E>& block, bool part) {
   using T = Compute<E>;
   Masses<T, double> masses;
   for_blocks(row, block, [&](int64_t, int n, int) {
     block.near ? add_block<true>(block, n, masses) : add_block<false>(block, n, masses);
   });
   const T max = masses.max;
-  row.stats.max = max > T(-INFINITY) ? max : T(NAN);  // a teacher of -inf alone is an error that must stay visible
+  row.stats.max = max > T(-INFINITY) || part ? max : T(NAN);  // a teacher of -inf alone is an error: keep it visible
   row.stats.inv_sum = static_cast<T>(1.0 / masses.sum);
+  if (!(max > T(-INFINITY)) && part) {
+    row.stats.centre = static_cast<T>(plain_logsumexp(row, block));
+    return;
+  }
   if (!exact_log_ratio(masses.difference / masses.sum, row.stats.log_ratio))
     row.stats.log_ratio = static_cast<T>(plain_logsumexp(row, block) - (max + std::log(masses.sum)));
 }
@@ -217,33 +221,44 @@ class Kernel {
       for (int64_t i = 0; i < args_.columns; ++i) g[i] = E{};
   }
 
+  void take(int64_t r, Row<E>& row) const {
+    const T* s = stats(r);
+    row.stats = {s[kMax], s[kInvSum], s[kLogRatio], s[kCentre]};
+    row.tempering.shift = s[kShift];
+  }
+
+  void put(int64_t r, const Row<E>& row, T loss) const {
+    T* s = stats(r);
+    s[kMax] = row.stats.max, s[kInvSum] = row.stats.inv_sum, s[kShift] = row.tempering.shift;
+    s[kLogRatio] = row.stats.log_ratio, s[kCentre] = row.stats.centre;
+    static_cast<T*>(args_.loss)[r] = loss;
+  }
+
   void forward(int64_t r, Block<E>& block) const {
     Row<E> row = this->row(r);
     block.whole = false;
-    if constexpr (Rule::softmax) {
+    if (args_.phase == Phase::value) {
+      take(r, row);
+    } else if constexpr (Rule::softmax) {
       row.tempering.shift = row_shift<T>(to_compute(row.student[0]), to_compute(row.teacher[0]), row.tempering);
-      statistics(row, block);
+      statistics(row, block, args_.phase == Phase::statistics);
     }
+    if (args_.phase == Phase::statistics) return put(r, row, T(0));
     double value = 0, centre = 0, ignored = 0;
-    E* g = gradient(r);
+    E* g = Rule::centred && args_.phase == Phase::value ? nullptr : gradient(r);  // the centre is a part of it yet
     if (g && !Rule::centred)
       pass<Rule, true>(row, block, beta_, gradient_factor(r), g, value, centre);
     else
       pass<Rule, false>(row, block, beta_, T(0), static_cast<E*>(nullptr), value, centre);
     row.stats.centre = static_cast<T>(centre);
     if (g && Rule::centred) pass<Rule, true>(row, block, beta_, gradient_factor(r), g, ignored, ignored);
-    static_cast<T*>(args_.loss)[r] = static_cast<T>(value * value_factor_ * scale(r));
-    T* s = stats(r);
-    s[kMax] = row.stats.max, s[kInvSum] = row.stats.inv_sum, s[kShift] = row.tempering.shift;
-    s[kLogRatio] = row.stats.log_ratio, s[kCentre] = row.stats.centre;
+    put(r, row, static_cast<T>(value * value_factor_ * scale(r)));
   }
 
   void backward(int64_t r, Block<E>& block) const {
     Row<E> row = this->row(r);
     block.whole = false;
-    const T* s = stats(r);
-    row.stats = {s[kMax], s[kInvSum], s[kLogRatio], s[kCentre]};
-    row.tempering.shift = s[kShift];
+    take(r, row);
     double ignored = 0;
     pass<Rule, true>(row, block, beta_, gradient_factor(r), gradient(r), ignored, ignored);
   }

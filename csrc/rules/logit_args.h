@@ -17,6 +17,13 @@ enum LogitStat : int {
   kStats
 };
 
+// What a forward does. Where a vocabulary is split, each part's statistics are merged in between by whoever holds them.
+enum class Phase : int {
+  all,
+  statistics,  // of these columns alone: kMax may be -inf (no teacher mass here), then kCentre is the student's lse
+  value        // from statistics that are given: shares of loss and centre, and of the gradient for direct rules
+};
+
 constexpr int kDivergences = 7;  // entries of enum Divergence, rules/divergence.h
 
 struct LogitArgs {
@@ -31,6 +38,7 @@ struct LogitArgs {
   int64_t rows, columns;  // N, V
   int64_t student_stride, teacher_stride, gradient_stride;  // in elements
   DType dtype;
+  Phase phase;     // of a forward
   int divergence;  // enum Divergence
   double beta;
   double student_temperature, teacher_temperature;

@@ -7,7 +7,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastdistil import _C
-from fastdistil.ops.logit_rule import LogitRule
+from fastdistil.ops.logit_rule import PHASE_ALL, LogitRule
 
 
 def logit_fwd(
@@ -17,10 +17,16 @@ def logit_fwd(
     loss: Tensor,
     stats: Tensor,
     gradient: Tensor | None,
+    phase: int = PHASE_ALL,
     **rule: Unpack[LogitRule],
 ) -> None:
-    """Writes loss (N,), stats (N, 5) and, where given, gradient (N, V) = d sum(loss) / d student."""
-    _C.logit_fwd(student, teacher, row_scale, loss, stats, gradient, **rule, threads=torch.get_num_threads())
+    """Writes loss (N,), stats (N, 5) and, where given, gradient (N, V) = d sum(loss) / d student.
+
+    PHASE_STATISTICS writes stats alone (and loss 0), of these columns; PHASE_VALUE reads them: what a split vocabulary
+    does, with what ops/vocab_parallel.py makes of all parts' statistics in between.
+    """
+    threads = torch.get_num_threads()
+    _C.logit_fwd(student, teacher, row_scale, loss, stats, gradient, **rule, threads=threads, phase=phase)
 
 
 def logit_bwd(

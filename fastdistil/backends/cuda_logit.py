@@ -7,7 +7,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastdistil import _C
-from fastdistil.ops.logit_rule import LogitRule
+from fastdistil.ops.logit_rule import PHASE_ALL, LogitRule
 
 
 def logit_fwd(
@@ -17,9 +17,10 @@ def logit_fwd(
     loss: Tensor,
     stats: Tensor,
     gradient: Tensor | None,
+    phase: int = PHASE_ALL,
     **rule: Unpack[LogitRule],
 ) -> None:
-    """Writes loss (N,), stats (N, 5) and, where given, gradient (N, V) = d sum(loss) / d student."""
+    """As fastdistil.backends.cpu_logit.logit_fwd."""
     with torch.cuda.device(student.device):
         _C.logit_fwd_cuda(
             student,
@@ -30,6 +31,7 @@ def logit_fwd(
             gradient,
             **rule,
             stream=torch.cuda.current_stream(student.device).cuda_stream,
+            phase=phase,
         )
 
 

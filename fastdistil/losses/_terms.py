@@ -91,6 +91,19 @@ def scales(
     return scale * (1 - alpha), _check.row_scale(function, rows, labelled, reduction, num_items, device, dtype) * alpha
 
 
+def group_name(function: str, group: object, **refused: bool) -> str:
+    """The process group's name for the ops, "" for None; what does not go with it is refused."""
+    if group is None:
+        return ""
+    if not isinstance(group, torch.distributed.ProcessGroup):
+        raise TypeError(f"{function}: group is {type(group).__name__}, expected a torch.distributed.ProcessGroup")
+    for name, given in refused.items():
+        if given:
+            raise ValueError(f"{function}: {name} came with a group, expected one or the other")
+    found: str = group.group_name
+    return found
+
+
 def caps(
     function: str, student_scale: object, student_cap: object, teacher_scale: object, teacher_cap: object
 ) -> tuple[float, float, float, float]:

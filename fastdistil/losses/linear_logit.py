@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from fastdistil.losses._terms import LogitStats
 from fastdistil.losses.logit import rule_of
 from fastdistil.ops.linear_logit import linear_logit_rows, linear_logit_total
 from fastdistil.ops.logit_terms import pack
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _NAME = "linear_logit_loss"
 
@@ -67,6 +70,7 @@ def linear_logit_loss(  # type: ignore[misc] # the overloads need not repeat wha
     reduction: str = "mean",
     num_items: float | Tensor | None = None,
     return_stats: bool = False,
+    group: ProcessGroup | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, LogitStats]:
     """`logit_loss` of `student_hidden @ student_weight.T + student_bias` and the teacher's likewise, chunk by chunk.
@@ -90,6 +94,10 @@ def linear_logit_loss(  # type: ignore[misc] # the overloads need not repeat wha
             cap * tanh(z / cap) (Gemma 2, arXiv 2408.00118), before anything else is made of them.
         weight: (...,) one number or bool a row. Rows of weight 0 are dropped before the products: 15% of the rows cost
             15%. On a GPU, finding them waits for it once a call; without a weight nothing waits.
+        group: a process group over whose ranks the vocabulary is split: each rank passes its own rows of both heads and
+            the whole hidden states, and gets the whole loss, the whole gradient of the hidden states and its rows' of
+            the head. DTensor heads, sharded by rows over one mesh dimension, bring their group with them. Statistics
+            are merged, logits never gathered. Not with labels, vocab_map, return_stats or backend="reference".
         backend: "auto", "reference", "cpu", "triton" or "cuda", for the rows; the products are torch's.
 
     Returns:
@@ -99,6 +107,9 @@ def linear_logit_loss(  # type: ignore[misc] # the overloads need not repeat wha
     Raises:
         TypeError, ValueError: naming the argument, what came and what was wanted.
     """
+    student_weight, student_bias, teacher_weight, teacher_bias, group = _local(
+        student_weight, student_bias, teacher_weight, teacher_bias, group
+    )
     heads = _check_heads(
         student_hidden,
         student_weight,
@@ -128,6 +139,9 @@ def linear_logit_loss(  # type: ignore[misc] # the overloads need not repeat wha
         partners = _terms.vocab_map(_NAME, vocab_map, columns, teacher_weight.shape[0], device)
     label, counted, alpha = _terms.labels(_NAME, labels, label_weight, ignore_index, rows, columns, device)
     caps = _terms.caps(_NAME, student_logit_scale, student_softcap, teacher_logit_scale, teacher_softcap)
+    name = _terms.group_name(
+        _NAME, group, labels=label is not None, vocab_map=partners is not None, return_stats=return_stats
+    )
     scale, label_scale = _terms.scales(_NAME, rows.numel(), w, counted, alpha, reduction, num_items, device, dtype)
     if partners is not None and divergence == "mse":
         scale = _terms.over_partners(scale, partners)
@@ -136,6 +150,7 @@ def linear_logit_loss(  # type: ignore[misc] # the overloads need not repeat wha
     arguments = (
         hidden.reshape(-1, hidden.shape[-1]), matrix, bias, teacher[0].reshape(-1, teacher[0].shape[-1]), *teacher[1:],
         scale, label, label_scale, partners, pack(rule, caps), return_stats, chunk_bytes, backend, weight is None,
+        name,
     )  # fmt: skip
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, matrix, bias)]
     if reduction != "none" and any(wanted):
@@ -144,6 +159,34 @@ def linear_logit_loss(  # type: ignore[misc] # the overloads need not repeat wha
         losses, each = linear_logit_rows(*arguments)
         loss = losses.reshape(rows) if reduction == "none" else losses.sum()
     return (loss, _terms.row_stats(each, rows)) if return_stats else loss
+
+
+def _local(
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+    group: ProcessGroup | None,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, ProcessGroup | None]:
+    """This rank's rows of DTensor heads, and the group that they are sharded over."""
+    heads = {
+        "student_weight": student_weight, "student_bias": student_bias,
+        "teacher_weight": teacher_weight, "teacher_bias": teacher_bias,
+    }  # fmt: skip
+    if not any(hasattr(x, "device_mesh") for x in heads.values()):
+        return student_weight, student_bias, teacher_weight, teacher_bias, group
+    found: dict[str, Any] = {}
+    for name, x in heads.items():
+        mesh: Any = getattr(x, "device_mesh", None)
+        placements: Any = getattr(x, "placements", None)
+        if x is not None and (mesh is None or mesh.ndim != 1 or not placements[0].is_shard(0)):
+            raise ValueError(
+                f"{_NAME}: {name} is {'no DTensor' if mesh is None else f'placed as {placements}'}, expected a DTensor "
+                "sharded by rows (Shard(0)) over a mesh of one dimension, as all heads then"
+            )
+        found[name] = None if x is None else x.to_local()  # type: ignore[attr-defined]
+        group = group if x is None else mesh.get_group()
+    return found["student_weight"], found["student_bias"], found["teacher_weight"], found["teacher_bias"], group
 
 
 def _check_heads(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from fastdistil.ops import logit as ops
 from fastdistil.ops.logit_rows import logit_rows, logit_total
 from fastdistil.ops.logit_rule import DIVERGENCES
 from fastdistil.ops.logit_terms import pack
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _NAME = "logit_loss"
 
@@ -44,6 +47,7 @@ def logit_loss(  # type: ignore[misc] # the overloads need not repeat what is wr
     num_items: float | Tensor | None = None,
     inplace_backward: bool = False,
     return_stats: bool = False,
+    group: ProcessGroup | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, LogitStats]:
     """Divergence of the student's next-token (or class) distribution from the teacher's.
@@ -86,6 +90,9 @@ def logit_loss(  # type: ignore[misc] # the overloads need not repeat what is wr
             return_stats, which go through buffers.
         return_stats: return (loss, LogitStats) with the entropies of student and teacher, their cross entropy and
             whether their most likely columns agree, a number a row, detached.
+        group: a process group over whose ranks the vocabulary is split: each rank passes its own columns of both sides
+            and gets the whole loss and its columns' gradient. Statistics are merged, logits never gathered. Not with
+            labels, vocab_map, return_stats or backend="reference".
         backend: "auto", "reference", "cpu", "triton" or "cuda"; see fastdistil.backends().
 
     Returns:
@@ -114,10 +121,14 @@ def logit_loss(  # type: ignore[misc] # the overloads need not repeat what is wr
     label, counted, alpha = _terms.labels(_NAME, labels, label_weight, ignore_index, rows, columns[0], device)
     scale, label_scale = _terms.scales(_NAME, rows.numel(), w, counted, alpha, reduction, num_items, device, dtype)
     matrices = (_matrix(student), _matrix(teacher))
-    if label is not None or partners is not None or return_stats:
+    name = _terms.group_name(
+        _NAME, group, labels=label is not None, vocab_map=partners is not None, return_stats=return_stats
+    )
+    if label is not None or partners is not None or return_stats or name:
         if partners is not None and divergence == "mse":
             scale = _terms.over_partners(scale, partners)
-        return _with_terms(matrices, rows, scale, label, label_scale, partners, rule, reduction, return_stats, backend)
+        tensors = (*matrices, scale, label, label_scale, partners)
+        return _with_terms(tensors, rows, rule, reduction, return_stats, backend, name)
     # The gradient ahead of its time, but not where torch.compile plans the memory.
     ahead = student.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
     if inplace_backward and ahead:
@@ -129,20 +140,18 @@ def logit_loss(  # type: ignore[misc] # the overloads need not repeat what is wr
 
 
 def _with_terms(
-    matrices: tuple[Tensor, Tensor],
+    tensors: tuple[Tensor | None, ...],
     rows: torch.Size,
-    scale: Tensor,
-    labels: Tensor | None,
-    label_scale: Tensor | None,
-    partners: Tensor | None,
     rule: tuple[float, ...],
     reduction: str,
     return_stats: bool,
     backend: str,
+    group: str,
 ) -> Tensor | tuple[Tensor, LogitStats]:
     constants = pack(rule, (1.0, 0.0, 1.0, 0.0))
-    arguments = (*matrices, scale, labels, label_scale, partners, constants, return_stats, backend)
-    if reduction != "none" and matrices[0].requires_grad and torch.is_grad_enabled():
+    arguments = (*tensors, constants, return_stats, backend, group)
+    student = tensors[0]
+    if reduction != "none" and student is not None and student.requires_grad and torch.is_grad_enabled():
         loss, each, _ = logit_total(*arguments)
     else:
         losses, each = logit_rows(*arguments)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastdistil.backends.memory import new_empty
-from fastdistil.ops import linear_mse
+from fastdistil.ops import linear_mse, vocab_parallel
 from fastdistil.ops.gradients import hand_out, refuse_double_backward
 from fastdistil.ops.logit_rule import DIVERGENCES
 from fastdistil.ops.logit_terms import ROW_STATISTICS, Terms, run, unpack
@@ -75,6 +75,7 @@ def _compute(
     chunk_bytes: int,
     backend: str,
     dense: bool,
+    group: str,
     wanted: Flags,
 ) -> tuple[Tensor, Tensor, Gradients]:
     """Rows (N,) times their scales, statistics (see `logit_terms.run`), and those gradients of the rows' sum that are
@@ -93,14 +94,16 @@ def _compute(
         student, teacher, scale, terms = student[kept], teacher[kept], scale[kept], terms.rows(kept)
     else:
         kept = None
-    mse = rule["divergence"] == DIVERGENCES.index("mse") and terms.plain and backend != "reference"
+    mse = rule["divergence"] == DIVERGENCES.index("mse") and terms.plain and backend != "reference" and not group
     if mse and linear_mse.pays(student, student_weight, teacher, wanted):
         rows, found = linear_mse.compute(student, teacher, *heads, scale, rule, chunk_bytes, wanted)
         each = scale.new_empty(0, ROW_STATISTICS)
     else:
         source = _Source(student, teacher, heads, scale, vocab_map, wanted)
-        rows, each = run(source, scale, rule, terms, chunk_bytes, backend, any(wanted))
+        rows, each = run(source, scale, rule, terms, chunk_bytes, backend, any(wanted), group)
         found = source.dstudent, source.dweight, source.dbias
+        if group and source.dstudent is not None:  # each rank has the part that went through its columns
+            torch.distributed.all_reduce(source.dstudent, group=vocab_parallel.resolve(group))
     if kept is None:
         return rows, each, found
 
@@ -128,6 +131,7 @@ def linear_logit_rows(
     chunk_bytes: int,
     backend: str,
     dense: bool,
+    group: str,
 ) -> tuple[Tensor, Tensor]:
     """student_hidden (N, D_s), student_weight (V_s, D_s), student_bias (V_s,), teacher_hidden (N, D_t), teacher_weight
     (V_t, D_t), teacher_bias (V_t,), row_scale (N,) float32 (float64 for float64 inputs), labels (N,) int64, label_scale
@@ -135,7 +139,7 @@ def linear_logit_rows(
     statistics (N, ROW_STATISTICS), or none of them."""
     heads = (student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias)
     terms = (row_scale, labels, label_scale, vocab_map, constants, statistics)
-    return _compute(*heads, *terms, chunk_bytes, backend, dense, (False, False, False))[:2]
+    return _compute(*heads, *terms, chunk_bytes, backend, dense, group, (False, False, False))[:2]
 
 
 @torch.library.custom_op("fastdistil::linear_logit_total", mutates_args=())
@@ -155,6 +159,7 @@ def linear_logit_total(
     chunk_bytes: int,
     backend: str,
     dense: bool,
+    group: str,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `linear_logit_rows` -> the rows' sum (), statistics, and the sum's gradients in student hidden, weight and
@@ -162,7 +167,7 @@ def linear_logit_total(
     heads = (student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias)
     terms = (row_scale, labels, label_scale, vocab_map, constants, statistics)
     flags = (wanted[0], wanted[1], wanted[2])
-    rows, each, found = _compute(*heads, *terms, chunk_bytes, backend, dense, flags)
+    rows, each, found = _compute(*heads, *terms, chunk_bytes, backend, dense, group, flags)
     dhidden, dweight, dbias = (row_scale.new_empty(0) if g is None else g for g in found)
     return rows.sum(), each, dhidden, dweight, dbias
 
@@ -179,7 +184,7 @@ def _(*args: Any) -> tuple[Tensor, Tensor]:
 
 @linear_logit_total.register_fake
 def _(*args: Any) -> tuple[Tensor, ...]:
-    row_scale, statistics, wanted = args[6], args[11], args[15]
+    row_scale, statistics, wanted = args[6], args[11], args[16]
     gradients = (
         row_scale.new_empty(x.shape if want and x is not None else 0) for x, want in zip(args[:3], wanted, strict=True)
     )
@@ -196,15 +201,15 @@ def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
 def _backward_rows(ctx: Any, drows: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     refuse_double_backward("linear_logit_loss")
     if drows is None:
-        return (None,) * 15
+        return (None,) * 16
     *heads, row_scale, labels, label_scale, vocab_map = ctx.saved_tensors
-    constants, _statistics, chunk_bytes, backend, dense = ctx.options
+    constants, _statistics, chunk_bytes, backend, dense, group = ctx.options
     scale, label_scale = (None if x is None else torch.where(x == 0, 0.0, x * drows) for x in (row_scale, label_scale))
     wanted = list(ctx.needs_input_grad[:3])
-    options = (labels, label_scale, vocab_map, constants, False, chunk_bytes, backend, dense, wanted)
+    options = (labels, label_scale, vocab_map, constants, False, chunk_bytes, backend, dense, group, wanted)
     _, _, *found = linear_logit_total(*heads, scale, *options)
     gradients = (g.to(x.dtype) if want else None for g, x, want in zip(found, heads[:3], wanted, strict=True))
-    return *gradients, *[None] * 12
+    return *gradients, *[None] * 13
 
 
 def _setup_total(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -218,7 +223,7 @@ def _setup_total(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 def _backward_total(ctx: Any, dtotal: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     refuse_double_backward("linear_logit_loss")
     if dtotal is None:
-        return (None,) * 16
+        return (None,) * 17
     tensors, wanted = ctx.saved_tensors, ctx.options[-1]
 
     def again() -> tuple[Tensor, ...]:
@@ -228,7 +233,7 @@ def _backward_total(ctx: Any, dtotal: Tensor | None, *_: Any) -> tuple[Tensor | 
 
     gradients = hand_out(ctx, dtotal, again)
     each = zip(gradients, tensors[:3], wanted, strict=True)
-    return *(g.to(x.dtype) if want else None for g, x, want in each), *[None] * 13
+    return *(g.to(x.dtype) if want else None for g, x, want in each), *[None] * 14
 
 
 linear_logit_rows.register_autograd(_backward_rows, setup_context=_setup_rows)

@@ -50,6 +50,7 @@ def _compute(
     constants: list[float],
     statistics: bool,
     backend: str,
+    group: str,
     need_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     if backend == "triton" and row_scale.dtype == torch.float64:
@@ -58,7 +59,7 @@ def _compute(
     terms = Terms(labels, label_scale, vocab_map, *caps, statistics)
     source = _Source(student, teacher, vocab_map, need_gradient)
     chunk_bytes = CHUNK_BYTES["cpu" if student.device.type == "cpu" else "gpu"]
-    rows, each = run(source, row_scale, rule, terms, chunk_bytes, backend, need_gradient)
+    rows, each = run(source, row_scale, rule, terms, chunk_bytes, backend, need_gradient, group)
     return rows, each, source.gradient
 
 
@@ -73,11 +74,12 @@ def logit_rows(
     constants: list[float],
     statistics: bool,
     backend: str,
+    group: str,
 ) -> tuple[Tensor, Tensor]:
     """student (N, V_s), teacher (N, V_t), row_scale (N,) float32 (float64 for float64 logits), labels (N,) int64,
     label_scale (N,) as row_scale, vocab_map (V_s,) int64, `constants` of logit_terms.pack -> rows (N,) times their
     scales, and statistics (N, ROW_STATISTICS), or none of them."""
-    options = (row_scale, labels, label_scale, vocab_map, constants, statistics, backend)
+    options = (row_scale, labels, label_scale, vocab_map, constants, statistics, backend, group)
     return _compute(student, teacher, *options, need_gradient=False)[:2]
 
 
@@ -92,9 +94,10 @@ def logit_total(
     constants: list[float],
     statistics: bool,
     backend: str,
+    group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `logit_rows` -> the rows' sum (), statistics, and the sum's gradient in the student's dtype."""
-    options = (row_scale, labels, label_scale, vocab_map, constants, statistics, backend)
+    options = (row_scale, labels, label_scale, vocab_map, constants, statistics, backend, group)
     rows, each, gradient = _compute(student, teacher, *options, need_gradient=True)
     assert gradient is not None
     return rows.sum(), each, gradient
@@ -122,25 +125,25 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 def _backward_rows(ctx: Any, drows: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     refuse_double_backward("logit_loss")
     if drows is None:
-        return (None,) * 9
+        return (None,) * 10
     student, teacher, row_scale, labels, label_scale, vocab_map = ctx.saved_tensors
     scale, label_scale = (None if x is None else torch.where(x == 0, 0.0, x * drows) for x in (row_scale, label_scale))
-    constants, _statistics, backend = ctx.options
-    found = logit_total(student, teacher, scale, labels, label_scale, vocab_map, constants, False, backend)
-    return found[2], *[None] * 8
+    constants, _statistics, *rest = ctx.options
+    found = logit_total(student, teacher, scale, labels, label_scale, vocab_map, constants, False, *rest)
+    return found[2], *[None] * 9
 
 
 def _backward_total(ctx: Any, dtotal: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     refuse_double_backward("logit_loss")
     if dtotal is None:
-        return (None,) * 9
+        return (None,) * 10
 
     def again() -> tuple[Tensor, ...]:
-        constants, _statistics, backend = ctx.options
-        found: tuple[Tensor, ...] = logit_total(*ctx.saved_tensors, constants, False, backend)
+        constants, _statistics, *rest = ctx.options
+        found: tuple[Tensor, ...] = logit_total(*ctx.saved_tensors, constants, False, *rest)
         return found[2:]
 
-    return *hand_out(ctx, dtotal, again), *[None] * 8
+    return *hand_out(ctx, dtotal, again), *[None] * 9
 
 
 logit_rows.register_autograd(_backward_rows, setup_context=_setup)

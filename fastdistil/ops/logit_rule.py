@@ -12,6 +12,10 @@ DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", 
 STATS = 5
 
 
+# enum Phase of csrc/rules/logit_args.h: what a forward does.
+PHASE_ALL, PHASE_STATISTICS, PHASE_VALUE = range(3)
+
+
 class LogitRule(TypedDict):
     divergence: int  # index into DIVERGENCES
     beta: float

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from fastdistil.backends import choose, get
 from fastdistil.backends.memory import new_empty
+from fastdistil.ops import vocab_parallel
 from fastdistil.ops.logit_rule import STATS, LogitRule
 
 # Columns that rows of logits are padded to, so that every row of an odd vocabulary begins at 64 bytes.
@@ -97,11 +99,19 @@ def chunk_rows(rows: int, columns: int, itemsize: int, chunk_bytes: int) -> int:
 
 
 def run(
-    source: Source, scale: Tensor, rule: LogitRule, terms: Terms, chunk_bytes: int, backend: str, need_gradient: bool
+    source: Source,
+    scale: Tensor,
+    rule: LogitRule,
+    terms: Terms,
+    chunk_bytes: int,
+    backend: str,
+    need_gradient: bool,
+    group: str,
 ) -> tuple[Tensor, Tensor]:
     """Rows (N,) times their scales, and statistics (N, ROW_STATISTICS), (0, ROW_STATISTICS) where not asked for.
 
-    scale (N,) is float32 or float64; so are the buffers."""
+    scale (N,) is float32 or float64; so are the buffers. group: the name of the process group over whose ranks the
+    columns are split, or ""; labels, maps and statistics are then refused at the door."""
     count, dtype, device = len(scale), scale.dtype, scale.device
     rows, statistics = (
         torch.empty_like(scale),
@@ -134,7 +144,8 @@ def run(
             _statistics(student, teacher, scale[chunk], rule, statistics[chunk])
         gradient = None if not need_gradient else teacher if again else student
         value = rows[chunk]
-        logit.logit_fwd(student, teacher, scale[chunk], value, row_stats[: len(value)], gradient, **rule)
+        fused = vocab_parallel.forward(logit, rule, group) if group else partial(logit.logit_fwd, **rule)
+        fused(student, teacher, scale[chunk], value, row_stats[: len(value)], gradient)
         if terms.labels is not None and terms.label_scale is not None:
             if kept is not None and alone is not None:
                 student.index_copy_(1, alone, kept)

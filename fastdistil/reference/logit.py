@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from fastdistil.ops.logit_rule import DIVERGENCES, LogitRule
+from fastdistil.ops.logit_rule import DIVERGENCES, PHASE_ALL, LogitRule
 from fastdistil.reference.exact import expm1_minus_x, log_mass_ratio, scaled_expm1
 
 
@@ -86,9 +86,12 @@ def logit_fwd(
     loss: Tensor,
     stats: Tensor,
     gradient: Tensor | None,
+    phase: int = PHASE_ALL,
     **rule: Unpack[LogitRule],
 ) -> None:
     """Writes loss (N,) and, where given, gradient (N, V). Nothing is kept in stats: the backward starts afresh."""
+    if phase != PHASE_ALL:
+        raise ValueError("backend 'reference' has no part of a vocabulary, expected 'cpu', 'triton' or 'cuda'")
     value, slope, counts = _compute(student, teacher, row_scale, rule)
     loss.copy_(value)
     stats.zero_()

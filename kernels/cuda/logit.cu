@@ -104,7 +104,7 @@ __device__ Compute<E> plain_logsumexp(const E* student, const E* teacher, int64_
 
 template <class E>
 __device__ RowStats<Compute<E>> statistics(const E* student, const E* teacher, int64_t columns,
-                                           const Tempering<Compute<E>>& tempering) {
+                                           const Tempering<Compute<E>>& tempering, bool part) {
   using T = Compute<E>;
   Masses<T, T> masses;
   for_columns(student, teacher, columns, [&](int64_t, T s, T t) {
@@ -118,6 +118,8 @@ __device__ RowStats<Compute<E>> statistics(const E* student, const E* teacher, i
   const double factor = ::exp(static_cast<double>(masses.unit()) - max);
   const double sum = block_sum(masses.sum * factor);
   const double difference = block_sum(masses.difference * factor);
+  if (part && !(max > T(-INFINITY)))  // no teacher mass here
+    return {max, static_cast<T>(1.0 / sum), T(0), plain_logsumexp(student, teacher, columns, tempering)};
   RowStats<T> stats{max > T(-INFINITY) ? max : T(NAN), static_cast<T>(1.0 / sum), T(0), T(0)};
   if (!exact_log_ratio(difference / sum, stats.log_ratio))  // the same for every thread of the block
     stats.log_ratio = static_cast<T>(plain_logsumexp(student, teacher, columns, tempering) - (max + ::log(sum)));
@@ -147,16 +149,17 @@ __global__ void __launch_bounds__(kThreads, 1) logit_kernel(LogitArgs args) {
                            static_cast<T>(1.0 / args.teacher_temperature),
                            args.student_temperature == args.teacher_temperature, T(0)};
     RowStats<T> stats{T(0), static_cast<T>(1.0 / args.columns), T(0), T(0)};
-    if (!args.loss) {
+    if (!args.loss || args.phase == Phase::value) {
       stats = {saved[kMax], saved[kInvSum], saved[kLogRatio], saved[kCentre]};
       tempering.shift = saved[kShift];
     } else if (Rule::softmax) {
       tempering.shift = row_shift<T>(to_compute(student[0]), to_compute(teacher[0]), tempering);
-      stats = statistics(student, teacher, args.columns, tempering);
+      stats = statistics(student, teacher, args.columns, tempering, args.phase == Phase::statistics);
     }
     const T factor = static_cast<T>(scale * dloss * args.value_factor / args.student_temperature);
-    if (args.loss) {
-      T value = 0, centre = 0;
+    const bool shares = args.loss && args.phase != Phase::statistics;
+    T value = 0, centre = 0;
+    if (shares) {
       for_columns(student, teacher, args.columns, [&](int64_t i, T s, T t) {
         const Result<T> part = result<Rule, false>(scores(s, t, tempering), stats, beta);
         value += part.value;
@@ -165,13 +168,17 @@ __global__ void __launch_bounds__(kThreads, 1) logit_kernel(LogitArgs args) {
       });
       value = block_sum(value);
       if (Rule::centred) stats.centre = block_sum(centre);
+    }
+    if (args.loss) {
+      __syncthreads();  // every thread has read what was given
       if (threadIdx.x == 0) {
         static_cast<T*>(args.loss)[r] = static_cast<T>(value * args.value_factor * scale);
         saved[kMax] = stats.max, saved[kInvSum] = stats.inv_sum, saved[kShift] = tempering.shift;
         saved[kLogRatio] = stats.log_ratio, saved[kCentre] = stats.centre;
       }
     }
-    if (gradient && (Rule::centred || !args.loss))
+    // Where the vocabulary is split, a centred rule's gradient waits for the whole centre.
+    if (gradient && (!args.loss || (Rule::centred && args.phase == Phase::all)))
       for_columns(student, teacher, args.columns, [&](int64_t i, T s, T t) {
         from_compute(factor * result<Rule, false>(scores(s, t, tempering), stats, beta).gradient, gradient[i]);
       });

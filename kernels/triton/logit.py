@@ -10,7 +10,7 @@ from fastdistil.kernels.triton.divergence import RULES, Rule
 from fastdistil.kernels.triton.logit_kernels import logit_bwd_kernel, logit_fwd_kernel
 from torch import Tensor
 
-from fastdistil.ops.logit_rule import STATS
+from fastdistil.ops.logit_rule import PHASE_ALL, STATS
 
 
 def logit_config(columns: int, lanes: int) -> tuple[int, dict[str, int]]:
@@ -52,6 +52,7 @@ def logit_fwd(
     loss: Tensor,
     stats: Tensor,
     gradient: Tensor | None,
+    phase: int = PHASE_ALL,
     **rule: Any,
 ) -> None:
     """As fastdistil.backends.cpu_logit.logit_fwd, for float32, bfloat16 and float16."""
@@ -61,7 +62,7 @@ def logit_fwd(
         logit_fwd_kernel[(student.shape[0],)](
             student, teacher, row_scale, loss, stats, student if gradient is None else gradient,
             *sizes, factor, factor / rule["student_temperature"], rule["beta"], GRADIENT=gradient is not None,
-            **constants,
+            PHASE=phase, **constants,
         )  # fmt: skip
 
 
@@ -94,7 +95,7 @@ def aot_cases() -> list[dict[str, Any]]:
     return cases
 
 
-_KERNELS = {logit_fwd_kernel: {"GRADIENT": True}, logit_bwd_kernel: {"KEEP_UNIT": True}}
+_KERNELS = {logit_fwd_kernel: {"GRADIENT": True, "PHASE": 0}, logit_bwd_kernel: {"KEEP_UNIT": True}}
 
 
 def _aot_case(

@@ -158,7 +158,8 @@ def _statistics(
     student_ptr, teacher_ptr, row, V, student_stride, teacher_stride, live, inv_s, inv_t,
     EQUAL: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The teacher's maximum and 1/sum, the shift, and D = log1p(X/S); a row that does not count is not read."""
+    """The teacher's maximum and 1/sum, the shift, D = log1p(X/S), and where X/S is of no use the student's lse; a row
+    that does not count is not read."""
     head, body = _layout(row, student_stride, V, VEC)
     edge, exists = _edge(head, body, V, VEC)
     at_edge = exists & live
@@ -182,6 +183,7 @@ def _statistics(
     ratio = difference / total
     near = (ratio > -0.9) & (ratio < 1e30)
     log_ratio = log1p(tl.where(near, ratio, 0.0))
+    lse = 0.0
     if live & (near == 0):  # the rows lie so far apart that the plain difference is good enough
         largest_a, total_a = _add_to_lse(s_row, t_row, edge, at_edge, inv_s, inv_t, shift, float("-inf"), 0.0, EQUAL)
         for begin in range(0, end, BLOCK):
@@ -189,9 +191,9 @@ def _statistics(
             largest_a, total_a = _add_to_lse(
                 s_body, t_body, columns, columns < end, inv_s, inv_t, shift, largest_a, total_a, EQUAL
             )
-        log_ratio = (largest_a + tl.log(total_a)) - (largest + tl.log(total))
-    # A teacher of -inf alone is the caller's error and stays visible.
-    return tl.where(largest == float("-inf"), float("nan"), largest), 1.0 / total, shift, log_ratio
+        lse = largest_a + tl.log(total_a)
+        log_ratio = lse - (largest + tl.log(total))
+    return largest, 1.0 / total, shift, log_ratio, lse
 
 
 @triton.jit
@@ -199,30 +201,40 @@ def logit_fwd_kernel(
     student_ptr, teacher_ptr, scale_ptr, loss_ptr, stats_ptr, gradient_ptr,
     V, student_stride, teacher_stride, gradient_stride, inv_s, inv_t, value_factor, gradient_factor, beta,
     RULE: tl.constexpr, CENTRED: tl.constexpr, SOFTMAX: tl.constexpr, EQUAL: tl.constexpr, GRADIENT: tl.constexpr,
-    STATS: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr,
+    PHASE: tl.constexpr, STATS: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """loss (N,), stats (N, STATS) and, with GRADIENT, gradient (N, V), all times the row's scale."""
+    """loss (N,), stats (N, STATS) and, with GRADIENT, gradient (N, V), all times the row's scale. PHASE 1 leaves the
+    statistics of these columns alone, 2 begins with given ones (logit_args.h)."""
     row = tl.program_id(0).to(tl.int64)
     scale = tl.load(scale_ptr + row)
     live = scale != 0.0
+    stats_ptr += row * STATS
     largest, inv_sum, shift, log_ratio = 0.0, 1.0 / V, 0.0, 0.0
-    if SOFTMAX:
-        largest, inv_sum, shift, log_ratio = _statistics(
+    value, centre = 0.0, 0.0
+    if PHASE == 2:
+        largest, inv_sum = tl.load(stats_ptr), tl.load(stats_ptr + 1)
+        shift, log_ratio = tl.load(stats_ptr + 2), tl.load(stats_ptr + 3)
+    elif SOFTMAX:
+        largest, inv_sum, shift, log_ratio, lse = _statistics(
             student_ptr, teacher_ptr, row, V, student_stride, teacher_stride, live, inv_s, inv_t, EQUAL, VEC, BLOCK
         )
-    value, centre = _pass(
-        student_ptr, teacher_ptr, gradient_ptr, row, V, student_stride, teacher_stride, gradient_stride, live,
-        scale * gradient_factor, largest, inv_sum, shift, log_ratio, 0.0, inv_s, inv_t, beta,
-        RULE, CENTRED, SOFTMAX, EQUAL, GRADIENT and not CENTRED, VEC, BLOCK,
-    )  # fmt: skip
-    if GRADIENT and CENTRED:
+        if PHASE == 1:
+            centre = tl.where(largest == float("-inf"), lse, 0.0)
+        else:  # a teacher of -inf alone is the caller's error and stays visible
+            largest = tl.where(largest == float("-inf"), float("nan"), largest)
+    if PHASE != 1:
+        value, centre = _pass(
+            student_ptr, teacher_ptr, gradient_ptr, row, V, student_stride, teacher_stride, gradient_stride, live,
+            scale * gradient_factor, largest, inv_sum, shift, log_ratio, 0.0, inv_s, inv_t, beta,
+            RULE, CENTRED, SOFTMAX, EQUAL, GRADIENT and not CENTRED, VEC, BLOCK,
+        )  # fmt: skip
+    if GRADIENT and CENTRED and PHASE == 0:
         _pass(
             student_ptr, teacher_ptr, gradient_ptr, row, V, student_stride, teacher_stride, gradient_stride, live,
             scale * gradient_factor, largest, inv_sum, shift, log_ratio, centre, inv_s, inv_t, beta,
             RULE, CENTRED, SOFTMAX, EQUAL, True, VEC, BLOCK,
         )  # fmt: skip
     tl.store(loss_ptr + row, tl.where(live, value * value_factor * scale, 0.0))
-    stats_ptr += row * STATS
     tl.store(stats_ptr, largest)
     tl.store(stats_ptr + 1, inv_sum)
     tl.store(stats_ptr + 2, shift)

@@ -1,0 +1,101 @@
+"""A vocabulary split over the ranks of a process group: one row's statistics from those of its parts.
+
+Every rank has its own columns of both sides. What travels are five numbers a row and rank, then two, and where hidden
+states need a gradient its sum over the ranks; logits never do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastdistil.ops.logit_rule import DIVERGENCES, PHASE_STATISTICS, PHASE_VALUE, LogitRule
+
+DIRECT = ("forward_kl", "mse")  # rules whose gradient needs no sum over the row (csrc/rules/divergence.h: not centred)
+LARGEST_EXACT = 30.0  # |lse(a) - lse(b)| of a part, beyond which the plain logsumexp over the parts is good enough
+
+
+def resolve(name: str) -> dist.ProcessGroup:
+    """The group of that name (an op cannot take the group itself)."""
+    found: dist.ProcessGroup = dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
+    return found
+
+
+def forward(module: ModuleType, rule: LogitRule, name: str) -> Callable[..., None]:
+    """`_rows` with everything but its tensors."""
+    return partial(_rows, module, rule, resolve(name))
+
+
+def _rows(
+    module: ModuleType,
+    rule: LogitRule,
+    group: dist.ProcessGroup,
+    student: Tensor,
+    teacher: Tensor,
+    scale: Tensor,
+    loss: Tensor,
+    stats: Tensor,
+    gradient: Tensor | None,
+) -> None:
+    """As a backend's logit_fwd, for this rank's columns (n, V_r) of rows whose other columns are on other ranks: the
+    whole rows' loss (n,) on every rank, and the gradient in the own columns. Not differentiable by itself."""
+    divergence = DIVERGENCES[rule["divergence"]]
+    module.logit_fwd(student, teacher, scale, loss, stats, None, phase=PHASE_STATISTICS, **rule)
+    if divergence == "mse":
+        count(stats, group)
+    else:
+        t_s, t_t = rule["student_temperature"], rule["teacher_temperature"]
+        merge(stats, 1 / t_s if t_s == t_t else 1.0, group)  # equal temperatures divide after the shift
+    centred = divergence not in DIRECT
+    direct = None if centred else gradient
+    module.logit_fwd(student, teacher, scale, loss, stats, direct, phase=PHASE_VALUE, **rule)
+    shares = torch.stack((loss, stats[:, 4]))
+    dist.all_reduce(shares, group=group)
+    loss.copy_(shares[0])
+    stats[:, 4] = shares[1]
+    if centred and gradient is not None:
+        module.logit_bwd(student, teacher, scale, stats, gradient, torch.ones_like(scale), False, **rule)
+
+
+def _gather(stats: Tensor, group: dist.ProcessGroup) -> Tensor:
+    own = stats.double().contiguous()
+    parts = [torch.empty_like(own) for _ in range(group.size())]
+    dist.all_gather(parts, own, group=group)
+    return torch.stack(parts)
+
+
+def count(stats: Tensor, group: dist.ProcessGroup) -> None:
+    """For the mse, which divides by the number of columns: 1 / V of all ranks in place of 1 / V of this one."""
+    stats[:, 1] = (1 / (1 / _gather(stats, group)[:, :, 1]).sum(0)).to(stats.dtype)
+
+
+def merge(stats: Tensor, shift_unit: float, group: dist.ProcessGroup) -> None:
+    """The statistics (n, 5) of these columns become those of all ranks' columns, the same on every rank.
+
+    shift_unit: what a shift of 1 takes off a tempered score.
+
+    With pi the teacher's mass of each part and D_r = lse(a) - lse(b) within it, D = log1p(sum pi_r expm1(D_r)): nothing
+    cancels as the student nears its teacher. Each part took its own shift off its student's logits; the first one's
+    becomes everybody's."""
+    largest, inv_sum, shift, log_ratio, lse = _gather(stats, group).unbind(-1)  # (R, n) each
+    seen = largest != -torch.inf
+    top = largest.amax(0)
+    unit = torch.where(top == -torch.inf, 0.0, top)
+    mass = torch.where(seen, torch.exp(largest - unit) / inv_sum, 0.0)
+    total = mass.sum(0)
+    moved = torch.where(seen, log_ratio, lse - unit - total.log()) + (shift - shift[0]) * shift_unit
+    log_share = torch.where(seen, (mass / total).log(), 0.0)
+    growth = torch.where(seen, mass / total * torch.expm1(moved.clamp(max=LARGEST_EXACT)), moved.exp())
+    ratio = growth.sum(0)
+    near = (torch.where(seen, moved, 0.0).abs() <= LARGEST_EXACT).all(0) & (ratio > -0.9) & ratio.isfinite()
+    plain = (log_share + moved).logsumexp(0)
+    stats[:, 0] = torch.where(top == -torch.inf, torch.nan, top)
+    stats[:, 1] = 1 / total
+    stats[:, 2] = shift[0]
+    stats[:, 3] = torch.where(near, torch.log1p(torch.where(near, ratio, 0.0)), plain)
+    stats[:, 4] = 0

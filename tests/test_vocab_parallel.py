@@ -1,0 +1,202 @@
+"""A vocabulary split over processes gives what one process gives: 2 and 4 gloo ranks on the CPU."""
+
+from __future__ import annotations
+
+import math
+import sys
+import traceback
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from conftest import DEVICE, available
+from judge import Outcome, error, judge_exact
+
+import fastdistil as fd
+from fastdistil.backends import get
+from fastdistil.ops import vocab_parallel
+from fastdistil.ops.logit_rule import DIVERGENCES, PHASE_STATISTICS, PHASE_VALUE, STATS
+
+pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+
+ROWS, COLUMNS = 5, 203
+# Uneven parts, one of them narrower than a vector.
+PARTS = {2: [120, 83], 4: [64, 3, 101, 35]}
+
+
+def logits(case: str) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    teacher = 4 * torch.randn(ROWS, COLUMNS, generator=generator)
+    noise = {"near": 1e-3, "far": 60.0}.get(case, 1.0)
+    student = teacher + noise * torch.randn(ROWS, COLUMNS, generator=generator)
+    if case == "near":
+        student += 7.7  # an offset that the divergence does not see
+    if case == "masked":  # the first part of four has no teacher mass at all, in one row no student mass either
+        teacher[:, :64] = -math.inf
+        student[1, :64] = -math.inf
+    return student, teacher
+
+
+def outcome(student: torch.Tensor, teacher: torch.Tensor, **options: Any) -> Outcome:
+    leaf = student.clone().requires_grad_()
+    weight = torch.tensor([1.0, 2.0, 0.0, 0.5, 1.0])
+    value = fd.logit_loss(leaf, teacher, temperature=2.0, weight=weight, **options)
+    if "reduction" in options:
+        value = (value * torch.arange(1.0, ROWS + 1)).sum()
+    return Outcome(value.detach(), torch.autograd.grad(value, leaf))
+
+
+def heads(rank_columns: slice = slice(None)) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    generator = torch.Generator().manual_seed(6)
+    sizes = ((ROWS, 8), (COLUMNS, 8), (COLUMNS,), (ROWS, 12), (COLUMNS, 12))
+    h, w, b, t, v = (torch.randn(*size, generator=generator) for size in sizes)
+    return [h, w[rank_columns], b[rank_columns]], [t, v[rank_columns]]
+
+
+def two_heads(part: slice = slice(None), **options: Any) -> Outcome:
+    inputs, teacher = heads(part)
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    value = fd.linear_logit_loss(*leaves[:2], *teacher, student_bias=leaves[2], student_softcap=5.0, **options)
+    return Outcome(value.detach(), torch.autograd.grad(value, leaves))
+
+
+def close(found: torch.Tensor, wanted: torch.Tensor, what: str, allowed: float = 2e-6) -> None:
+    assert error(found, wanted) <= allowed, f"{what}: {error(found, wanted):.1e}"
+
+
+def check(rank: int, world: int) -> None:
+    sizes = PARTS[world]
+    part = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    group = dist.group.WORLD
+    for divergence in DIVERGENCES:
+        for case in ("usual", "near", "far", "masked"):
+            if case != "usual" and divergence not in ("forward_kl", "jsd"):
+                continue
+            for options in ({}, {"reduction": "none"}):
+                student, teacher = logits(case)
+                whole = outcome(student.double(), teacher.double(), divergence=divergence, **options)
+                mine = outcome(student[:, part], teacher[:, part], divergence=divergence, group=group, **options)
+                wanted = Outcome(whole.value, (whole.gradients[0][:, part],))
+                if case == "near":
+                    judge_exact(mine, wanted, torch.float32)
+                else:
+                    name, alone = (
+                        f"{divergence} {case} {options}",
+                        outcome(student, teacher, divergence=divergence, **options),
+                    )
+                    close(mine.value, wanted.value, f"{name} value", 2 * error(alone.value, whole.value) + 1e-6)
+                    allowed = 2 * error(alone.gradients[0][:, part], wanted.gradients[0]) + 1e-6
+                    close(mine.gradients[0], wanted.gradients[0], f"{name} gradient", allowed)
+        for chunk_bytes in (1, None):
+            options = {"divergence": divergence, "chunk_bytes": chunk_bytes}
+            whole, mine = two_heads(**options), two_heads(part, group=group, **options)
+            close(mine.value, whole.value, f"{divergence} heads value", 1e-5)
+            close(mine.gradients[0], whole.gradients[0], f"{divergence} heads hidden", 1e-5)
+            close(mine.gradients[1], whole.gradients[1][part], f"{divergence} heads weight", 1e-5)
+            close(mine.gradients[2], whole.gradients[2][part], f"{divergence} heads bias", 1e-5)
+    distributed_tensors(world)
+    student, teacher = logits("usual")
+    labels = torch.zeros(ROWS, dtype=torch.int64)
+    with pytest.raises(ValueError, match="labels came with a group, expected one or the other"):
+        fd.logit_loss(student, teacher, labels=labels, label_weight=0.5, group=group)
+    with pytest.raises(ValueError, match="backend 'reference' has no part of a vocabulary"):
+        fd.logit_loss(student, teacher, backend="reference", group=group)
+
+
+def distributed_tensors(world: int) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (world,))
+    (hidden, weight, _), (teacher_hidden, teacher_weight) = heads()
+    leaf = weight.clone().requires_grad_()
+    value = fd.linear_logit_loss(hidden, leaf, teacher_hidden, teacher_weight)
+    wanted = torch.autograd.grad(value, leaf)[0]
+    sharded = distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()
+    teacher = distribute_tensor(teacher_weight, mesh, [Shard(0)])
+    found = fd.linear_logit_loss(hidden, sharded, teacher_hidden, teacher)
+    found.backward()
+    close(found, value, "DTensor value")
+    close(sharded.grad.full_tensor(), wanted, "DTensor weight", 1e-5)
+    with pytest.raises(ValueError, match=r"teacher_weight is placed as \(Replicate\(\),\), expected a DTensor sharded"):
+        fd.linear_logit_loss(hidden, sharded, teacher_hidden, distribute_tensor(teacher_weight, mesh, [Replicate()]))
+    with pytest.raises(ValueError, match="teacher_weight is no DTensor, expected a DTensor sharded by rows"):
+        fd.linear_logit_loss(hidden, sharded, teacher_hidden, teacher_weight)
+
+
+def process(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    try:
+        check(rank, world)
+    except BaseException:
+        (Path(folder) / f"error-{rank}").write_text(traceback.format_exc())
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="gloo's file store")
+@pytest.mark.parametrize("world", PARTS)
+def test_ranks_agree_with_one_process(world: int, tmp_path: Path) -> None:
+    try:
+        mp.spawn(process, (world, str(tmp_path)), nprocs=world)
+    except Exception:
+        errors = sorted(tmp_path.glob("error-*"))
+        pytest.fail("\n".join(path.read_text() for path in errors[:1]) or traceback.format_exc())
+
+
+def test_a_group_of_another_kind_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"logit_loss: group is int, expected a torch.distributed.ProcessGroup"):
+        fd.logit_loss(torch.zeros(2, 3), torch.zeros(2, 3), group=3)
+
+
+@pytest.mark.parametrize("case", ["usual", "near", "masked"])
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "mse"])
+@pytest.mark.parametrize("backend", available("cpu", "triton", "cuda"))
+def test_phases_of_every_backend(backend: str, divergence: str, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same in one process: statistics of each part, merged, then values and gradients from them."""
+    module, rule = get("logit", backend, DEVICE), as_rule(divergence)
+    student, teacher = (x.to(DEVICE) for x in logits(case))
+    scale = torch.rand(ROWS, device=DEVICE)
+    loss, stats, gradient = scale.clone(), scale.new_empty(ROWS, STATS), torch.empty_like(student)
+    module.logit_fwd(student, teacher, scale, loss, stats, gradient, **rule)
+    ends = [0, 64, 67, 168, COLUMNS]
+    parts = [slice(a, b) for a, b in pairwise(ends)]
+    found = [torch.empty_like(stats) for _ in parts]
+    ignored = torch.empty_like(scale)
+    for part, own in zip(parts, found, strict=True):
+        module.logit_fwd(student[:, part], teacher[:, part], scale, ignored, own, None, phase=PHASE_STATISTICS, **rule)
+    monkeypatch.setattr(vocab_parallel, "_gather", lambda own, group: torch.stack(found).double())
+    merged = torch.empty_like(stats)
+    if divergence == "mse":
+        merged.zero_()
+        vocab_parallel.count(merged, None)
+    else:
+        vocab_parallel.merge(merged, 0.5, None)
+    values, centres, written = torch.zeros_like(scale), torch.zeros_like(scale), torch.empty_like(student)
+    for part in parts:
+        own, share = merged.clone(), torch.empty_like(scale)
+        direct = written[:, part] if divergence in vocab_parallel.DIRECT else None
+        module.logit_fwd(student[:, part], teacher[:, part], scale, share, own, direct, phase=PHASE_VALUE, **rule)
+        values, centres = values + share, centres + own[:, 4]
+    if divergence not in vocab_parallel.DIRECT:
+        merged[:, 4] = centres
+        for part in parts:
+            rest = (scale, merged, written[:, part], torch.ones_like(scale), False)
+            module.logit_bwd(student[:, part], teacher[:, part], *rest, **rule)
+    judge_exact(Outcome(values, (written,)), Outcome(loss, (gradient,)), torch.float32)
+
+
+def as_rule(divergence: str) -> Any:
+    return {
+        "divergence": DIVERGENCES.index(divergence),
+        "beta": 0.5,
+        "student_temperature": 2.0,
+        "teacher_temperature": 2.0,
+        "value_factor": 4.0,
+    }
