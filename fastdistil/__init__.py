@@ -6,6 +6,7 @@ from fastdistil.losses.attention import attention_loss
 from fastdistil.losses.hidden import hidden_loss
 from fastdistil.losses.linear_logit import linear_logit_loss
 from fastdistil.losses.logit import logit_loss
+from fastdistil.losses.topk import topk_logit_loss
 from fastdistil.models.capture import capture
 
 __version__ = "0.1.0"
@@ -18,4 +19,5 @@ __all__ = [
     "hidden_loss",
     "linear_logit_loss",
     "logit_loss",
+    "topk_logit_loss",
 ]

@@ -113,7 +113,7 @@ def logit_loss(  # type: ignore[misc] # the overloads need not repeat what is wr
     partners = None if vocab_map is None else _terms.vocab_map(_NAME, vocab_map, *columns, device)
     label, counted, alpha = _terms.labels(_NAME, labels, label_weight, ignore_index, rows, columns[0], device)
     scale, label_scale = _terms.scales(_NAME, rows.numel(), w, counted, alpha, reduction, num_items, device, dtype)
-    matrices = (_matrix(student), _matrix(teacher))
+    matrices = (matrix(student), matrix(teacher))
     if label is not None or partners is not None or return_stats:
         if partners is not None and divergence == "mse":
             scale = _terms.over_partners(scale, partners)
@@ -150,7 +150,7 @@ def _with_terms(
     return (loss, _terms.row_stats(each, rows)) if return_stats else loss
 
 
-def _matrix(x: Tensor) -> Tensor:
+def matrix(x: Tensor) -> Tensor:
     """(..., V) as (N, V) with dense rows."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
