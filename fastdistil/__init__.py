@@ -1,5 +1,6 @@
 """fastdistil: fused, exact, memory-lean kernels for knowledge distillation."""
 
+from fastdistil import teacher
 from fastdistil.backends import backends
 from fastdistil.backends.memory import empty_cache
 from fastdistil.losses.attention import attention_loss
@@ -19,5 +20,6 @@ __all__ = [
     "hidden_loss",
     "linear_logit_loss",
     "logit_loss",
+    "teacher",
     "topk_logit_loss",
 ]
