@@ -27,6 +27,7 @@ class What(str, Enum):
     """What `fastdistil bench` measures."""
 
     logits = "logits"
+    topk = "topk"
     hidden = "hidden"
     attention = "attention"
     exactness = "exactness"

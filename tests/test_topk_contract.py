@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 
 import pytest
 import torch
 from conftest import DEVICE, available
+from fastdistil.benchmarks import measure
+from fastdistil.benchmarks.cases import Case
 from judge import error
 from test_logit import draw, outcome
 from topk_cases import formula, known
@@ -153,6 +156,13 @@ def test_fullgraph_compile(backend: str) -> None:
     plain, found = outcome(loss, student), outcome(compiled, student)
     assert error(found.value, plain.value) < 1e-6
     assert error(found.gradients[0], plain.gradients[0]) < 1e-6
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="resident memory is the CPU's")
+def test_the_gradient_is_the_only_large_memory() -> None:
+    case = Case("topk", "memory", {"N": 256, "V": 32_000, "K": 64}, (), options={"tail": "bucket", "temperature": 2.0})
+    found = measure.child("memory", {"case": asdict(case), "contender": "fastdistil:cpu"})
+    assert 25 < found["peak_mib"] < 45  # the gradient is 31.25 MiB
 
 
 Z, U, I = torch.zeros(4, 8), torch.full((4, 3), -2.0), torch.arange(3).repeat(4, 1)
