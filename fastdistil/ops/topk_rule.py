@@ -7,6 +7,8 @@ from typing import NoReturn, TypedDict
 import torch
 from torch import Tensor
 
+_AT = "topk_logit_loss:"
+
 # The order is the enum Tail of csrc/rules/topk_args.h.
 TAILS = ("bucket", "renormalize", "zero")
 BUCKET, RENORMALIZE, ZERO = range(3)
@@ -46,6 +48,7 @@ def canonical(
     key, order = torch.where(there & inside, indices, columns).to(torch.int32).sort(-1)
     u = torch.where(outside | heavy[:, None], torch.nan, u).gather(-1, order)
     again = (key[:, 1:] == key[:, :-1]) & (key[:, 1:] < columns)
+    u[:, 1:].masked_fill_(again, torch.nan)
     if values.device.type == "cpu":
         if bool(outside.any()):
             _refuse_index(indices, outside, columns)
@@ -59,12 +62,7 @@ def canonical(
                 f"{_AT} teacher_values has probabilities that sum to {float(mass[row]):.4g} in row {row}, expected "
                 f"log-probabilities (at most 1 in all) with tail={TAILS[tail]!r}; tail='renormalize' takes any scores"
             )
-    else:
-        u[:, 1:] = torch.where(again, torch.nan, u[:, 1:])
     return u.contiguous(), key.contiguous()
-
-
-_AT = "topk_logit_loss:"
 
 
 def _refuse_index(indices: Tensor, outside: Tensor, columns: int) -> NoReturn:
