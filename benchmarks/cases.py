@@ -1,7 +1,7 @@
 """What is measured, as data: op -> shapes named after real models -> contenders -> bytes and operations by formula.
 
-Axis letters as in docs/losses.md: N rows (tokens), V vocabulary, B batch, H heads, S sequence, d head size, D hidden
-size, L layers. A contender's name is resolved in contenders.py.
+Axis letters as in docs/losses.md: N rows (tokens), V vocabulary, K known columns, B batch, H heads, S sequence, d head
+size, D hidden size, L layers. A contender's name is resolved in contenders.py.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-OPS = ("logits", "linear", "hidden", "attention")
+OPS = ("logits", "topk", "linear", "hidden", "attention")
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}  # bytes
 
 
@@ -47,6 +47,8 @@ def traffic_bytes(case: Case, what: str) -> int:
     gradient = what == "both"
     if case.op == "logits":
         return s["N"] * s["V"] * size * (3 if gradient else 2)
+    if case.op == "topk":
+        return s["N"] * (s["V"] * size * (2 if gradient else 1) + s["K"] * (4 + 8))  # float32 values, int64 indices
     if case.op == "hidden":
         student, teacher = s["N"] * s["D_s"] * s["L"], s["N"] * s["D_t"] * s["L"]
         projection = s["D_s"] * s["D_t"] * s["L"] if case.options.get("projection") else 0
@@ -64,7 +66,7 @@ def operations(case: Case, what: str) -> int:
     10 operations an entry forward and 16 in all (never what limits them)."""
     s = case.shape
     gradient = what == "both"
-    if case.op == "logits":
+    if case.op in ("logits", "topk"):
         return s["N"] * s["V"] * (16 if gradient else 10)
     if case.op == "hidden":
         products = (3 if gradient else 1) if case.options.get("projection") else 0
@@ -89,6 +91,7 @@ def _linear_operations(case: Case, gradient: bool) -> int:
 VOCABULARIES = {"mbert": 119_547, "llama3": 128_256, "xlmr": 250_002, "llama2": 32_000}  # columns of the logits
 
 _CPU_LOGITS = ("eager", "eager_common", "compile", "fastdistil:cpu", "fastdistil:cpu:inplace")
+_CPU_TOPK = ("eager", "compile", "fastdistil:cpu")
 _CPU_OTHER = ("eager", "compile", "fastdistil:reference", "fastdistil:cpu")
 _CPU_LINEAR = ("products", "eager", "compile", "fastdistil:cpu")
 _GPU_LINEAR = ("products", "eager", "eager_upcast", "compile", "liger_jsd", "fastdistil:triton", "fastdistil:cuda")
@@ -130,6 +133,13 @@ CPU_LINEAR_BARS = (
     Bar("fastdistil:cpu", "eager", 1.45),
     Bar("fastdistil:cpu", "compile", 1.0),
 )
+
+
+def _topk(model: str, rows: int, dtype: str, names: tuple[str, ...], **rest: Any) -> Case:
+    shape = {"N": rows, "V": VOCABULARIES[model], "K": 64}
+    return Case("topk", f"{model}-bucket-{dtype}", shape, names, dtype, {"tail": "bucket", "temperature": 2.0}, **rest)
+
+
 CPU_LOGIT_BARS = (
     Bar("fastdistil:cpu", "eager", 7.0),
     Bar("fastdistil:cpu", "compile", 1.6),
@@ -180,7 +190,8 @@ def cpu_cases() -> list[Case]:
         for kind in ("prob_mse", "prob_kl", "score_mse")
         if not (length == 2048 and kind == "prob_kl")
     ]
-    return [*logits, *linear, *hidden, *attention]
+    topk = [_topk("mbert", 512, "float32", _CPU_TOPK)]
+    return [*logits, *topk, *linear, *hidden, *attention]
 
 
 def _same_work(name: str, dtype: str, options: dict[str, Any]) -> bool:
@@ -217,10 +228,11 @@ def gpu_cases() -> list[Case]:
         for length, batch in ((512, 32), (128, 32), (2048, 32), (8192, 1))
         for kind in ("prob_mse", "prob_kl", "score_mse")
     ]
-    return [*logits, *linear, *hidden, *attention]
+    topk = [_topk(model, 8192, "bfloat16", _GPU_OTHER, **more) for model in ("mbert", "llama3")]
+    return [*logits, *topk, *linear, *hidden, *attention]
 
 
-SMALL = {"N": 6, "V": 515, "B": 2, "H": 2, "S": 33, "d_s": 16, "d_t": 16, "D_s": 24, "D_t": 32, "L": 2}
+SMALL = {"N": 6, "V": 515, "K": 7, "B": 2, "H": 2, "S": 33, "d_s": 16, "d_t": 16, "D_s": 24, "D_t": 32, "L": 2}
 
 
 def small(case: Case, first: bool = True) -> Case:

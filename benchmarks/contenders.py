@@ -1,6 +1,7 @@
 """Who is measured: a name -> a function from the case's tensors to the loss.
 
-eager               the textbook formula, kl_div(log_softmax, log_softmax, log_target=True) for logits
+eager               the textbook formula, kl_div(log_softmax, log_softmax, log_target=True) for logits, gather and
+                    logsumexp for topk
 eager_common        kl_div(log_softmax, softmax), as most training scripts write it
 eager_upcast        eager after .float(), as careful scripts do with 16-bit logits
 compile             torch.compile of eager's formula
@@ -136,6 +137,9 @@ def _fastdistil(case: Case, backend: str, inplace: bool) -> Loss:
     if case.op == "logits":
         logit = partial(fastdistil.logit_loss, **case.options, inplace_backward=inplace, backend=backend)
         return lambda x: logit(x["student"], x["teacher"])
+    if case.op == "topk":
+        topk = partial(fastdistil.topk_logit_loss, **case.options, backend=backend)
+        return lambda x: topk(x["student"], x["values"], x["indices"])
     if case.op == "attention":
         attention = partial(fastdistil.attention_loss, kind=case.options["kind"], backend=backend)
         return lambda x: attention(x["student_q"], x["student_k"], x["teacher_q"], x["teacher_k"])

@@ -49,6 +49,13 @@ def make(case: Case, device: str, noise: float, seed: int = 0) -> Problem:
     if case.op == "logits":
         student, teacher = pair(normal(s["N"], s["V"]).mul_(4.0))  # logits of std 4
         return Problem({"student": student, "teacher": teacher}, ("student",))
+    if case.op == "topk":
+        student, teacher = pair(normal(s["N"], s["V"]).mul_(4.0))
+        known = [
+            (rows.float() / case.options["temperature"]).log_softmax(-1).topk(s["K"]) for rows in teacher.split(64)
+        ]
+        values, indices = (torch.cat([x[i] for x in known]) for i in range(2))
+        return Problem({"student": student, "values": values, "indices": indices}, ("student",))
     tensors: Tensors = {}
     if case.op == "linear":
         return _heads(case, normal, noise, dtype)
@@ -98,6 +105,8 @@ def textbook(case: Case) -> Callable[[Tensors], Tensor]:
         return _logits(case.options["divergence"], case.options["temperature"])
     if case.op == "linear":
         return _linear(case.options["divergence"], case.options["temperature"])
+    if case.op == "topk":
+        return _topk_bucket(case.options["temperature"])
     if case.op == "hidden":
         return _hidden_mse
     return _attention(case.options["kind"])
@@ -126,6 +135,17 @@ def _linear(divergence: str, temperature: float) -> Callable[[Tensors], Tensor]:
         return _logits(divergence, temperature)(heads)
 
     return loss
+
+
+def _topk_bucket(temperature: float) -> Callable[[Tensors], Tensor]:
+    def forward_kl(x: Tensors) -> Tensor:
+        a, log_q = x["student"] / temperature, x["values"]
+        log_p = a.gather(-1, x["indices"]) - a.logsumexp(-1, keepdim=True)
+        p_rest, q_rest = (torch.log1p(-y.exp().sum(-1)) for y in (log_p, log_q))
+        rows = (log_q.exp() * (log_q - log_p)).sum(-1) + q_rest.exp() * (q_rest - p_rest)
+        return rows.mean() * temperature**2
+
+    return forward_kl
 
 
 def _hidden_mse(x: Tensors) -> Tensor:
@@ -166,19 +186,23 @@ def sample(problem: Problem) -> Tensor:
     return torch.linspace(0, problem.items - 1, count).round().long()
 
 
+def _wide(x: Tensor) -> Tensor:
+    return x.double() if x.is_floating_point() else x
+
+
 def truth(case: Case, problem: Problem) -> Outcome:
     """The textbook formula in float64."""
     device = next(iter(problem.tensors.values())).device
     s = case.shape
-    each = {"logits": s.get("V", 0), "linear": s.get("V", 0), "hidden": s.get("D_t", 0) * s.get("L", 0)}.get(case.op)
+    each = s["V"] if "V" in s else {"hidden": s.get("D_t", 0) * s.get("L", 0)}.get(case.op)
     each = s["H"] * s["S"] ** 2 if each is None else each  # float64 entries an item
     step = max(1, CHUNK_ELEMENTS["cpu" if device.type == "cpu" else "cuda"] // each)
     formula, sampled, value = textbook(case), sample(problem).to(device), 0.0
     kept: dict[str, list[Tensor]] = {name: [] for name in problem.wanted}
-    shared = {name: problem.tensors[name].double() for name in problem.shared}  # once: heads are large
+    shared = {name: _wide(problem.tensors[name]) for name in problem.shared}  # once: heads are large
     for start in range(0, problem.items, step):
         part = problem.pick(slice(start, start + step))
-        tensors = shared | {name: x.double() for name, x in part.tensors.items() if name not in shared}
+        tensors = shared | {n: _wide(x) for n, x in part.tensors.items() if n not in shared}
         for name in problem.wanted:
             tensors[name].requires_grad_()
         loss = formula(tensors) * (part.items / problem.items)

@@ -19,7 +19,7 @@ import torch
 
 STEMS = {  # parts of the names of an op's own files
     "logits": ("logit",), "linear": ("logit", "linear", "products"), "hidden": ("hidden",), "attention": ("attention",),
-    "exactness": ("logit",), "threads": ("logit",),
+    "topk": ("logit", "topk"), "exactness": ("logit",), "threads": ("logit",),
 }  # fmt: skip
 SOURCE_FOLDERS = ("csrc", "kernels", "fastdistil/backends", "fastdistil/ops")
 SOURCE_SUFFIXES = {".cpp", ".h", ".cu", ".cuh", ".py"}

@@ -4,6 +4,7 @@
 
 #include <optional>
 
+#include "bindings.h"
 #include "cpu/dispatch.h"
 #include "cpu/pool.h"
 #include "tensor_view.h"
@@ -169,6 +170,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("loss"), py::arg("gradient"), py::arg("kind"), py::arg("threads"));
   m.def("cross_entropy_rows", &cross_entropy_rows, py::arg("logits"), py::arg("labels"), py::arg("row_scale"),
         py::arg("loss"), py::arg("gradient"), py::arg("threads"));
+  fastdistil::define_topk(m);
   define_logit<logit_cpu, true>(m, "logit_fwd", "logit_bwd", "threads");
 #if defined(FD_CUDA)
   define_logit<logit_cuda, false>(m, "logit_fwd_cuda", "logit_bwd_cuda", "stream");

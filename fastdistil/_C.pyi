@@ -86,3 +86,29 @@ def logit_bwd_cuda(
     value_factor: float,
     stream: int,
 ) -> None: ...
+def topk_fwd(
+    student: Tensor,
+    values: Tensor,
+    columns: Tensor,
+    row_scale: Tensor,
+    loss: Tensor,
+    stats: Tensor,
+    gradient: Tensor | None,
+    divergence: int,
+    beta: float,
+    tail: int,
+    temperature: float,
+    value_factor: float,
+    threads: int,
+) -> None: ...
+def topk_bwd(
+    student: Tensor,
+    columns: Tensor,
+    row_scale: Tensor,
+    stats: Tensor,
+    gradient: Tensor,
+    dloss: Tensor,
+    keep_unit: bool,
+    temperature: float,
+    threads: int,
+) -> None: ...

@@ -1,11 +1,13 @@
 """fastdistil: fused, exact, memory-lean kernels for knowledge distillation."""
 
+from fastdistil import teacher
 from fastdistil.backends import backends
 from fastdistil.backends.memory import empty_cache
 from fastdistil.losses.attention import attention_loss
 from fastdistil.losses.hidden import hidden_loss
 from fastdistil.losses.linear_logit import linear_logit_loss
 from fastdistil.losses.logit import logit_loss
+from fastdistil.losses.topk import topk_logit_loss
 from fastdistil.models.capture import capture
 
 __version__ = "0.1.0"
@@ -18,4 +20,6 @@ __all__ = [
     "hidden_loss",
     "linear_logit_loss",
     "logit_loss",
+    "teacher",
+    "topk_logit_loss",
 ]

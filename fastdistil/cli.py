@@ -27,6 +27,8 @@ class What(str, Enum):
     """What `fastdistil bench` measures."""
 
     logits = "logits"
+    linear = "linear"
+    topk = "topk"
     hidden = "hidden"
     attention = "attention"
     exactness = "exactness"

@@ -9,17 +9,20 @@ namespace avx512 {
 void cross_entropy(const CrossEntropyArgs&, int);
 void logit(const LogitArgs&, int);
 void hidden(const HiddenArgs&, int);
+void topk(const TopkArgs&, int);
 }  // namespace avx512
 namespace avx2 {
 void cross_entropy(const CrossEntropyArgs&, int);
 void logit(const LogitArgs&, int);
 void hidden(const HiddenArgs&, int);
+void topk(const TopkArgs&, int);
 }  // namespace avx2
 #endif
 namespace generic {
 void cross_entropy(const CrossEntropyArgs&, int);
 void logit(const LogitArgs&, int);
 void hidden(const HiddenArgs&, int);
+void topk(const TopkArgs&, int);
 }  // namespace generic
 
 namespace cpu {
@@ -30,6 +33,7 @@ struct Isa {
   void (*logit)(const LogitArgs&, int);
   void (*hidden)(const HiddenArgs&, int);
   void (*cross_entropy)(const CrossEntropyArgs&, int);
+  void (*topk)(const TopkArgs&, int);
 };
 
 // What this processor can run, the best first.
@@ -42,10 +46,10 @@ std::vector<Isa> runnable() {
   const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                   __builtin_cpu_supports("avx512vl");
-  if (v4) found.push_back({"avx512", avx512::logit, avx512::hidden, avx512::cross_entropy});
-  if (v3) found.push_back({"avx2", avx2::logit, avx2::hidden, avx2::cross_entropy});
+  if (v4) found.push_back({"avx512", avx512::logit, avx512::hidden, avx512::cross_entropy, avx512::topk});
+  if (v3) found.push_back({"avx2", avx2::logit, avx2::hidden, avx2::cross_entropy, avx2::topk});
 #endif
-  found.push_back({"generic", generic::logit, generic::hidden, generic::cross_entropy});
+  found.push_back({"generic", generic::logit, generic::hidden, generic::cross_entropy, generic::topk});
   return found;
 }
 
@@ -74,6 +78,7 @@ void use_isa(const std::string& name) {
 void logit(const LogitArgs& args, int threads) { chosen->logit(args, threads); }
 void hidden(const HiddenArgs& args, int threads) { chosen->hidden(args, threads); }
 void cross_entropy(const CrossEntropyArgs& args, int threads) { chosen->cross_entropy(args, threads); }
+void topk(const TopkArgs& args, int threads) { chosen->topk(args, threads); }
 
 }  // namespace cpu
 }  // namespace fastdistil

@@ -120,7 +120,7 @@ def logit_loss(  # type: ignore[misc] # the overloads need not repeat what is wr
     partners = None if vocab_map is None else _terms.vocab_map(_NAME, vocab_map, *columns, device)
     label, counted, alpha = _terms.labels(_NAME, labels, label_weight, ignore_index, rows, columns[0], device)
     scale, label_scale = _terms.scales(_NAME, rows.numel(), w, counted, alpha, reduction, num_items, device, dtype)
-    matrices = (_matrix(student), _matrix(teacher))
+    matrices = (matrix(student), matrix(teacher))
     name = _terms.group_name(
         _NAME, group, labels=label is not None, vocab_map=partners is not None, return_stats=return_stats
     )
@@ -159,7 +159,7 @@ def _with_terms(
     return (loss, _terms.row_stats(each, rows)) if return_stats else loss
 
 
-def _matrix(x: Tensor) -> Tensor:
+def matrix(x: Tensor) -> Tensor:
     """(..., V) as (N, V) with dense rows."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

@@ -60,11 +60,17 @@ def _rows(student: Tensor, teacher: Tensor, rule: LogitRule) -> tuple[Tensor, Te
     a, b, d = _scores(student, teacher, rule, shifted=name != "mse")
     if name == "mse":
         return (d * d).mean(-1), 2.0 * d / d.shape[-1]
+    return pair_rows(name, rule["beta"], a, b, d)
+
+
+def pair_rows(name: str, beta: float, a: Tensor, b: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """The divergence of the softmaxes of student scores a and teacher scores b (N, V), d = a - b known exactly: the
+    value of each row (N,) and its gradient in a (N, V)."""
     ratio = log_mass_ratio(b, d, a)
     log_p, log_q = (x - torch.logsumexp(x, -1, keepdim=True) for x in (a, b))
     p, q, delta = log_p.exp(), log_q.exp(), d - ratio
     gap = scaled_expm1(log_q, delta, log_p)
-    value, slope = _shares(name, rule["beta"], p, q, delta, gap)
+    value, slope = _shares(name, beta, p, q, delta, gap)
     if name == "forward_kl":
         return value.sum(-1), slope
     return value.sum(-1), p * (slope - (p * slope).sum(-1, keepdim=True))

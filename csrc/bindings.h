@@ -1,0 +1,10 @@
+// The parts of the module fastdistil._C that live in files of their own.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace fastdistil {
+
+void define_topk(pybind11::module_& m);  // bindings_topk.cpp
+
+}  // namespace fastdistil

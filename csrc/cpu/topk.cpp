@@ -1,0 +1,296 @@
+// Divergence from a teacher of K known columns, value and gradient (docs/losses.md, section 1a).
+//
+// Bytes: each student row is read once from memory for the mass of the other columns and again, from the L2 cache, for
+// the gradient, which is written once. So the floor is (1 read + 1 write) x N x V x bytes an element over the copy
+// bandwidth. FLOPs: one exponential a column and pass, about 20. The K + 1 outcomes are float64 and cost next to
+// nothing.
+//
+// Compiled once an instruction set (FD_ISA); dispatch.cpp chooses at run time.
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "../rules/pair.h"
+#include "../rules/topk_args.h"
+#include "elements.h"
+
+namespace fastdistil {
+inline namespace FD_ISA {
+namespace {
+
+constexpr int kBlock = 512;  // columns
+constexpr int kLanes = 16;   // floats of the widest vector: blocks are padded to a multiple, so that no loop has a tail
+
+// e^x for x <= 0 within 1e-11, in a form that vectorises (libm's does not).
+inline double wide_exp(double x) {
+  const double bounded = x < -700.0 ? -700.0 : x;
+  const double magic = 6755399441055744.0;  // 1.5 * 2^52: adding it rounds to the nearest integer
+  const double shifted = bounded * 1.4426950408889634 + magic;
+  const double n = shifted - magic;
+  const double r = (bounded - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;  // ln 2 in two parts
+  double s = 1.0 / 3628800;
+  s = s * r + 1.0 / 362880;
+  s = s * r + 1.0 / 40320;
+  s = s * r + 1.0 / 5040;
+  s = s * r + 1.0 / 720;
+  s = s * r + 1.0 / 120;
+  s = s * r + 1.0 / 24;
+  s = s * r + 1.0 / 6;
+  s = s * r + 0.5;
+  const double power = math::bits<double>((math::bits<int64_t>(shifted) + 1023) << 52);
+  return x < -700.0 ? 0.0 : power + power * (r + r * r * s);
+}
+
+template <class T>
+T block_max(const T* x, int n) {
+  T largest = -INFINITY;
+#pragma omp simd reduction(max : largest)
+  for (int i = 0; i < n; ++i) largest = x[i] > largest ? x[i] : largest;
+  return largest;
+}
+
+// Sum of e^((z - largest) / T); kWide: in float64, for a sum that is compared with the teacher's own.
+template <bool kWide, class T>
+double block_sum(const T* z, int n, T largest, double inv_temperature) {
+  if constexpr (kWide && std::is_same_v<T, float>) {
+    const double m = largest;
+    double sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int i = 0; i < n; ++i) sum += wide_exp((static_cast<double>(z[i]) - m) * inv_temperature);
+    return sum;
+  } else {
+    const T inv_t = static_cast<T>(inv_temperature);
+    T sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int i = 0; i < n; ++i) sum += math::exp_nonpositive((z[i] - largest) * inv_t);
+    return sum;
+  }
+}
+
+template <class E>
+void block_gradient(const Compute<E>* z, int n, Compute<E> largest, Compute<E> inv_t, Compute<E> factor, E* gradient) {
+  using T = Compute<E>;
+#pragma omp simd
+  for (int i = 0; i < n; ++i) {
+    const T x = (z[i] - largest) * inv_t;
+    gradient[i] = from_compute<E>(factor * math::exp_nonpositive(x > T(0) ? T(0) : x));  // > 0: a named column
+  }
+}
+
+// The K + 1 outcomes of one row: scores of student and teacher, and the gradient in the student's.
+struct Outcomes {
+  std::vector<double> student, teacher, gradient;
+
+  explicit Outcomes(int64_t k) : student(k + 1), teacher(k + 1), gradient(k + 1) {}
+};
+
+double sum_exp(const std::vector<double>& x, double largest) {
+  double sum = 0;
+  for (const double v : x) sum += std::exp(v - largest);
+  return sum;
+}
+
+// 1 - sum of e^u with full precision for a confident teacher, at least 0; a NaN stays.
+double rest_of_teacher(const double* u, int64_t k) {
+  const int64_t at = std::max_element(u, u + k) - u;
+  double rest = -std::expm1(u[at]);
+  for (int64_t i = 0; i < k; ++i)
+    if (i != at) rest -= std::exp(u[i]);
+  return rest < 0 ? 0 : rest;
+}
+
+template <class Rule>
+double divergence(Outcomes& o, double beta) {
+  const int n = static_cast<int>(o.student.size());
+  RowStats<double> row{};
+  row.max = block_max(o.teacher.data(), n);
+  if (row.max == -INFINITY) row.max = NAN;  // no teacher at all is an error that must stay visible
+  const double teacher_sum = sum_exp(o.teacher, row.max), largest = block_max(o.student.data(), n);
+  row.inv_sum = 1.0 / teacher_sum;
+  row.log_ratio = (largest + std::log(sum_exp(o.student, largest))) - (row.max + std::log(teacher_sum));
+  double value = 0;
+  for (int pass = Rule::centred ? 0 : 1; pass < 2; ++pass) {
+    double v = 0, centre = 0;
+    for (int i = 0; i < n; ++i) {
+      const double a = o.student[i], b = o.teacher[i];
+      const Result<double> r = result<Rule, false>(Scores<double>{a, b, a == b ? 0.0 : a - b}, row, beta);
+      v += r.value, centre += r.centre;
+      o.gradient[i] = r.gradient;
+    }
+    value = v;
+    if (pass == 0) row.centre = centre;
+  }
+  return value;
+}
+
+template <class E>
+struct Block {
+  using T = Compute<E>;
+  T z[kBlock];
+  E out[kBlock];
+
+  // The row's columns from `begin` on, padded with -inf to the returned number.
+  int load(const E* row, int64_t begin, int n) {
+    for (int i = 0; i < n; ++i) z[i] = to_compute(row[begin + i]);
+    const int padded = (n + kLanes - 1) / kLanes * kLanes;
+    for (int i = n; i < padded; ++i) z[i] = -INFINITY;
+    return padded;
+  }
+};
+
+template <class E>
+class Kernel {
+  using T = Compute<E>;
+  const TopkArgs& args_;
+  double (*divergence_)(Outcomes&, double) = nullptr;
+
+ public:
+  explicit Kernel(const TopkArgs& args) : args_(args) {
+    with_rule(static_cast<Divergence>(args.divergence), [&](auto rule) {
+      if constexpr (decltype(rule)::softmax) divergence_ = &divergence<decltype(rule)>;
+    });
+  }
+
+  T scale(int64_t r) const { return static_cast<const T*>(args_.row_scale)[r]; }
+  T dloss(int64_t r) const { return args_.dloss ? static_cast<const T*>(args_.dloss)[r] : T(1); }
+  const E* student(int64_t r) const { return static_cast<const E*>(args_.student) + r * args_.student_stride; }
+  E* gradient(int64_t r) const {
+    return args_.gradient ? static_cast<E*>(args_.gradient) + r * args_.gradient_stride : nullptr;
+  }
+  double* stats(int64_t r) const { return args_.stats + r * (kTopkStats + args_.k); }
+  const int32_t* named(int64_t r) const { return args_.named + r * args_.k; }
+
+  // A float gradient that is there already is only scaled, which it has the precision for.
+  bool keeps(int64_t r) const {
+    if (!args_.keep_unit) return false;
+    const T factor = dloss(r);
+    if (factor == T(1) || scale(r) == 0) return true;
+    if constexpr (std::is_same_v<E, T>) {
+      E* g = gradient(r);
+      for (int64_t i = 0; i < args_.columns; ++i) g[i] *= factor;
+      return true;
+    }
+    return false;
+  }
+
+  void zero(int64_t r) const {
+    if (args_.loss) {
+      static_cast<T*>(args_.loss)[r] = T(0);
+      std::fill_n(stats(r), kTopkStats + args_.k, 0.0);
+    }
+    if (E* g = gradient(r)) std::fill_n(g, args_.columns, E{});
+  }
+
+  void forward(int64_t r, Block<E>& block, Outcomes& o) const {
+    const double* u = args_.values + r * args_.k;
+    const bool bucket = args_.tail == Tail::bucket;
+    double largest, mass;
+    bucket ? rest_of_student<true>(r, block, largest, mass) : rest_of_student<false>(r, block, largest, mass);
+    double total = 0;
+    bool whole = args_.k == args_.columns;
+    for (int64_t i = 0; i < args_.k; ++i) {
+      const bool there = named(r)[i] < args_.columns;
+      o.student[i] = there ? to_compute(student(r)[named(r)[i]]) / args_.temperature : -INFINITY;
+      o.teacher[i] = u[i];
+      total += std::exp(u[i]);
+      whole = whole && there;
+    }
+    o.student[args_.k] = mass == 0 ? -INFINITY : largest / args_.temperature + std::log(mass);
+    o.teacher[args_.k] = bucket && !whole ? std::log(rest_of_teacher(u, args_.k)) : -INFINITY;
+    finish(r, o, largest, mass, divergence_(o, args_.beta), total);
+    if (gradient(r)) backward(r, block);
+  }
+
+  void backward(int64_t r, Block<E>& block) const {
+    const double* s = stats(r);
+    const T largest = static_cast<T>(s[kLargest]), factor = static_cast<T>(s[kFactor] * dloss(r));
+    const T inv_t = static_cast<T>(1.0 / args_.temperature);
+    E* g = gradient(r);
+    for (int64_t begin = 0; begin < args_.columns; begin += kBlock) {
+      const int n = static_cast<int>(std::min<int64_t>(args_.columns - begin, kBlock));
+      const int padded = block.load(student(r), begin, n);
+      block_gradient<E>(block.z, padded, largest, inv_t, factor, padded == n ? g + begin : block.out);
+      if (padded != n) std::copy(block.out, block.out + n, g + begin);
+    }
+    for (int64_t i = 0; i < args_.k && named(r)[i] < args_.columns; ++i)
+      g[named(r)[i]] = from_compute<E>(static_cast<T>(s[kTopkStats + i] * dloss(r)));
+  }
+
+ private:
+  // Largest logit outside of the K columns (0 where there is none), and the sum of e^((z - largest) / T).
+  template <bool kWide>
+  void rest_of_student(int64_t r, Block<E>& block, double& largest, double& mass) const {
+    const double inv_t = 1.0 / args_.temperature;
+    const int32_t *next = named(r), *end = next + args_.k;
+    T m = -INFINITY;
+    mass = 0;
+    for (int64_t begin = 0; begin < args_.columns; begin += kBlock) {
+      const int n = static_cast<int>(std::min<int64_t>(args_.columns - begin, kBlock));
+      const int padded = block.load(student(r), begin, n);
+      for (; next != end && *next < begin + n; ++next) block.z[*next - begin] = -INFINITY;
+      const T here = block_max(block.z, padded);
+      if (here > m) {
+        mass = mass == 0 ? 0 : mass * std::exp((static_cast<double>(m) - here) * inv_t);
+        m = here;
+      }
+      mass += block_sum<kWide>(block.z, padded, m > T(-INFINITY) ? m : T(0), inv_t);
+    }
+    largest = m > T(-INFINITY) ? m : T(0);
+  }
+
+  // The row's value, and what its gradient is made of.
+  void finish(int64_t r, const Outcomes& o, double largest, double mass, double value, double total) const {
+    const double scale = static_cast<double>(this->scale(r)) * args_.value_factor;
+    double part = scale / args_.temperature;
+    if (args_.tail == Tail::zero) {
+      value = total == 0 ? 0 : total * value + total * std::log(total);
+      part *= total;
+    }
+    const bool none = args_.tail == Tail::zero && total == 0;
+    static_cast<T*>(args_.loss)[r] = static_cast<T>(value * scale);
+    double* s = stats(r);
+    s[kLargest] = largest;
+    s[kFactor] = none || mass == 0 ? 0 : o.gradient[args_.k] * part / mass;
+    for (int64_t i = 0; i < args_.k; ++i) s[kTopkStats + i] = none ? 0 : o.gradient[i] * part;
+  }
+};
+
+template <class E>
+void run(const TopkArgs& args, int threads) {
+  const Kernel<E> kernel(args);
+  const int64_t share = 1 + 16 * kBlock / (args.columns + 1);
+  if (args.rows <= share) threads = 1;
+#pragma omp parallel num_threads(threads)
+  {
+    Block<E> block;
+    Outcomes outcomes(args.k);
+#pragma omp for schedule(dynamic, share)
+    for (int64_t r = 0; r < args.rows; ++r) {
+      if (kernel.keeps(r)) continue;
+      if (kernel.scale(r) == 0)
+        kernel.zero(r);
+      else if (args.loss)
+        kernel.forward(r, block, outcomes);
+      else
+        kernel.backward(r, block);
+    }
+  }
+}
+
+}  // namespace
+
+void topk(const TopkArgs& args, int threads) {
+  switch (args.dtype) {
+    case DType::f32:
+      return run<float>(args, threads);
+    case DType::bf16:
+      return run<bf16>(args, threads);
+    case DType::f16:
+      return run<f16>(args, threads);
+    case DType::f64:
+      return run<double>(args, threads);
+  }
+}
+
+}  // namespace FD_ISA
+}  // namespace fastdistil

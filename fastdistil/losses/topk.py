@@ -1,0 +1,127 @@
+"""Distillation of logits from a teacher of which only the most probable columns are known."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdistil.backends import choose
+from fastdistil.losses import _check
+from fastdistil.losses.logit import matrix, rule_of
+from fastdistil.ops import topk as ops
+from fastdistil.ops.topk_rule import TAILS
+
+_NAME = "topk_logit_loss"
+
+
+def topk_logit_loss(
+    student_logits: Tensor,
+    teacher_values: Tensor,
+    teacher_indices: Tensor,
+    *,
+    tail: str = "bucket",
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    scale_by_t2: bool = True,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    num_items: float | Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Divergence of the student's distribution from a teacher's known in K columns (docs/losses.md, section 1a).
+
+    With p = softmax(student_logits / temperature) and q_k = exp(teacher_values):
+
+    ===========  ==================================================================================================
+    bucket       over K + 1 outcomes, the K columns and all others together (1 - sum q_k against their sum of p)
+    renormalize  q scaled to sum 1, 0 elsewhere, against p over all V; teacher_values may then be any scores
+    zero         sum over the K of q_k log(q_k / p_k), q as it is; the other columns' terms count as 0
+    ===========  ==================================================================================================
+
+    Value and gradient keep their relative precision when the student has almost become the teacher. Memory beyond the
+    gradient: (K + 2) float64 a row.
+
+    Args:
+        student_logits: (..., V) float32, bfloat16, float16 or float64.
+        teacher_values: (..., K) log-probabilities in any of these dtypes, of the distribution to be matched, so with
+            the teacher's temperature in them: (teacher_logits / T).log_softmax(-1).topk(K). A constant. An entry of
+            -inf is not there, whatever its index.
+        teacher_indices: (..., K) int32 or int64, their columns, each at most once in a row, in any order.
+        tail: "bucket", "renormalize" or "zero".
+        divergence: as in fastdistil.logit_loss, but for "mse"; "renormalize" has no reverse_kl (it is infinite),
+            "zero" forward_kl alone.
+        beta: the mixture's weight, as in logit_loss.
+        temperature: T > 0, of the student's logits alone.
+        scale_by_t2: multiply by T^2 (Hinton et al. 2015).
+        weight: (...,) one number or bool a row; a row of weight 0 contributes exactly 0 and is not read.
+        reduction: "mean" is sum(w * loss) / sum(w), "sum" is sum(w * loss), "none" is w * loss, one entry a row.
+        num_items: replaces sum(w) in "mean": a number or a tensor of one entry.
+        backend: "auto", "reference", "cpu" or "triton"; see fastdistil.backends().
+
+    Returns:
+        float32 (float64 for float64 logits): a scalar, or (...,) for reduction="none".
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was wanted. In rows that count, an index out of
+            range or given twice, or probabilities that sum to more than 1.1 ("bucket", "zero"), raise on a CPU; on a
+            GPU the row's value and gradient are NaN, since looking would wait for the device.
+    """
+    student = _check.float_tensor(_NAME, "student_logits", student_logits)
+    values = _check.float_tensor(_NAME, "teacher_values", teacher_values)
+    _check_teacher(student, values, teacher_indices)
+    _check.one_of(_NAME, "tail", tail, TAILS)
+    index, mixture, t, _, factor = rule_of(_NAME, divergence, beta, temperature, None, scale_by_t2)
+    _check.one_of(_NAME, "reduction", reduction, _check.REDUCTIONS)
+    _check_defined(tail, divergence, mixture)
+    if not torch.compiler.is_compiling():
+        choose(backend, student.device)
+
+    rows = student.shape[:-1]
+    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    w = None if weight is None else _check.row_weight(_NAME, weight, rows, student.device, dtype)
+    scale = _check.row_scale(_NAME, rows.numel(), w, reduction, num_items, student.device, dtype)
+    rule = (index, mixture, TAILS.index(tail), t, factor)
+    k = values.shape[-1]
+    teacher = (values.reshape(-1, k), teacher_indices.reshape(-1, k))
+    ahead = student.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    loss, *_ = ops.topk(matrix(student), *teacher, scale, *rule, ahead and reduction != "none", backend)
+    total: Tensor = loss.reshape(rows) if reduction == "none" else loss.sum()
+    return total
+
+
+def _check_teacher(student: Tensor, values: Tensor, indices: object) -> None:
+    if student.dim() == 0 or not 0 < student.shape[-1] < 2**31:
+        raise ValueError(
+            f"{_NAME}: student_logits has shape {tuple(student.shape)}, expected (..., V) with 1 <= V < 2^31"
+        )
+    width = student.shape[-1]
+    if values.dim() == 0 or values.shape[:-1] != student.shape[:-1] or not 1 <= values.shape[-1] <= width:
+        rows = ", ".join(map(str, student.shape[:-1])) + ", " if student.dim() > 1 else ""
+        raise ValueError(
+            f"{_NAME}: teacher_values has shape {tuple(values.shape)}, expected ({rows}K) with 1 <= K <= {width}"
+        )
+    if not isinstance(indices, Tensor):
+        raise TypeError(f"{_NAME}: teacher_indices is {type(indices).__name__}, expected a torch.Tensor")
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{_NAME}: teacher_indices has dtype {indices.dtype}, expected int32 or int64")
+    _check.same_shape(_NAME, "teacher_indices", indices, "teacher_values", values.shape)
+    _check.same_device(_NAME, "teacher_values", values, "student_logits", student.device)
+    _check.same_device(_NAME, "teacher_indices", indices, "student_logits", student.device)
+    _check.constant(_NAME, "teacher_values", values)
+
+
+def _check_defined(tail: str, divergence: str, beta: float) -> None:
+    """The divergences that a tail gives a meaning to."""
+    if divergence == "mse":
+        raise ValueError(f"{_NAME}: divergence is 'mse', expected one of probabilities: a top-k teacher has no logits")
+    if tail == "zero" and divergence != "forward_kl":
+        raise ValueError(
+            f"{_NAME}: divergence is {divergence!r} with tail='zero', expected 'forward_kl': without the other "
+            "columns' terms it is smallest where the student leaves the teacher's columns; use tail='bucket'"
+        )
+    if tail == "renormalize" and (divergence == "reverse_kl" or (divergence == "skew_reverse_kl" and beta == 0)):
+        raise ValueError(
+            f"{_NAME}: divergence is {divergence!r} (beta {beta:g}) with tail='renormalize', expected one that is "
+            "finite where the teacher is 0; use tail='bucket'"
+        )

@@ -1,0 +1,148 @@
+"""The files of a store: index.json, head.safetensors and shard-NNNNN.safetensors.
+
+index.json holds what the store is (kind, model, dtype, width, vocabulary, temperature), whether it is complete, and of
+each other file its size in bytes and its sha256. A shard holds its examples' tokens one after the other, "hidden"
+(tokens, D) or "values" and "indices" (tokens, K), and "offsets" (examples + 1,): example i is offsets[i]:offsets[i+1].
+
+Every file is written under a temporary name, brought to disk and renamed, the index after the shard that it lists: at
+any moment the folder is a store of the shards up to some example.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FORMAT, VERSION = "fastdistil-teacher", 1
+INDEX, HEAD = "index.json", "head.safetensors"
+PARTIAL = ".partial-"
+FIELDS = {"hidden": ("hidden",), "topk": ("values", "indices")}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class File:
+    """One file of the store; `examples` and `tokens` are a shard's counts."""
+
+    file: str
+    bytes: int
+    sha256: str
+    examples: int = 0
+    tokens: int = 0
+
+
+@dataclass
+class Index:
+    """What index.json says."""
+
+    kind: str  # "hidden" or "topk"
+    model: str
+    dtype: str  # of "hidden" or "values"
+    width: int  # D or K
+    vocabulary: int  # V
+    temperature: float = 1.0  # that the values of kind "topk" were made at
+    complete: bool = False
+    head: File | None = None
+    shards: list[File] = field(default_factory=list)
+
+    @property
+    def examples(self) -> int:
+        return sum(shard.examples for shard in self.shards)
+
+    @property
+    def tokens(self) -> int:
+        return sum(shard.tokens for shard in self.shards)
+
+    def settings(self) -> dict[str, Any]:
+        """What two runs must agree on to write one store."""
+        names = ("kind", "model", "dtype", "width", "vocabulary", "temperature")
+        return {name: getattr(self, name) for name in names}
+
+
+def write_file(path: Path, write: Callable[[Path], None]) -> None:
+    """`write` to a temporary name beside `path`, bring it to disk, rename it."""
+    partial = path.with_name(PARTIAL + path.name)
+    write(partial)
+    with partial.open("rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def digest(path: Path) -> str:
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
+
+
+def save(path: Path, tensors: dict[str, Tensor], examples: int = 0, tokens: int = 0) -> File:
+    """Tensors as a safetensors file, and what the index says of it."""
+    from safetensors.torch import save_file
+
+    whole = {name: x.contiguous() for name, x in tensors.items()}
+    write_file(path, lambda partial: save_file(whole, partial))
+    return File(path.name, path.stat().st_size, digest(path), examples, tokens)
+
+
+def write_index(folder: Path, index: Index) -> None:
+    counts = {"examples": index.examples, "tokens": index.tokens}
+    text = json.dumps({"format": FORMAT, "version": VERSION, **asdict(index), **counts}, indent=1) + "\n"
+
+    def write(partial: Path) -> None:
+        partial.write_text(text, encoding="utf-8")
+
+    write_file(folder / INDEX, write)
+
+
+def read_index(folder: Path) -> Index:
+    """Raises FileNotFoundError or ValueError, naming the file and the reason."""
+    path = folder / INDEX
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: missing, expected the index of a teacher's store")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: cannot be read as JSON: {error}") from error
+    found = data.get("format") if isinstance(data, dict) else type(data).__name__
+    if found != FORMAT:
+        raise ValueError(f"{path}: foreign, its format is {found!r}, expected {FORMAT!r}")
+    if data.get("version") != VERSION:
+        raise ValueError(f"{path}: has version {data.get('version')!r}, expected {VERSION}")
+    try:
+        head = None if data["head"] is None else File(**data["head"])
+        shards = [File(**shard) for shard in data["shards"]]
+        rest = {name: data[name] for name in (*_SETTINGS, "complete")}
+        counts = {name: data[name] for name in ("examples", "tokens")}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: incomplete, {error} is missing or wrong") from error
+    index = Index(**rest, head=head, shards=shards)
+    if counts != {"examples": index.examples, "tokens": index.tokens}:
+        raise ValueError(f"{path}: says {counts}, its shards hold {index.examples} examples, {index.tokens} tokens")
+    if index.kind not in FIELDS or index.dtype not in DTYPES:
+        raise ValueError(f"{path}: has kind {index.kind!r} and dtype {index.dtype!r}, which this version does not know")
+    return index
+
+
+_SETTINGS = ("kind", "model", "dtype", "width", "vocabulary", "temperature")
+
+
+def check_file(folder: Path, expected: File, contents: bool = False) -> None:
+    """Raises FileNotFoundError or ValueError unless the file has its size, and with `contents` its sha256."""
+    path = folder / expected.file
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: missing, the index lists it")
+    size = path.stat().st_size
+    if size != expected.bytes:
+        what = "truncated" if size < expected.bytes else "too long"
+        raise ValueError(f"{path}: {what}, has {size} bytes, expected {expected.bytes}")
+    if contents and (found := digest(path)) != expected.sha256:
+        raise ValueError(f"{path}: altered, its sha256 is {found}, expected {expected.sha256}")

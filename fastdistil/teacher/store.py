@@ -1,0 +1,174 @@
+"""Reading a store: memory-mapped, example by example."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fastdistil.teacher import format as files
+
+Example = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Head:
+    """The teacher's last linear layer: weight (V, D), bias (V,) or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """hidden (..., D) -> logits (..., V), in the hidden states' dtype."""
+        bias = None if self.bias is None else self.bias.to(hidden)
+        return F.linear(hidden, self.weight.to(hidden), bias)
+
+
+class Store(Dataset[Example]):
+    """What `open` returns: a map-style torch Dataset of {"hidden": (tokens, D)} or {"values", "indices": (tokens, K)}.
+
+    An example is read from the memory-mapped shard when it is asked for. DataLoader workers map the files themselves.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.index = files.read_index(self.path)
+        for file in self._files():
+            files.check_file(self.path, file)
+        self._starts = [0]
+        for shard in self.index.shards:
+            self._starts.append(self._starts[-1] + shard.examples)
+        self._open: dict[int, tuple[Any, Tensor]] = {}
+        self._head: Head | None = None
+
+    def _files(self) -> list[files.File]:
+        return [*([self.index.head] if self.index.head else []), *self.index.shards]
+
+    def __repr__(self) -> str:
+        i = self.index
+        state = "" if i.complete else ", incomplete"
+        return f"Store({str(self.path)!r}, {i.kind} of {i.model!r}, {i.examples} examples, {i.tokens} tokens{state})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}, "_head": None}
+
+    def __len__(self) -> int:
+        return self.index.examples
+
+    def __getitem__(self, i: int) -> Example:
+        shard, begin, end = self._place(i)
+        return {name: shard.get_slice(name)[begin:end] for name in files.FIELDS[self.index.kind]}
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[i] for i in range(len(self)))
+
+    def length(self, i: int) -> int:
+        """Tokens of example i, without reading them."""
+        _, begin, end = self._place(i)
+        return end - begin
+
+    def _place(self, i: int) -> tuple[Any, int, int]:
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"example {i} of {self.path}, expected less than {len(self)}")
+        i %= len(self)
+        number = bisect.bisect_right(self._starts, i) - 1
+        if number not in self._open:
+            self._open[number] = self._map(number)
+        shard, offsets = self._open[number]
+        begin, end = offsets[i - self._starts[number] :][:2].tolist()
+        return shard, begin, end
+
+    def _map(self, number: int) -> tuple[Any, Tensor]:
+        """One shard, and its offsets, checked against the index."""
+        from safetensors import SafetensorError, safe_open
+
+        expected = self.index.shards[number]
+        path = self.path / expected.file
+        try:
+            shard: Any = safe_open(path, framework="pt")
+            offsets = shard.get_tensor("offsets")
+            shapes = {name: tuple(shard.get_slice(name).get_shape()) for name in files.FIELDS[self.index.kind]}
+        except SafetensorError as error:
+            raise ValueError(f"{path}: cannot be read as a shard: {error}") from error
+        wanted = (expected.tokens, self.index.width)
+        if any(shape != wanted for shape in shapes.values()) or len(offsets) != expected.examples + 1:
+            raise ValueError(
+                f"{path}: foreign, has shapes {shapes} and {len(offsets) - 1} examples, expected {wanted} "
+                f"and {expected.examples}"
+            )
+        if offsets[0] != 0 or offsets[-1] != expected.tokens or (offsets.diff() < 0).any():
+            raise ValueError(f"{path}: foreign, its offsets do not divide its {expected.tokens} tokens")
+        return shard, offsets
+
+    @property
+    def head(self) -> Head:
+        """The teacher's last linear layer (kind "hidden")."""
+        if self.index.head is None:
+            raise ValueError(f"{self.path}: has no head, it is a store of kind {self.index.kind!r}")
+        if self._head is None:
+            from safetensors.torch import load_file
+
+            tensors = load_file(self.path / self.index.head.file)
+            self._head = Head(tensors["weight"], tensors.get("bias"))
+        return self._head
+
+    def verify(self) -> None:
+        """Reads every file and compares its sha256: ValueError or FileNotFoundError name the first that is wrong."""
+        for file in self._files():
+            files.check_file(self.path, file, contents=True)
+        for number in range(len(self.index.shards)):
+            self._map(number)
+
+    def to_datasets(self) -> Any:
+        """A datasets.Dataset of the same examples: a column "example" that is looked up in the store when it is read,
+        so that nothing is copied."""
+        import datasets
+
+        numbers = datasets.Dataset.from_dict({"example": list(range(len(self)))})
+        return numbers.with_transform(self._look_up)
+
+    def _look_up(self, batch: dict[str, list[int]]) -> dict[str, list[Any]]:
+        examples = [self[i] for i in batch["example"]]
+        columns = {name: [x[name] for x in examples] for name in files.FIELDS[self.index.kind]}
+        return {"example": batch["example"], **columns}
+
+
+def open(path: str | Path, *, incomplete: bool = False) -> Store:
+    """The store in the folder `path`. The files' sizes are checked; `Store.verify` compares their checksums.
+
+    incomplete: take one whose writing was cut off, as far as it goes.
+
+    Raises FileNotFoundError or ValueError, naming the file and the reason.
+    """
+    store = Store(path)
+    if not store.index.complete and not incomplete:
+        raise ValueError(
+            f"{store.path / files.INDEX}: incomplete, {len(store)} examples are written; go on writing, or pass "
+            "incomplete=True"
+        )
+    return store
+
+
+def pad(examples: Sequence[Example], length: int | None = None) -> Example:
+    """Examples of different lengths as one batch (B, S, ...): zeros at the end, -inf for values, so that a top-k
+    teacher has no entries there. `length`: S, by default the longest's."""
+    if not examples:
+        raise ValueError("teacher.pad: examples is empty, expected at least one")
+    longest = max(x.shape[0] for example in examples for x in example.values())
+    size = longest if length is None else length
+    if size < longest:
+        raise ValueError(f"teacher.pad: length is {size}, expected at least {longest}, the longest example's")
+    batch = {}
+    for name, first in examples[0].items():
+        fill = -torch.inf if name == "values" else 0
+        batch[name] = first.new_full((len(examples), size, *first.shape[1:]), fill)
+        for row, example in zip(batch[name], examples, strict=True):
+            row[: example[name].shape[0]] = example[name]
+    return batch

@@ -1,0 +1,144 @@
+"""Running a transformers model over a loader, and writing what it says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdistil.teacher.store import Store, open
+from fastdistil.teacher.writer import Writer
+
+_NAME = "teacher.write"
+
+
+def write(
+    model: nn.Module,
+    loader: Iterable[Mapping[str, Tensor]],
+    path: str | Path,
+    *,
+    kind: str = "hidden",
+    k: int = 64,
+    temperature: float = 1.0,
+    dtype: torch.dtype | None = None,
+    name: str | None = None,
+    shard_bytes: int = 256 << 20,
+    progress: bool = True,
+) -> Store:
+    """Run `model` over `loader` under no_grad and write a store; cut off and called again, it continues.
+
+    Examples that are there already are not computed again, but `loader` is read from its beginning: it must give the
+    same examples in the same order.
+
+    Args:
+        model: a transformers model with a linear head (get_output_embeddings), such as AutoModelForMaskedLM's or
+            AutoModelForCausalLM's, on its device; it is in eval mode while this runs.
+        loader: batches for model(**batch): at least input_ids (B, S); where attention_mask (B, S) is 0, nothing is
+            written. Not labels.
+        path: the store's folder.
+        kind: "hidden": what the head is applied to, and the head once, from which any divergence follows later;
+            "topk": the K largest log-probabilities of softmax(logits / temperature) and their columns.
+        k, temperature: of kind "topk".
+        dtype: of what is written; by default the hidden states' own, and float32 for values.
+        name: the teacher's name in the index, by default model.config.name_or_path.
+        shard_bytes: see Writer.
+
+    Returns:
+        The store, opened.
+
+    Raises:
+        ValueError: where the model has no linear head, or its logits are not that head's (a cap or a scale on top: use
+            kind "topk"); and Writer's errors.
+    """
+    get_head = getattr(model, "get_output_embeddings", None)
+    head: Any = get_head() if callable(get_head) else None
+    if not isinstance(getattr(head, "weight", None), Tensor):
+        raise ValueError(f"{_NAME}: model is {type(model).__name__}, which has no output embeddings, expected one with")
+    weight: Tensor = head.weight
+    hidden_kind = kind == "hidden"
+    config: Any = getattr(model, "config", None)
+    writer = Writer(
+        path,
+        kind=kind,
+        width=weight.shape[1] if hidden_kind else k,
+        vocabulary=weight.shape[0],
+        model=str(getattr(config, "name_or_path", "")) if name is None else name,
+        dtype=dtype if dtype is not None else weight.dtype if hidden_kind else torch.float32,
+        temperature=1.0 if hidden_kind else temperature,
+        head_weight=weight if hidden_kind else None,
+        head_bias=getattr(head, "bias", None) if hidden_kind else None,
+        shard_bytes=shard_bytes,
+    )
+    with writer, _evaluating(model), torch.no_grad():
+        for batch in _remaining(loader, writer.examples, progress):
+            for example in _examples(model, head, batch, kind, k, temperature):
+                writer.add(**example)
+    return open(path)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _remaining(loader: Iterable[Mapping[str, Tensor]], done: int, progress: bool) -> Iterator[Mapping[str, Tensor]]:
+    """The loader's batches without its first `done` examples."""
+    from tqdm import tqdm
+
+    seen = 0
+    total = len(loader) if isinstance(loader, Sized) else None
+    for batch in tqdm(loader, total=total, desc="teacher", unit="batch", disable=None if progress else True):
+        if "input_ids" not in batch:
+            raise ValueError(f"{_NAME}: loader gave a batch of {sorted(batch)}, expected input_ids among them")
+        size = batch["input_ids"].shape[0]
+        skip = min(max(done - seen, 0), size)
+        seen += size
+        if skip < size:
+            yield {key: x[skip:] for key, x in batch.items()}
+    if seen < done:
+        raise ValueError(f"{_NAME}: loader gave {seen} examples, the store holds {done} already")
+
+
+def _examples(
+    model: nn.Module, head: Any, batch: Mapping[str, Tensor], kind: str, k: int, temperature: float
+) -> Iterator[dict[str, Tensor]]:
+    """What the store keeps of each example of a batch."""
+    device = next(chain(model.parameters(), model.buffers())).device
+    batch = {key: x.to(device) for key, x in batch.items()}
+    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+    caught: list[Tensor] = []
+    hook = head.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+    try:
+        logits = model(**batch).logits
+    finally:
+        hook.remove()
+    if kind == "hidden":
+        if len(caught) != 1 or caught[0].shape[:-1] != mask.shape:
+            raise ValueError(f"{_NAME}: model ran its head {len(caught)} times, expected once, on every token")
+        _check_head(head, caught[0][mask][:1], logits[mask][:1])
+    for row, keep in enumerate(mask):
+        if kind == "hidden":
+            yield {"hidden": caught[0][row][keep]}
+        else:
+            values, indices = (logits[row][keep].float() / temperature).log_softmax(-1).topk(k)
+            yield {"values": values, "indices": indices}
+
+
+def _check_head(head: Any, hidden: Tensor, logits: Tensor) -> None:
+    """The logits are the head's output and nothing else."""
+    found = nn.functional.linear(hidden, head.weight, getattr(head, "bias", None))
+    if found.shape != logits.shape or not torch.allclose(found.float(), logits.float(), rtol=1e-2, atol=1e-2):
+        raise ValueError(
+            f"{_NAME}: the model's logits are not its head's output (a cap, a scale or a cut on top), expected that; "
+            "use kind='topk'"
+        )

@@ -1,0 +1,164 @@
+"""Writing a store: one example after the other, a shard at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from fastdistil.teacher import format as files
+
+_NAME = "teacher.Writer"
+
+
+class Writer:
+    """Writes a store, or goes on with one that was cut off.
+
+        with Writer("runs/teacher", kind="topk", width=64, vocabulary=119_547, model="mbert") as writer:
+            for values, indices in examples[writer.examples :]:
+                writer.add(values=values, indices=indices)
+
+    Leaving the block without an error writes the last shard and marks the store as complete; with an error, or killed,
+    the complete shards stay, and a Writer with the same arguments continues after them: `examples` says from where.
+
+    Args:
+        path: a folder; it is made where it does not exist.
+        kind: "hidden" (what the head is applied to; needs head_weight) or "topk".
+        width: D or K; vocabulary: V.
+        model: the teacher's name, kept in the index.
+        dtype: of hidden states or values: torch.float32, bfloat16 or float16; what is added is rounded to it.
+        temperature: that the values were made at, kept in the index.
+        head_weight, head_bias: (V, D) and optionally (V,), kept once, in their own dtype.
+        shard_bytes: a shard is written when its tensors reach this size, which bounds the memory in use.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was wanted; where the folder holds a complete
+            store, one of other settings, or damaged files.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        kind: str,
+        width: int,
+        vocabulary: int,
+        model: str = "",
+        dtype: torch.dtype = torch.float32,
+        temperature: float = 1.0,
+        head_weight: Tensor | None = None,
+        head_bias: Tensor | None = None,
+        shard_bytes: int = 256 << 20,
+    ) -> None:
+        names = {torch_dtype: name for name, torch_dtype in files.DTYPES.items()}
+        if kind not in files.FIELDS:
+            raise ValueError(f"{_NAME}: kind is {kind!r}, expected 'hidden' or 'topk'")
+        if dtype not in names:
+            raise ValueError(f"{_NAME}: dtype is {dtype}, expected torch.float32, torch.bfloat16 or torch.float16")
+        for name, value in (("width", width), ("vocabulary", vocabulary), ("shard_bytes", shard_bytes)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{_NAME}: {name} is {value!r}, expected an integer of at least 1")
+        if kind == "topk" and width > vocabulary:
+            raise ValueError(f"{_NAME}: width is {width}, expected at most the vocabulary, {vocabulary}")
+        self.path, self._shard_bytes = Path(path), shard_bytes
+        self._index = files.Index(kind, model, names[dtype], width, vocabulary, float(temperature))
+        self._buffer: list[dict[str, Tensor]] = []
+        self._buffered_bytes = 0
+        head = self._head(head_weight, head_bias)
+        self.path.mkdir(parents=True, exist_ok=True)
+        for left in self.path.glob(files.PARTIAL + "*"):
+            left.unlink()
+        if (self.path / files.INDEX).exists():
+            self._resume()
+        else:
+            if any(self.path.iterdir()):
+                raise ValueError(f"{_NAME}: {self.path} is not empty and holds no store, expected another folder")
+            if head:
+                self._index.head = files.save(self.path / files.HEAD, head)
+            files.write_index(self.path, self._index)
+
+    @property
+    def examples(self) -> int:
+        """How many are written or waiting for their shard: after a resume, where to continue."""
+        return self._index.examples + len(self._buffer)
+
+    def _head(self, weight: Tensor | None, bias: Tensor | None) -> dict[str, Tensor]:
+        index = self._index
+        if index.kind == "topk":
+            if weight is not None or bias is not None:
+                raise ValueError(f"{_NAME}: head_weight came with kind='topk', expected None")
+            return {}
+        expected = (index.vocabulary, index.width)
+        if weight is None or tuple(weight.shape) != expected:
+            found = "None" if weight is None else f"of shape {tuple(weight.shape)}"
+            raise ValueError(f"{_NAME}: head_weight is {found}, expected {expected} with kind='hidden'")
+        if bias is not None and tuple(bias.shape) != expected[:1]:
+            raise ValueError(f"{_NAME}: head_bias has shape {tuple(bias.shape)}, expected {expected[:1]}")
+        return {name: x.detach().cpu() for name, x in (("weight", weight), ("bias", bias)) if x is not None}
+
+    def _resume(self) -> None:
+        found = files.read_index(self.path)
+        if found.complete:
+            raise ValueError(f"{_NAME}: {self.path} holds a complete store, expected another folder")
+        for name, value in self._index.settings().items():
+            if (before := getattr(found, name)) != value:
+                raise ValueError(f"{_NAME}: {self.path} was begun with {name} = {before!r}, this writer has {value!r}")
+        for file in (found.head, *found.shards):
+            if file is not None:
+                files.check_file(self.path, file, contents=True)
+        self._index = found
+
+    def add(self, **example: Tensor) -> None:
+        """One example: hidden (tokens, D), or values (tokens, K) and indices (tokens, K)."""
+        index = self._index
+        fields = files.FIELDS[index.kind]
+        if set(example) != set(fields):
+            raise TypeError(f"{_NAME}.add: got {sorted(example)}, expected {', '.join(fields)}")
+        tokens = next(iter(example.values())).shape[0] if all(x.dim() == 2 for x in example.values()) else -1
+        kept = {}
+        for name, x in example.items():
+            if tuple(x.shape) != (tokens, index.width):
+                raise ValueError(
+                    f"{_NAME}.add: {name} has shape {tuple(x.shape)}, expected (tokens, {index.width})"
+                    + (" of one example" if x.dim() == 3 else "")
+                )
+            dtype = torch.int32 if name == "indices" else files.DTYPES[index.dtype]
+            if x.dtype.is_floating_point == (name == "indices"):
+                raise TypeError(f"{_NAME}.add: {name} has dtype {x.dtype}, expected one like {dtype}")
+            kept[name] = x.detach().to("cpu", dtype, copy=True)
+        columns = kept.get("indices")
+        if columns is not None and bool(((columns < 0) | (columns >= index.vocabulary)).any()):
+            raise ValueError(f"{_NAME}.add: indices holds one outside of 0 to {index.vocabulary - 1}")
+        self._buffer.append(kept)
+        self._buffered_bytes += sum(x.nbytes for x in kept.values())
+        if self._buffered_bytes >= self._shard_bytes:
+            self.flush()
+
+    def flush(self) -> None:
+        """What is waiting becomes a shard."""
+        if not self._buffer:
+            return
+        lengths = [next(iter(x.values())).shape[0] for x in self._buffer]
+        tensors = {name: torch.cat([x[name] for x in self._buffer]) for name in files.FIELDS[self._index.kind]}
+        tensors["offsets"] = torch.tensor([0, *lengths]).cumsum(0)
+        path = self.path / f"shard-{len(self._index.shards):05d}.safetensors"
+        self._index.shards.append(files.save(path, tensors, len(lengths), sum(lengths)))
+        files.write_index(self.path, self._index)
+        self._buffer, self._buffered_bytes = [], 0
+
+    def close(self) -> None:
+        """Writes the last shard and marks the store as complete."""
+        self.flush()
+        self._index.complete = True
+        files.write_index(self.path, self._index)
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
