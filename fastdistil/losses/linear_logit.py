@@ -122,10 +122,7 @@ def linear_logit_loss(  # type: ignore[misc] # the overloads need not repeat wha
     rule = rule_of(_NAME, divergence, beta, temperature, teacher_temperature, scale_by_t2)
     _check.one_of(_NAME, "reduction", reduction, _check.REDUCTIONS)
     device = student_hidden.device
-    if chunk_bytes is None:
-        chunk_bytes = CHUNK_BYTES["cpu" if device.type == "cpu" else "gpu"]
-    elif isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, int) or chunk_bytes < 1:
-        raise ValueError(f"{_NAME}: chunk_bytes is {chunk_bytes!r}, expected a whole number of bytes, at least 1")
+    chunk = chunk_size(_NAME, chunk_bytes, device)
     if not torch.compiler.is_compiling():
         choose(backend, device)
 
@@ -149,7 +146,7 @@ def linear_logit_loss(  # type: ignore[misc] # the overloads need not repeat wha
     assert hidden is not None and matrix is not None and teacher[0] is not None
     arguments = (
         hidden.reshape(-1, hidden.shape[-1]), matrix, bias, teacher[0].reshape(-1, teacher[0].shape[-1]), *teacher[1:],
-        scale, label, label_scale, partners, pack(rule, caps), return_stats, chunk_bytes, backend, weight is None,
+        scale, label, label_scale, partners, pack(rule, caps), return_stats, chunk, backend, weight is None,
         name,
     )  # fmt: skip
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, matrix, bias)]
@@ -159,6 +156,15 @@ def linear_logit_loss(  # type: ignore[misc] # the overloads need not repeat wha
         losses, each = linear_logit_rows(*arguments)
         loss = losses.reshape(rows) if reduction == "none" else losses.sum()
     return (loss, _terms.row_stats(each, rows)) if return_stats else loss
+
+
+def chunk_size(function: str, chunk_bytes: object, device: torch.device) -> int:
+    """The checked chunk_bytes, or the device's default."""
+    if chunk_bytes is None:
+        return CHUNK_BYTES["cpu" if device.type == "cpu" else "gpu"]
+    if isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, int) or chunk_bytes < 1:
+        raise ValueError(f"{function}: chunk_bytes is {chunk_bytes!r}, expected a whole number of bytes, at least 1")
+    return chunk_bytes
 
 
 def _local(
@@ -199,30 +205,12 @@ def _check_heads(
     mapped: bool,
 ) -> tuple[Tensor | None, ...]:
     """The six tensors, checked; the student's first."""
-    named = {
-        "student_hidden": student_hidden, "student_weight": student_weight, "student_bias": student_bias,
-        "teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight, "teacher_bias": teacher_bias,
-    }  # fmt: skip
-    for name, x in named.items():
-        if x is None and name.endswith("bias"):
-            continue
-        found = _check.float_tensor(_NAME, name, x)
-        _check.same_device(_NAME, name, found, "student_hidden", student_hidden.device)
-        if name.startswith("teacher"):
-            _check.constant(_NAME, name, found)
-    for side, hidden, matrix, bias in (
-        ("student", student_hidden, student_weight, student_bias),
-        ("teacher", teacher_hidden, teacher_weight, teacher_bias),
-    ):
-        if hidden.ndim < 1 or hidden.shape[-1] == 0:
-            raise ValueError(f"{_NAME}: {side}_hidden has shape {tuple(hidden.shape)}, expected (..., D) with D >= 1")
-        if matrix.ndim != 2 or matrix.shape[0] == 0 or matrix.shape[1] != hidden.shape[-1]:
-            raise ValueError(
-                f"{_NAME}: {side}_weight has shape {tuple(matrix.shape)}, expected (V, {hidden.shape[-1]}) to match "
-                f"{side}_hidden"
-            )
-        if bias is not None:
-            _check.same_shape(_NAME, f"{side}_bias", bias, f"{side}_weight", matrix.shape[:1])
+    check_head(_NAME, "student", student_hidden, student_weight, student_bias)
+    check_head(_NAME, "teacher", teacher_hidden, teacher_weight, teacher_bias)
+    _check.same_device(_NAME, "teacher_hidden", teacher_hidden, "student_hidden", student_hidden.device)
+    for name, x in (("hidden", teacher_hidden), ("weight", teacher_weight), ("bias", teacher_bias)):
+        if x is not None:
+            _check.constant(_NAME, f"teacher_{name}", x)
     if teacher_weight.shape[0] != student_weight.shape[0] and not mapped:
         raise ValueError(
             f"{_NAME}: teacher_weight has shape {tuple(teacher_weight.shape)}, expected "
@@ -234,4 +222,20 @@ def _check_heads(
             f"{_NAME}: teacher_hidden has shape {tuple(teacher_hidden.shape)}, expected ({wanted}) to match "
             "student_hidden"
         )
-    return tuple(named.values())
+    return student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias
+
+
+def check_head(function: str, side: str, hidden: object, weight: object, bias: object) -> None:
+    """Raises where hidden (..., D), weight (V, D) and bias (V,) are not tensors that go together."""
+    h, w = (_check.float_tensor(function, f"{side}_{name}", x) for name, x in (("hidden", hidden), ("weight", weight)))
+    if h.ndim < 1 or h.shape[-1] == 0:
+        raise ValueError(f"{function}: {side}_hidden has shape {tuple(h.shape)}, expected (..., D) with D >= 1")
+    if w.ndim != 2 or w.shape[0] == 0 or w.shape[1] != h.shape[-1]:
+        raise ValueError(
+            f"{function}: {side}_weight has shape {tuple(w.shape)}, expected (V, {h.shape[-1]}) to match {side}_hidden"
+        )
+    _check.same_device(function, f"{side}_weight", w, f"{side}_hidden", h.device)
+    if bias is not None:
+        b = _check.float_tensor(function, f"{side}_bias", bias)
+        _check.same_shape(function, f"{side}_bias", b, f"{side}_weight", w.shape[:1])
+        _check.same_device(function, f"{side}_bias", b, f"{side}_hidden", h.device)

@@ -69,11 +69,15 @@ def topk_logit_loss(
     """
     student = _check.float_tensor(_NAME, "student_logits", student_logits)
     values = _check.float_tensor(_NAME, "teacher_values", teacher_values)
-    _check_teacher(student, values, teacher_indices)
+    if student.dim() == 0 or not 0 < student.shape[-1] < 2**31:
+        raise ValueError(
+            f"{_NAME}: student_logits has shape {tuple(student.shape)}, expected (..., V) with 1 <= V < 2^31"
+        )
+    check_teacher(_NAME, student, student.shape[-1], values, teacher_indices)
     _check.one_of(_NAME, "tail", tail, TAILS)
     index, mixture, t, _, factor = rule_of(_NAME, divergence, beta, temperature, None, scale_by_t2)
     _check.one_of(_NAME, "reduction", reduction, _check.REDUCTIONS)
-    _check_defined(tail, divergence, mixture)
+    check_defined(_NAME, tail, divergence, mixture)
     if not torch.compiler.is_compiling():
         choose(backend, student.device)
 
@@ -90,38 +94,36 @@ def topk_logit_loss(
     return total
 
 
-def _check_teacher(student: Tensor, values: Tensor, indices: object) -> None:
-    if student.dim() == 0 or not 0 < student.shape[-1] < 2**31:
-        raise ValueError(
-            f"{_NAME}: student_logits has shape {tuple(student.shape)}, expected (..., V) with 1 <= V < 2^31"
-        )
-    width = student.shape[-1]
+def check_teacher(function: str, student: Tensor, width: int, values: Tensor, indices: object) -> None:
+    """Raises where the teacher's (..., K) do not match a student (..., anything) of `width` columns."""
     if values.dim() == 0 or values.shape[:-1] != student.shape[:-1] or not 1 <= values.shape[-1] <= width:
         rows = ", ".join(map(str, student.shape[:-1])) + ", " if student.dim() > 1 else ""
         raise ValueError(
-            f"{_NAME}: teacher_values has shape {tuple(values.shape)}, expected ({rows}K) with 1 <= K <= {width}"
+            f"{function}: teacher_values has shape {tuple(values.shape)}, expected ({rows}K) with 1 <= K <= {width}"
         )
     if not isinstance(indices, Tensor):
-        raise TypeError(f"{_NAME}: teacher_indices is {type(indices).__name__}, expected a torch.Tensor")
+        raise TypeError(f"{function}: teacher_indices is {type(indices).__name__}, expected a torch.Tensor")
     if indices.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{_NAME}: teacher_indices has dtype {indices.dtype}, expected int32 or int64")
-    _check.same_shape(_NAME, "teacher_indices", indices, "teacher_values", values.shape)
-    _check.same_device(_NAME, "teacher_values", values, "student_logits", student.device)
-    _check.same_device(_NAME, "teacher_indices", indices, "student_logits", student.device)
-    _check.constant(_NAME, "teacher_values", values)
+        raise TypeError(f"{function}: teacher_indices has dtype {indices.dtype}, expected int32 or int64")
+    _check.same_shape(function, "teacher_indices", indices, "teacher_values", values.shape)
+    _check.same_device(function, "teacher_values", values, "the student", student.device)
+    _check.same_device(function, "teacher_indices", indices, "the student", student.device)
+    _check.constant(function, "teacher_values", values)
 
 
-def _check_defined(tail: str, divergence: str, beta: float) -> None:
+def check_defined(function: str, tail: str, divergence: str, beta: float) -> None:
     """The divergences that a tail gives a meaning to."""
     if divergence == "mse":
-        raise ValueError(f"{_NAME}: divergence is 'mse', expected one of probabilities: a top-k teacher has no logits")
+        raise ValueError(
+            f"{function}: divergence is 'mse', expected one of probabilities: a top-k teacher has no logits"
+        )
     if tail == "zero" and divergence != "forward_kl":
         raise ValueError(
-            f"{_NAME}: divergence is {divergence!r} with tail='zero', expected 'forward_kl': without the other "
+            f"{function}: divergence is {divergence!r} with tail='zero', expected 'forward_kl': without the other "
             "columns' terms it is smallest where the student leaves the teacher's columns; use tail='bucket'"
         )
     if tail == "renormalize" and (divergence == "reverse_kl" or (divergence == "skew_reverse_kl" and beta == 0)):
         raise ValueError(
-            f"{_NAME}: divergence is {divergence!r} (beta {beta:g}) with tail='renormalize', expected one that is "
+            f"{function}: divergence is {divergence!r} (beta {beta:g}) with tail='renormalize', expected one that is "
             "finite where the teacher is 0; use tail='bucket'"
         )

@@ -26,28 +26,26 @@ Flags = tuple[bool, bool, bool]
 Heads = tuple[Tensor, Tensor | None, Tensor, Tensor | None]  # weight and bias, the student's first
 
 
-class _Source:
-    """Logits of two heads: two products into float32, and two back."""
+class StudentHead:
+    """Logits of the student's head: a product into float32, and two back. `scale` gives dtype and device."""
 
-    def __init__(
-        self, student: Tensor, teacher: Tensor, heads: Heads, scale: Tensor, vocab_map: Tensor | None, wanted: Flags
-    ) -> None:
-        self.student, self.teacher, self.vocab_map = student, teacher, vocab_map
-        self.weight, self.bias, self.teacher_weight, self.teacher_bias = heads
-        self.columns = self.weight.shape[0]
-        self.dstudent = scale.new_empty(student.shape) if wanted[0] else None
-        self.dweight = new_empty(scale, self.weight.shape) if wanted[1] else None
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, wanted: Flags) -> None:
+        self.student, self.weight, self.bias = hidden, weight, bias
+        self.columns = weight.shape[0]
+        self.dstudent = scale.new_empty(hidden.shape) if wanted[0] else None
+        self.dweight = new_empty(scale, weight.shape) if wanted[1] else None
         self.dbias = scale.new_zeros(self.columns) if wanted[2] else None
-        if self.dweight is not None and len(student) == 0:
+        if self.dweight is not None and len(hidden) == 0:
             self.dweight.zero_()
 
-    def fill(self, rows: slice, student: Tensor, teacher: Tensor) -> None:
-        product(self.student[rows], self.weight, student)
-        product(self.teacher[rows], self.teacher_weight, teacher, self.vocab_map)
+    @property
+    def gradients(self) -> Gradients:
+        return self.dstudent, self.dweight, self.dbias
+
+    def logits(self, rows: slice, out: Tensor) -> None:
+        product(self.student[rows], self.weight, out)
         if self.bias is not None:
-            student += self.bias
-        if self.teacher_bias is not None:
-            teacher += self.teacher_bias if self.vocab_map is None else self.teacher_bias[self.vocab_map.clamp(min=0)]
+            out += self.bias
 
     def back(self, rows: slice, gradient: Tensor) -> None:
         if self.dstudent is not None:
@@ -56,6 +54,23 @@ class _Source:
             add_product(gradient, self.student[rows], self.dweight, first=rows.start == 0)
         if self.dbias is not None:
             self.dbias += gradient.sum(0)
+
+
+class _Source(StudentHead):
+    """Logits of two heads."""
+
+    def __init__(
+        self, student: Tensor, teacher: Tensor, heads: Heads, scale: Tensor, vocab_map: Tensor | None, wanted: Flags
+    ) -> None:
+        super().__init__(student, heads[0], heads[1], scale, wanted)
+        self.teacher, self.teacher_weight, self.teacher_bias = teacher, *heads[2:]
+        self.vocab_map = vocab_map
+
+    def fill(self, rows: slice, student: Tensor, teacher: Tensor) -> None:
+        self.logits(rows, student)
+        product(self.teacher[rows], self.teacher_weight, teacher, self.vocab_map)
+        if self.teacher_bias is not None:
+            teacher += self.teacher_bias if self.vocab_map is None else self.teacher_bias[self.vocab_map.clamp(min=0)]
 
 
 @without_autocast
@@ -101,7 +116,7 @@ def _compute(
     else:
         source = _Source(student, teacher, heads, scale, vocab_map, wanted)
         rows, each = run(source, scale, rule, terms, chunk_bytes, backend, any(wanted), group)
-        found = source.dstudent, source.dweight, source.dbias
+        found = source.gradients
         if group and source.dstudent is not None:  # each rank has the part that went through its columns
             torch.distributed.all_reduce(source.dstudent, group=vocab_parallel.resolve(group))
     if kept is None:

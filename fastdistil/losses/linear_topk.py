@@ -1,0 +1,83 @@
+"""Distillation of a head's logits, which never exist as a whole, from a top-k teacher."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdistil.backends import choose
+from fastdistil.losses import _check
+from fastdistil.losses.linear_logit import check_head, chunk_size
+from fastdistil.losses.logit import rule_of
+from fastdistil.losses.topk import check_defined, check_teacher
+from fastdistil.ops.linear_topk import linear_topk_rows, linear_topk_total
+from fastdistil.ops.topk_rule import TAILS
+
+_NAME = "linear_topk_logit_loss"
+
+
+def linear_topk_logit_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_values: Tensor,
+    teacher_indices: Tensor,
+    *,
+    student_bias: Tensor | None = None,
+    chunk_bytes: int | None = None,
+    tail: str = "bucket",
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    scale_by_t2: bool = True,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    num_items: float | Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """`topk_logit_loss` of `student_hidden @ student_weight.T + student_bias`, chunk by chunk.
+
+    Args:
+        student_hidden: (..., D) float32, bfloat16, float16 or float64. student_weight: (V, D); student_bias: (V,).
+        teacher_values, teacher_indices: (..., K), as in `topk_logit_loss`.
+        chunk_bytes: upper bound of the memory for logits, as in `linear_logit_loss`.
+        tail, divergence, beta, temperature, scale_by_t2, reduction, num_items: as in `topk_logit_loss`.
+        weight: (...,) one number or bool a row; rows of weight 0 are dropped before the products (on a GPU, finding
+            them waits for it once a call).
+        backend: "auto", "reference", "cpu" or "triton", for the rows; the products are torch's.
+
+    Returns:
+        float32 (float64 for float64 inputs): a scalar, or (...,) for reduction="none", whose backward pass computes
+        everything again.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was wanted; wrong entries of the teacher as in
+            `topk_logit_loss`.
+    """
+    check_head(_NAME, "student", student_hidden, student_weight, student_bias)
+    values = _check.float_tensor(_NAME, "teacher_values", teacher_values)
+    check_teacher(_NAME, student_hidden, student_weight.shape[0], values, teacher_indices)
+    _check.one_of(_NAME, "tail", tail, TAILS)
+    index, mixture, t, _, factor = rule_of(_NAME, divergence, beta, temperature, None, scale_by_t2)
+    _check.one_of(_NAME, "reduction", reduction, _check.REDUCTIONS)
+    check_defined(_NAME, tail, divergence, mixture)
+    device, rows = student_hidden.device, student_hidden.shape[:-1]
+    chunk = chunk_size(_NAME, chunk_bytes, device)
+    if not torch.compiler.is_compiling():
+        choose(backend, device)
+
+    heads = (student_hidden, student_weight, student_bias)
+    wide = any(x is not None and x.dtype == torch.float64 for x in heads)
+    dtype = torch.float64 if wide else torch.float32
+    w = None if weight is None else _check.row_weight(_NAME, weight, rows, device, dtype)
+    scale = _check.row_scale(_NAME, rows.numel(), w, reduction, num_items, device, dtype)
+    k, constants = values.shape[-1], [float(x) for x in (index, mixture, TAILS.index(tail), t, factor)]
+    arguments = (
+        student_hidden.reshape(-1, student_hidden.shape[-1]), student_weight, student_bias, values.reshape(-1, k),
+        teacher_indices.reshape(-1, k), scale, constants, chunk, backend, weight is None,
+    )  # fmt: skip
+    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in heads]
+    if reduction != "none" and any(wanted):
+        total: Tensor = linear_topk_total(*arguments, wanted)[0]
+        return total
+    losses: Tensor = linear_topk_rows(*arguments)
+    return losses.reshape(rows) if reduction == "none" else losses.sum()

@@ -1,0 +1,152 @@
+"""linear_topk_logit_loss: a top-k teacher against a head, in chunks, against whole logits in float64."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from conftest import DEVICE, available
+from judge import Outcome, error, judge, judge_exact
+from topk_cases import CASES, formula, known
+from torch import Tensor
+from torch.nn import functional
+
+import fastdistil as fd
+from fastdistil.ops.linear_topk import linear_topk_rows, linear_topk_total
+
+BACKENDS = available("reference", "cpu", "triton")
+ROWS, SIZE, COLUMNS, K = 21, 9, 83, 6
+
+
+def draw(dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """hidden, weight and bias; the teacher and row weights as keywords."""
+    inputs = [torch.randn(*size, dtype=torch.float64) for size in ((ROWS, SIZE), (COLUMNS, SIZE), (COLUMNS,))]
+    values, indices = known(functional.linear(*inputs) + torch.randn(ROWS, COLUMNS), K)
+    weight = torch.arange(1.0, ROWS + 1)
+    weight[::4] = 0
+    options = {"teacher_values": values.float(), "teacher_indices": indices, "weight": weight}
+    return [x.to(DEVICE, dtype) for x in inputs], {name: x.to(DEVICE) for name, x in options.items()}
+
+
+def ours(hidden: Tensor, matrix: Tensor, bias: Tensor, **options: Any) -> Tensor:
+    teacher = options.pop("teacher_values"), options.pop("teacher_indices")
+    return fd.linear_topk_logit_loss(hidden, matrix, *teacher, student_bias=bias, **options)
+
+
+def plain(hidden: Tensor, matrix: Tensor, bias: Tensor, tail: str, divergence: str, **x: Tensor) -> Tensor:
+    rows = formula(
+        functional.linear(hidden, matrix, bias), x["teacher_values"], x["teacher_indices"], tail, divergence, t=2.0
+    )
+    w = x["weight"].to(rows.dtype)
+    return 4 * (w * rows).sum() / w.sum()
+
+
+def outcome(function: Any, inputs: list[Tensor], factor: float = 1.0) -> Outcome:
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    value = function(*leaves)
+    return Outcome(value.detach(), torch.autograd.grad(value, leaves, torch.full_like(value, factor)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(("tail", "divergence"), CASES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_against_textbook(backend: str, tail: str, divergence: str, dtype: torch.dtype) -> None:
+    inputs, x = draw(dtype)
+    options: dict[str, Any] = {"tail": tail, "divergence": divergence, "temperature": 2.0, "backend": backend}
+    if backend == "triton" and dtype == torch.float64:
+        with pytest.raises(ValueError, match="linear_topk_logit_loss: backend 'triton' has no float64 kernel"):
+            ours(*inputs, **options, **x)
+        return
+    truth = outcome(partial(plain, tail=tail, divergence=divergence, **x), [y.double() for y in inputs])
+    eager = outcome(partial(plain, tail=tail, divergence=divergence, **x), inputs)
+    judge(outcome(partial(ours, chunk_bytes=5000, **options, **x), inputs), truth, eager, dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_reductions_and_dropped_rows(backend: str) -> None:
+    inputs, x = draw()
+    loss = partial(ours, temperature=2.0, backend=backend)
+    mean, items = outcome(partial(loss, **x), inputs), float(x["weight"].sum())
+    others = [
+        lambda *y: loss(*y, reduction="sum", **x) / items,
+        lambda *y: loss(*y, reduction="none", **x).sum() / items,
+        lambda *y: loss(*y, num_items=2 * items, **x) * 2,
+    ]
+    for other in others:
+        judge_exact(outcome(other, inputs), mean, torch.float32)
+    assert not loss(*inputs, reduction="none", **x)[::4].any()
+    dirty = inputs[0].clone()
+    dirty[0], x["teacher_indices"][4] = torch.nan, -5
+    found = outcome(partial(loss, **x), [dirty, *inputs[1:]])
+    assert torch.equal(found.value, mean.value)
+    assert all(torch.equal(a, b) for a, b in zip(found.gradients, mean.gradients, strict=True))
+    with torch.no_grad():
+        assert error(loss(*inputs, **x), mean.value) <= 1e-6
+
+
+def test_equals_topk_logit_loss_of_the_logits() -> None:
+    inputs, x = draw()
+    whole = fd.topk_logit_loss(functional.linear(*inputs), **x)
+    assert error(ours(*inputs, **x), whole) <= 1e-6
+
+
+def test_backward_twice() -> None:
+    inputs, x = draw()
+    leaves = [y.requires_grad_() for y in inputs]
+    value = ours(*leaves, **x)
+    first, second, tripled = (torch.autograd.grad(f * value, leaves, retain_graph=True) for f in (1, 1, 3))
+    for a, b, c in zip(first, second, tripled, strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(c, 3 * a)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("tail", ["bucket", "renormalize", "zero"])
+def test_gradcheck(tail: str, reduction: str) -> None:
+    inputs, x = draw(torch.float64)
+    inputs[0], x = inputs[0][:3], {name: y[:3] for name, y in x.items()}
+    function = partial(ours, tail=tail, reduction=reduction, backend="auto", **x)
+    assert torch.autograd.gradcheck(function, [y.requires_grad_() for y in inputs])
+
+
+def test_opcheck() -> None:
+    inputs, x = draw()
+    tensors = (*(y.requires_grad_() for y in inputs), x["teacher_values"], x["teacher_indices"], x["weight"])
+    options = ([0.0, 0.5, 0.0, 2.0, 4.0], 5000, "auto", False)
+    torch.library.opcheck(linear_topk_rows, (*tensors, *options))
+    torch.library.opcheck(linear_topk_total, (*tensors, *options, [True, False, True]))
+
+
+BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"student_weight": torch.zeros(5, 4)}, ValueError, r"student_weight has shape \(5, 4\), expected \(V, 3\)"),
+    ({"student_bias": torch.zeros(4)}, ValueError, r"student_bias has shape \(4,\), expected \(5,\)"),
+    (
+        {"teacher_values": torch.zeros(2, 6)},
+        ValueError,
+        r"teacher_values has shape \(2, 6\), expected \(2, K\) with 1 <= K <= 5",
+    ),
+    (
+        {"teacher_indices": torch.zeros(2, 2)},
+        TypeError,
+        "teacher_indices has dtype torch.float32, expected int32 or int64",
+    ),
+    ({"teacher_indices": torch.full((2, 2), 5)}, ValueError, "teacher_indices holds 5"),
+    ({"tail": "rest"}, ValueError, "tail is 'rest'"),
+    ({"tail": "zero", "divergence": "jsd"}, ValueError, "divergence is 'jsd' with tail='zero'"),
+    ({"chunk_bytes": 0}, ValueError, "chunk_bytes is 0"),
+]
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="indices are checked on a CPU alone")
+@pytest.mark.parametrize(("options", "kind", "message"), BAD)
+def test_bad_calls(options: dict[str, Any], kind: type[Exception], message: str) -> None:
+    good = {
+        "student_hidden": torch.zeros(2, 3),
+        "student_weight": torch.zeros(5, 3),
+        "teacher_values": torch.full((2, 2), -2.0),
+        "teacher_indices": torch.tensor([[0, 1], [2, 3]]),
+    }
+    with pytest.raises(kind, match=message):
+        fd.linear_topk_logit_loss(**(good | options))
