@@ -1,15 +1,22 @@
 """fastdistil: fused, exact, memory-lean kernels for knowledge distillation."""
 
-from fastdistil import teacher
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from fastdistil.backends import backends
-from fastdistil.backends.memory import empty_cache
-from fastdistil.losses.attention import attention_loss
-from fastdistil.losses.hidden import hidden_loss
-from fastdistil.losses.linear_logit import linear_logit_loss
-from fastdistil.losses.linear_topk import linear_topk_logit_loss
-from fastdistil.losses.logit import logit_loss
-from fastdistil.losses.topk import topk_logit_loss
-from fastdistil.models.capture import capture
+
+if TYPE_CHECKING:
+    from fastdistil import teacher
+    from fastdistil.backends.memory import empty_cache
+    from fastdistil.losses.attention import attention_loss
+    from fastdistil.losses.hidden import hidden_loss
+    from fastdistil.losses.linear_logit import linear_logit_loss
+    from fastdistil.losses.linear_topk import linear_topk_logit_loss
+    from fastdistil.losses.logit import logit_loss
+    from fastdistil.losses.topk import topk_logit_loss
+    from fastdistil.models.capture import capture
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,3 +32,31 @@ __all__ = [
     "teacher",
     "topk_logit_loss",
 ]
+
+# Where the names come from. They are imported when they are first used: the command line answers without torch.
+_PLACES = {
+    "attention_loss": "fastdistil.losses.attention",
+    "capture": "fastdistil.models.capture",
+    "empty_cache": "fastdistil.backends.memory",
+    "hidden_loss": "fastdistil.losses.hidden",
+    "linear_logit_loss": "fastdistil.losses.linear_logit",
+    "linear_topk_logit_loss": "fastdistil.losses.linear_topk",
+    "logit_loss": "fastdistil.losses.logit",
+    "topk_logit_loss": "fastdistil.losses.topk",
+}
+_MODULES = ("teacher",)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PLACES:
+        found = getattr(importlib.import_module(_PLACES[name]), name)
+    elif name in _MODULES:
+        found = importlib.import_module(f"fastdistil.{name}")
+    else:
+        raise AttributeError(f"module 'fastdistil' has no attribute {name!r}")
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

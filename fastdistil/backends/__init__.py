@@ -12,8 +12,10 @@ import importlib.util
 import os
 from functools import cache
 from types import ModuleType
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch  # imported by those that ask for it: naming what is in fastdistil takes none
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 
@@ -45,6 +47,8 @@ def interpreting() -> bool:
 
 
 def _triton() -> bool | str:
+    import torch
+
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install 'fastdistil[triton]')"
     if interpreting() or torch.cuda.is_available():
@@ -53,6 +57,8 @@ def _triton() -> bool | str:
 
 
 def _cuda() -> bool | str:
+    import torch
+
     if _cpu() is not True:
         return "the C++ extension fastdistil._C cannot be imported"
     if not importlib.import_module("fastdistil._C").cuda_arches:
