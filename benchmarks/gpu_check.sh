@@ -83,6 +83,7 @@ measure() { # LIMIT WHAT
 step 60 doctor bash -c "bench doctor"
 measure 30 exactness
 measure 120 logits
+measure 80 linear
 tests=(tests)
 [ "$small" = "--small" ] && tests=(tests/test_bench.py tests/test_cli.py)
 step 170 tests "$python" -c "import sys, pytest; sys.path[:] = [p for p in sys.path if p]; sys.exit(pytest.main(sys.argv[1:]))" \
@@ -98,6 +99,7 @@ else
 fi
 measure 90 attention
 measure 60 hidden
+measure 30 topk
 step 40 report bash -c "bench bench --report --out '$out/all.jsonl'"
 
 rm -rf "$site" "$out/build"
