@@ -11,6 +11,9 @@
 #endif
 
 namespace py = pybind11;
+
+void define_sparse(py::module_& m);  // bindings_sparse.cpp
+
 using fastdistil::DType;
 using fastdistil::LogitArgs;
 using fastdistil::TensorView;
@@ -104,6 +107,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("isas", &fastdistil::cpu::isas, "the instruction sets that this processor can run, the best first");
   m.def("use_isa", &fastdistil::cpu::use_isa, py::arg("name"), "use another of isas(), for tests and benchmarks");
   define_logit<logit_cpu, true>(m, "logit_fwd", "logit_bwd", "threads");
+  define_sparse(m);
 #if defined(FD_CUDA)
   define_logit<logit_cuda, false>(m, "logit_fwd_cuda", "logit_bwd_cuda", "stream");
   m.attr("cuda_arches") = FD_CUDA;

@@ -1,0 +1,375 @@
+"""SparseAdamW: torch.optim.AdamW's numbers inside the mask, not a bit changed outside, and all that surrounds it."""
+
+from __future__ import annotations
+
+import gc
+import io
+import math
+from typing import Any
+
+import pytest
+import torch
+from sparse_cases import DTYPES
+from torch import Tensor, nn
+
+import fastdistil as fd
+from fastdistil import _C
+from fastdistil.backends import interpreting
+from fastdistil.sparse import SparseAdamW, SparseMask
+
+BACKENDS = ["reference", "cpu", *(["triton"] if interpreting() else [])]
+LAYERS = ("0.weight", "0.bias", "2.weight", "2.bias")
+
+
+def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(5)
+    return nn.Sequential(nn.Linear(31, 47), nn.Tanh(), nn.Linear(47, 3)).to(dtype)
+
+
+def masks(model: nn.Module, density: float = 0.2, head: bool = False) -> SparseMask:
+    """A fifth of the first layer and, with `head`, of the second."""
+    return fd.sparse.random_mask(model, density=density, include=None if head else "0.", seed=1)
+
+
+def gradients(model: nn.Module, step: int) -> None:
+    generator = torch.Generator().manual_seed(step)
+    for p in model.parameters():
+        p.grad = (torch.randn(p.shape, generator=generator) * (1 + step % 7)).to(p.dtype)
+
+
+def flat(model: nn.Module, name: str) -> Tensor:
+    return model.get_parameter(name).detach().reshape(-1).clone()
+
+
+def inside(mask: SparseMask, name: str) -> Tensor:
+    found = torch.ones(mask.shapes[name].numel(), dtype=torch.bool) if name in mask else None
+    assert found is not None
+    found[:] = False
+    found[mask[name].long()] = True
+    return found
+
+
+HYPER = {"lr": 3e-3, "betas": (0.85, 0.99), "eps": 1e-7, "weight_decay": 0.1}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_trajectory_of_torch_adamw(backend: str) -> None:
+    """100 steps: the selected entries as a dense AdamW has them, the head too, the rest untouched bit for bit."""
+    sparse, dense = network(), network()
+    start = {name: flat(sparse, name) for name in LAYERS}
+    mask = masks(sparse)
+    ours = SparseAdamW(sparse.named_parameters(), mask, **HYPER, backend=backend)
+    theirs = torch.optim.AdamW(dense.parameters(), **HYPER)
+    for step in range(100 if backend != "triton" else 20):
+        for model, optimizer in ((sparse, ours), (dense, theirs)):
+            gradients(model, step)
+            optimizer.step()
+    for name in LAYERS:
+        a, b = flat(sparse, name), flat(dense, name)
+        if name in mask:
+            chosen = inside(mask, name)
+            assert torch.equal(a[~chosen], start[name][~chosen])
+            a, b = a[chosen], b[chosen]
+        assert (a - b).norm() <= 1e-5 * b.norm()
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        assert not torch.equal(a, start[name][inside(mask, name)] if name in mask else start[name])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_backends_agree_with_float64(dtype: torch.dtype, backend: str) -> None:
+    """16-bit parameters: the masters hold what a float32 run on the same gradients would."""
+    if backend == "triton" and dtype == torch.float64:
+        pytest.skip("Triton's kernel is for float32 and 16-bit parameters")
+    model, exact = network(dtype), network(dtype).double()
+    mask = masks(model, head=True)
+    ours = SparseAdamW(model.named_parameters(), mask, **HYPER, l1=0.3, backend=backend)
+    truth = SparseAdamW(exact.named_parameters(), mask, **HYPER, l1=0.3, backend="reference")
+    for step in range(10):
+        gradients(model, step)
+        for p, q in zip(model.parameters(), exact.parameters(), strict=True):
+            assert p.grad is not None
+            q.grad = p.grad.double()
+        ours.step()
+        truth.step()
+    for (name, p), q in zip(model.named_parameters(), exact.parameters(), strict=True):
+        state = ours.state[p]
+        assert state["exp_avg"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        chosen = mask[name].long()
+        best = state.get("master", p.detach().reshape(-1)[chosen])
+        assert (best.double() - q.detach().reshape(-1)[chosen]).norm() <= 1e-6 * q.detach().reshape(-1)[chosen].norm()
+        torch.testing.assert_close(p.detach().reshape(-1)[chosen], best.to(dtype), rtol=0, atol=0)
+
+
+def test_small_steps_reach_bf16_through_the_master() -> None:
+    """1,000 steps of 1e-5 at 1.0, where bfloat16's spacing is 8e-3: without a master nothing would ever move."""
+    weight = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    optimizer = SparseAdamW({"w": weight}, {"w": torch.tensor([1, 3], dtype=torch.int32)}, lr=1e-5)
+    for _ in range(1000):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    torch.testing.assert_close(optimizer.state[weight]["master"], torch.full((2,), 0.99), rtol=0, atol=1e-4)
+    assert weight.tolist() == [1.0, 0.98828125, 1.0, 0.98828125]
+    with torch.no_grad():
+        weight[1] = 5.0  # someone else's write: the master gives way
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    assert optimizer.state[weight]["master"][0] == pytest.approx(5.0, abs=1e-3)
+
+
+def test_l1_pulls_towards_the_start() -> None:
+    weight = nn.Parameter(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    optimizer = SparseAdamW({"w": weight}, {"w": torch.tensor([0, 2], dtype=torch.int32)}, lr=0.01, l1=6.0)
+    loss = torch.tensor([5.0, 0.0, -5.0, 0.0])  # gradient of the data; the pull is 6 / 2 entries = 3
+    for _ in range(50):
+        weight.grad = loss.clone()
+        optimizer.step()
+    away = weight.detach() - torch.tensor([1.0, 2.0, 3.0, 4.0])
+    assert away[0] < -0.1 < 0.1 < away[2]
+    assert away[[1, 3]].tolist() == [0.0, 0.0]
+    for _ in range(400):
+        weight.grad = torch.zeros(4)
+        optimizer.step()
+    torch.testing.assert_close(weight.detach(), torch.tensor([1.0, 2.0, 3.0, 4.0]), atol=0.05, rtol=0)
+
+
+def test_state_is_for_the_mask_alone() -> None:
+    weight = nn.Parameter(torch.randn(1000, 100))
+    mask = fd.sparse.random_mask({"w": weight}, density=0.08)
+    optimizer = SparseAdamW({"w": weight}, mask)
+    weight.grad = torch.randn(1000, 100)
+    optimizer.step()
+    held = sum(x.nbytes for x in optimizer.state[weight].values()) + mask["w"].nbytes
+    assert held <= 2 * weight.nbytes / 7
+    assert optimizer.state[weight]["exp_avg"].shape == (8000,)
+
+
+def test_threads_and_instruction_sets() -> None:
+    found, threads, isa = [], torch.get_num_threads(), _C.isa()
+    try:
+        for name in _C.isas():
+            _C.use_isa(name)
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                torch.manual_seed(3)
+                weight = nn.Parameter(torch.randn(400, 300))
+                optimizer = SparseAdamW({"w": weight}, fd.sparse.random_mask({"w": weight}, density=0.4), **HYPER)
+                for _ in range(3):
+                    weight.grad = torch.randn(400, 300)
+                    optimizer.step()
+                found.append(weight.detach().clone())
+    finally:
+        torch.set_num_threads(threads)
+        _C.use_isa(isa)
+    for i, other in enumerate(found):
+        assert torch.equal(other, found[i - i % 3])  # threads change nothing
+        torch.testing.assert_close(other, found[0], rtol=1e-6, atol=1e-7)  # an instruction set a rounding
+
+
+# ---- what a trainer does with an optimizer
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range, scheduler: Any = None) -> None:
+    for step in steps:
+        gradients(model, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        if scheduler is not None:
+            scheduler.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_state_dict_continues_bit_identically(dtype: torch.dtype) -> None:
+    def fresh() -> tuple[nn.Module, SparseAdamW, Any]:
+        model = network(dtype)
+        optimizer = SparseAdamW(model.named_parameters(), masks(model), **HYPER, l1=0.1)
+        return model, optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
+
+    whole, optimizer, scheduler = fresh()
+    train(whole, optimizer, range(12), scheduler)
+    first, optimizer, scheduler = fresh()
+    train(first, optimizer, range(5), scheduler)
+    buffer = io.BytesIO()
+    torch.save([first.state_dict(), optimizer.state_dict(), scheduler.state_dict()], buffer)
+    second, optimizer, scheduler = fresh()
+    buffer.seek(0)
+    states = torch.load(buffer, weights_only=True)
+    for thing, state in zip((second, optimizer, scheduler), states, strict=True):
+        thing.load_state_dict(state)
+    assert all(s["exp_avg"].dtype == torch.float32 for s in optimizer.state.values() if "exp_avg" in s)
+    train(second, optimizer, range(5, 12), scheduler)
+    for name in LAYERS:
+        assert torch.equal(flat(whole, name), flat(second, name))
+
+
+def test_groups_and_schedulers() -> None:
+    model, dense = network(), network()
+    mask = masks(model, head=True)
+    pairs = dict(model.named_parameters())
+    body = {"params": [(n, p) for n, p in pairs.items() if n.startswith("0.")], "lr": 1e-2, "weight_decay": 0.2}
+    head = {"params": [(n, p) for n, p in pairs.items() if n.startswith("2.")]}
+    ours = SparseAdamW([body, head], mask, lr=1e-3)
+    theirs = torch.optim.AdamW(
+        [{"params": list(dense[0].parameters()), "lr": 1e-2, "weight_decay": 0.2}, {"params": list(dense[2].parameters())}],
+        lr=1e-3, weight_decay=0.0,
+    )  # fmt: skip
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda s: 1 / (1 + s)) for o in (ours, theirs)]
+    for step in range(8):
+        for m, o, s in ((model, ours, schedules[0]), (dense, theirs, schedules[1])):
+            gradients(m, step)
+            o.step()
+            s.step()
+    for name in LAYERS:
+        chosen = mask[name].long()
+        torch.testing.assert_close(flat(model, name)[chosen], flat(dense, name)[chosen], rtol=1e-5, atol=1e-7)
+
+
+def test_parameters_without_gradient_and_closures() -> None:
+    model = network()
+    optimizer = SparseAdamW(model.named_parameters(), masks(model))
+    model[2].requires_grad_(False)
+    before = flat(model, "2.weight")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = model(torch.ones(2, 31)).square().sum()
+        loss.backward()
+        return loss
+
+    first = optimizer.step(closure).item()
+    for _ in range(30):
+        last = optimizer.step(closure).item()
+    assert last < first
+    assert torch.equal(flat(model, "2.weight"), before)
+
+
+def test_grad_scaler() -> None:
+    model, plain = network(), network()
+    ours = SparseAdamW(model.named_parameters(), masks(model), **HYPER)
+    same = SparseAdamW(plain.named_parameters(), masks(plain), **HYPER)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    data = torch.randn(16, 31)
+    for step in range(4):
+        scaler.scale(model(data).square().mean()).backward()
+        if step == 2:
+            model[0].weight.grad[0, 0] = math.inf  # this step must be skipped
+        scaler.step(ours)
+        scaler.update()
+        ours.zero_grad()
+        if step != 2:
+            plain(data).square().mean().backward()
+            same.step()
+            same.zero_grad()
+    for name in LAYERS:
+        torch.testing.assert_close(flat(model, name), flat(plain, name), rtol=1e-6, atol=1e-7)
+
+
+def test_accelerate() -> None:
+    from accelerate import Accelerator
+
+    model, plain = network(), network()
+    same = SparseAdamW(plain.named_parameters(), masks(plain), **HYPER)
+    accelerator = Accelerator(cpu=True)
+    wrapped, optimizer = accelerator.prepare(model, SparseAdamW(model.named_parameters(), masks(model), **HYPER))
+    data = torch.randn(16, 31)
+    for _ in range(3):
+        accelerator.backward(wrapped(data).square().mean())
+        accelerator.clip_grad_norm_(wrapped.parameters(), 0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+        plain(data).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
+        same.step()
+        same.zero_grad()
+    for name in LAYERS:
+        assert torch.equal(flat(model, name), flat(plain, name))
+
+
+# ---- in backward
+
+
+def test_step_in_backward_is_the_same_update() -> None:
+    model, plain = network(), network()
+    ours = SparseAdamW(model.named_parameters(), masks(model), **HYPER, step_in_backward=True)
+    same = SparseAdamW(plain.named_parameters(), masks(plain), **HYPER)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(ours, lambda s: 1.0)
+    data = torch.randn(16, 31)
+    for _ in range(5):
+        model(data).square().mean().backward()
+        assert all(p.grad is None for p in model.parameters())
+        ours.step()
+        scheduler.step()
+        plain(data).square().mean().backward()
+        same.step()
+        same.zero_grad()
+    for name in LAYERS:
+        assert torch.equal(flat(model, name), flat(plain, name))
+    ours.remove_hooks()
+    model(data).square().mean().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_step_in_backward_refuses_accumulation_and_ends_with_its_owner() -> None:
+    model = network()
+    optimizer = SparseAdamW(model, masks(model), step_in_backward=True)
+    model(torch.randn(2, 31)).sum().backward()
+    with pytest.raises(RuntimeError, match="got a second gradient before step"):
+        model(torch.randn(2, 31)).sum().backward()
+    optimizer.step()
+    model.zero_grad()
+    del optimizer
+    gc.collect()
+    before = flat(model, "2.bias")
+    model(torch.randn(2, 31)).sum().backward()
+    assert torch.equal(flat(model, "2.bias"), before)
+    assert model[2].bias.grad is not None
+
+
+# ---- bad calls
+
+
+def index(*positions: int) -> Tensor:
+    return torch.tensor(positions, dtype=torch.int32)
+
+
+W = {"w": nn.Parameter(torch.zeros(2, 3))}
+BAD: list[tuple[Any, Any, dict[str, Any], type[Exception], str]] = [
+    (W, {"v": index(0)}, {}, ValueError, "mask has 'v', which named_params has not"),
+    (W, {"w": index(6)}, {}, ValueError, r"positions\['w'\] goes from 6 to 6, expected 0 to 5"),
+    (W, SparseMask({"w": index(0)}, {"w": (3, 2)}), {}, ValueError, r"has shape \(2, 3\), expected \(3, 2\)"),
+    ([W["w"]], {}, {}, TypeError, "named_params holds Parameter, expected pairs"),
+    ({}, {}, {}, ValueError, "named_params is empty"),
+    ({"w": nn.Parameter(torch.zeros(2, 3).t())}, {}, {}, ValueError, "has strides"),
+    ({"w": torch.zeros(2, dtype=torch.complex64)}, {}, {}, TypeError, "has dtype torch.complex64"),
+    (W, {}, {"lr": -1.0}, ValueError, "lr is -1.0, expected at least 0"),
+    (W, {}, {"eps": -1.0}, ValueError, "eps is -1.0"),
+    (W, {}, {"betas": (0.9, 1.0)}, ValueError, r"betas is \(0.9, 1.0\)"),
+    (W, {}, {"weight_decay": "x"}, TypeError, "weight_decay is str, expected a number"),
+    (W, {}, {"l1": math.nan}, ValueError, "l1 is nan"),
+]
+
+
+@pytest.mark.parametrize(("params", "mask", "options", "kind", "message"), BAD)
+def test_bad_construction(params: Any, mask: Any, options: Any, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        SparseAdamW(params, mask, **options)
+
+
+def test_bad_states_and_gradients() -> None:
+    model = network()
+    optimizer = SparseAdamW(model, masks(model))
+    train(model, optimizer, range(1))
+    state = optimizer.state_dict()
+    other = SparseAdamW(model, masks(model, density=0.3))
+    with pytest.raises(ValueError, match="state_dict was saved with mask '[0-9a-f]{16}', expected"):
+        other.load_state_dict(state)
+    with pytest.raises(ValueError, match="was saved with mask None"):
+        optimizer.load_state_dict(torch.optim.AdamW(model.parameters()).state_dict())
+    cut = {**state, "state": {0: {**state["state"][0], "exp_avg": torch.zeros(3)}}}
+    with pytest.raises(ValueError, match=r"exp_avg of '0.weight' has shape \(3,\), expected"):
+        optimizer.load_state_dict(cut)
+    embedding = nn.Embedding(10, 4, sparse=True)
+    optimizer = SparseAdamW(embedding, {"weight": index(3, 7)})
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(ValueError, match="the gradient of 'weight' is torch.sparse_coo"):
+        optimizer.step()
