@@ -17,8 +17,11 @@ from typing import Any
 
 import torch
 
-STEMS = {"logits": "logit", "hidden": "hidden", "attention": "attention", "exactness": "logit", "threads": "logit"}
-SOURCE_FOLDERS = ("csrc", "kernels", "fastdistil/backends", "fastdistil/ops")
+STEMS = {
+    "logits": "logit", "hidden": "hidden", "attention": "attention", "exactness": "logit", "threads": "logit",
+    "sparse": "sparse",
+}  # fmt: skip
+SOURCE_FOLDERS = ("csrc", "kernels", "fastdistil/backends", "fastdistil/ops", "fastdistil/sparse")
 SOURCE_SUFFIXES = {".cpp", ".h", ".cu", ".cuh", ".py"}
 PACKAGES = ("fastdistil", "torch", "triton", "liger-kernel", "numpy")
 
@@ -42,7 +45,7 @@ def kernel_sources(op: str, root: Path) -> list[Path]:
         for path in (root / folder).rglob("*")
         if path.suffix in SOURCE_SUFFIXES
         and path.name != "bindings.cpp"  # forwards only
-        and not any(stem in path.name for stem in others)
+        and not any(stem in path.relative_to(root).as_posix() for stem in others)
     )
 
 

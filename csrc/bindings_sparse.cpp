@@ -6,6 +6,9 @@
 
 #include "cpu/sparse.h"
 #include "sparse_view.h"
+#if defined(FD_CUDA)
+#include "../kernels/cuda/sparse.h"
+#endif
 
 namespace py = pybind11;
 using fastdistil::Element;
@@ -81,6 +84,70 @@ void update(const FlatView& table, const FlatView& constants, int threads) {
                                  tensors, at_least_one(threads));
 }
 
+#if defined(FD_CUDA)
+
+// The addresses in a table were checked, tensor by tensor, by whoever owns the tensors.
+fastdistil::cuda::Work work_of(const FlatView& table, int64_t columns, const FlatView& chunks) {
+  table.expect("table", Element::i64).expect_device("table", false);
+  table.expect_size("table", table.size / columns * columns);
+  chunks.expect("chunks", Element::i64).expect_device("chunks", false).expect_size("chunks", chunks.size / 2 * 2);
+  return {static_cast<const int64_t*>(table.data), static_cast<const int64_t*>(chunks.data), chunks.size / 2};
+}
+
+int64_t* counters(const FlatView& view, const char* name, int64_t size) {
+  view.expect(name, Element::i64).expect_device(name, false).expect_size(name, size);
+  return static_cast<int64_t*>(view.data);
+}
+
+void histogram_cuda(const FlatView& table, const FlatView& chunks, const FlatView& counts, const FlatView& nan,
+                    int64_t bucket, uintptr_t stream) {
+  const auto work = work_of(table, fastdistil::cuda::kChangeColumns, chunks);
+  const bool high = bucket == fastdistil::kAllBuckets;
+  int64_t* into = counters(counts, "counts", high ? fastdistil::kHighBuckets : fastdistil::kLowBuckets);
+  nan.expect("nan", Element::i32).expect_device("nan", false);
+  nan.expect_size("nan", table.size / fastdistil::cuda::kChangeColumns);
+  fastdistil::cuda::sparse_histogram(work, into, static_cast<int32_t*>(nan.data), bucket,
+                                     reinterpret_cast<void*>(stream));
+}
+
+void count_cuda(const FlatView& table, const FlatView& chunks, const FlatView& counts, int64_t threshold,
+                uintptr_t stream) {
+  const auto work = work_of(table, fastdistil::cuda::kChangeColumns, chunks);
+  fastdistil::cuda::sparse_count(work, counters(counts, "counts", 2 * work.count), static_cast<uint32_t>(threshold),
+                                 reinterpret_cast<void*>(stream));
+}
+
+void write_cuda(const FlatView& table, const FlatView& chunks, const FlatView& offsets, const FlatView& keep,
+                const FlatView& out, int64_t threshold, uintptr_t stream) {
+  const auto work = work_of(table, fastdistil::cuda::kChangeColumns, chunks);
+  out.expect_index("out").expect_device("out", false);
+  fastdistil::cuda::sparse_write(work, counters(offsets, "offsets", work.count), counters(keep, "keep", work.count),
+                                 out.data, out.element == Element::i64, static_cast<uint32_t>(threshold),
+                                 reinterpret_cast<void*>(stream));
+}
+
+void update_cuda(const FlatView& table, const FlatView& constants, const FlatView& chunks, uintptr_t stream) {
+  const auto work = work_of(table, fastdistil::kUpdateColumns, chunks);
+  constants.expect("constants", Element::f64).expect_device("constants", false);
+  constants.expect_size("constants", table.size / fastdistil::kUpdateColumns * fastdistil::kUpdateConstants);
+  fastdistil::cuda::sparse_update(work, static_cast<const double*>(constants.data), reinterpret_cast<void*>(stream));
+}
+
+void define_sparse_cuda(py::module_& m) {
+  m.attr("sparse_select_chunk") = fastdistil::cuda::kSelectChunk;
+  m.attr("sparse_update_chunk") = fastdistil::cuda::kUpdateChunk;
+  m.def("sparse_histogram_cuda", &histogram_cuda, py::arg("table"), py::arg("chunks"), py::arg("counts"),
+        py::arg("nan"), py::arg("bucket"), py::arg("stream"));
+  m.def("sparse_count_cuda", &count_cuda, py::arg("table"), py::arg("chunks"), py::arg("counts"), py::arg("threshold"),
+        py::arg("stream"));
+  m.def("sparse_write_cuda", &write_cuda, py::arg("table"), py::arg("chunks"), py::arg("offsets"), py::arg("keep"),
+        py::arg("out"), py::arg("threshold"), py::arg("stream"));
+  m.def("sparse_update_cuda", &update_cuda, py::arg("table"), py::arg("constants"), py::arg("chunks"),
+        py::arg("stream"));
+}
+
+#endif
+
 }  // namespace
 
 void define_sparse(py::module_& m) {
@@ -91,4 +158,7 @@ void define_sparse(py::module_& m) {
   m.def("sparse_take", &take, py::arg("tensor"), py::arg("index"), py::arg("values"), py::arg("threads"));
   m.def("sparse_put", &put, py::arg("tensor"), py::arg("index"), py::arg("values"), py::arg("threads"));
   m.def("sparse_update", &update, py::arg("table"), py::arg("constants"), py::arg("threads"));
+#if defined(FD_CUDA)
+  define_sparse_cuda(m);
+#endif
 }

@@ -6,6 +6,16 @@ from fastdistil.losses.attention import attention_loss
 from fastdistil.losses.hidden import hidden_loss
 from fastdistil.losses.logit import logit_loss
 from fastdistil.models.capture import capture
+from fastdistil.sparse import lottery_ticket
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "attention_loss", "backends", "capture", "hidden_loss", "logit_loss", "sparse"]
+__all__ = [
+    "__version__",
+    "attention_loss",
+    "backends",
+    "capture",
+    "hidden_loss",
+    "logit_loss",
+    "lottery_ticket",
+    "sparse",
+]

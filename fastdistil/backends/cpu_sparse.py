@@ -45,8 +45,10 @@ def sparse_take(tensor: Tensor, index: Tensor) -> Tensor:
 def sparse_put_(tensor: Tensor, index: Tensor, values: Tensor) -> None:
     """Writes `values` (n,) to flat positions `index` (n,) of `tensor`, bit for bit."""
     _C.sparse_put(tensor, index, values, torch.get_num_threads())
+    torch.autograd.graph.increment_version(tensor)  # autograd would not know that it changed
 
 
 def sparse_update_(rows: Sequence[UpdateRow]) -> None:
     """One AdamW step of every row, in place."""
     _C.sparse_update(*update_table(rows), torch.get_num_threads())
+    torch.autograd.graph.increment_version([row.param for row in rows])  # autograd would not know that they changed

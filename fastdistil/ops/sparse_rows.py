@@ -18,7 +18,7 @@ ALL_BUCKETS = -1  # the first histogram, over the upper bits of everything
 
 COLUMNS = 10  # of a row of the table: seven addresses, entries, dtype, whether the index is int64
 CONSTANTS = 8
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
 class UpdateConstants(NamedTuple):
@@ -58,7 +58,7 @@ def update_table(rows: Sequence[UpdateRow]) -> tuple[Tensor, Tensor]:
         [
             *(0 if x is None else x.data_ptr() for x in row[:7]),
             row.exp_avg.numel(),
-            _DTYPES[row.param.dtype],
+            DTYPES[row.param.dtype],
             row.positions is not None and row.positions.dtype == torch.int64,
         ]
         for row in rows

@@ -9,5 +9,16 @@ from fastdistil.sparse.draw import random_mask
 from fastdistil.sparse.files import Checkpoint
 from fastdistil.sparse.mask import SparseMask
 from fastdistil.sparse.select import select_topk
+from fastdistil.sparse.ticket import lottery_ticket, rewind_
 
-__all__ = ["Checkpoint", "SparseAdamW", "SparseDelta", "SparseMask", "load_into", "random_mask", "select_topk"]
+__all__ = [
+    "Checkpoint",
+    "SparseAdamW",
+    "SparseDelta",
+    "SparseMask",
+    "load_into",
+    "lottery_ticket",
+    "random_mask",
+    "rewind_",
+    "select_topk",
+]

@@ -113,8 +113,9 @@ class SparseAdamW(torch.optim.Optimizer):
 
     def _update(self, params: Sequence[Tensor]) -> None:
         by_device: dict[torch.device, list[UpdateRow]] = {}
+        known: dict[tuple[int, float], UpdateConstants] = {}  # parameters of a group are mostly at the same step
         for param in params:
-            row = self._row(param)
+            row = self._row(param, known)
             if row is not None:
                 by_device.setdefault(param.device, []).append(row)
         for device, rows in by_device.items():
@@ -137,9 +138,9 @@ class SparseAdamW(torch.optim.Optimizer):
             index = self._index[param] = index.to(param.device)
         return index
 
-    def _row(self, param: Tensor) -> UpdateRow | None:
+    def _row(self, param: Tensor, known: dict[tuple[int, float], UpdateConstants]) -> UpdateRow | None:
         """One parameter's part of this step, its state made where there is none; None where nothing is trained."""
-        number_, name = self._place[param]
+        group, name = self._place[param]
         gradient, index = param.grad, self._moved_index(param)
         if gradient is None or (index is not None and len(index) == 0) or param.numel() == 0:
             return None
@@ -148,24 +149,34 @@ class SparseAdamW(torch.optim.Optimizer):
             raise ValueError(f"SparseAdamW: the gradient of {name!r} is {came}, expected dense {param.dtype}")
         state = self.state[param]
         if "step" not in state:
-            count = param.numel() if index is None else len(index)
-            state["step"] = torch.tensor(0.0)
-            for key in ("exp_avg", "exp_avg_sq"):
-                state[key] = torch.zeros(count, dtype=_state_dtype(param), device=param.device)
-            if param.dtype in _SIXTEEN_BITS:
-                state["master"] = self._entries(param)
-        state["step"] += 1
-        constants = self._constants(self.param_groups[number_], float(state["step"]), name, state)
-        base = state.get("base") if constants.l1 else None
+            self._begin(param, state)
+        state["step"] += 1.0
+        at = (group, state["step"])
+        if at not in known:
+            known[at] = self._constants(self.param_groups[group], at[1])
+        base = None
+        if known[at].l1 and index is not None:
+            if "base" not in state:
+                raise ValueError(f"SparseAdamW: {name!r} has got an l1 since construction, expected it there or never")
+            base = state["base"]
         return UpdateRow(
-            param.detach(), gradient.contiguous(), index, state["exp_avg"], state["exp_avg_sq"], state.get("master"),
-            base, constants,
+            param, gradient.contiguous(), index, state["exp_avg"], state["exp_avg_sq"], state.get("master"), base,
+            known[at],
         )  # fmt: skip
 
-    def _constants(self, group: dict[str, Any], step: float, name: str, state: dict[str, Any]) -> UpdateConstants:
+    def _begin(self, param: Tensor, state: dict[str, Any]) -> None:
+        """A parameter's state before its first step. The step is a number: a tensor would cost more than the rest of
+        what Python does here."""
+        index = self._moved_index(param)
+        count = param.numel() if index is None else len(index)
+        state["step"] = 0.0
+        for key in ("exp_avg", "exp_avg_sq"):
+            state[key] = torch.zeros(count, dtype=_state_dtype(param), device=param.device)
+        if param.dtype in _SIXTEEN_BITS:
+            state["master"] = self._entries(param)
+
+    def _constants(self, group: dict[str, Any], step: float) -> UpdateConstants:
         lr, (beta1, beta2) = float(group["lr"]), group["betas"]
-        if group["l1"] and name in self.mask and "base" not in state:
-            raise ValueError(f"SparseAdamW: l1 is {group['l1']} for {name!r}, expected it at construction or never")
         return UpdateConstants(
             decay=1 - lr * group["weight_decay"],
             one_minus_beta1=1 - beta1,
@@ -174,7 +185,7 @@ class SparseAdamW(torch.optim.Optimizer):
             eps=group["eps"],
             step_size=lr / (1 - beta1**step),
             inv_bias2_sqrt=(1 - beta2**step) ** -0.5,
-            l1=group["l1"] / max(self.mask.nnz, 1) if name in self.mask else 0.0,
+            l1=group["l1"] / max(self.mask.nnz, 1) if group["l1"] else 0.0,
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -132,9 +132,7 @@ class SparseDelta:
                 param = module.get_parameter(name).detach()
                 kernel, at = kernels(param.device), index.to(param.device)
                 old = kernel.sparse_take(param, at)
-                value = self.values[name].to(param.device)
-                new = (old.to(torch.promote_types(value.dtype, old.dtype)) + value).to(param.dtype)
-                kernel.sparse_put_(param, at, new)
+                kernel.sparse_put_(param, at, added(old, self.values[name]))
                 kept.append((param, at, old))
             for name, tensor in self.whole.items():
                 param = module.get_parameter(name).detach()
@@ -245,6 +243,11 @@ class SparseDelta:
         if absent or found.metadata.get("k") != str(sum(map(len, positions.values()))):
             raise found.error("metadata", f"promises other tensors than there are (k, or {sorted(absent)})")
         return cls(positions, values, shapes, whole=whole, base_model=found.metadata.get("base_model"))
+
+
+def added(old: Tensor, value: Tensor) -> Tensor:
+    """old + value, formed in the wider of both dtypes and rounded once to the old one."""
+    return (old.to(torch.promote_types(value.dtype, old.dtype)) + value.to(old.device)).to(old.dtype)
 
 
 def load_into(model: nn.Module, path: str | os.PathLike[str], *, whole: bool = True) -> SparseDelta:

@@ -148,7 +148,9 @@ def map_tensor(entry: Entry, write: bool = False) -> Tensor:
     with entry.path.open("r+b" if write else "rb") as file:
         pages = mmap.mmap(file.fileno(), entry.offset - begin + entry.nbytes, access=access, offset=begin)
     flat = torch.frombuffer(pages, dtype=torch.uint8, offset=entry.offset - begin, count=entry.nbytes)
-    if flat.data_ptr() % entry.dtype.itemsize and not write:  # a foreign writer that did not align its header
+    if entry.offset % entry.dtype.itemsize:  # a foreign writer that did not align its header
+        if write:
+            raise ValueError(f"{entry.path}: its tensors are not aligned, expected a header of a multiple of 8 bytes")
         flat = flat.clone()
     return flat.view(entry.dtype).view(entry.shape)
 
@@ -164,6 +166,8 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata:
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     at = 0
     for name, tensor in tensors.items():
+        if tensor.dtype not in _CODES:
+            raise ValueError(f"{path}: {name}: has dtype {tensor.dtype}, expected one of {', '.join(map(str, _CODES))}")
         header[name] = {
             "dtype": _CODES[tensor.dtype],
             "shape": list(tensor.shape),

@@ -105,6 +105,7 @@ def sparse_update_(rows: Sequence[UpdateRow]) -> None:
             table.to(device), constants.float().to(device), chunks,
             DTYPE=dtype, INDEX=index, MASTER=master, COLUMNS=COLUMNS, CONSTANTS=CONSTANTS, BLOCK=block, **options,
         )  # fmt: skip
+    torch.autograd.graph.increment_version([row.param for row in rows])  # autograd would not know that they changed
 
 
 def aot_cases() -> list[dict[str, Any]]:
