@@ -113,6 +113,21 @@ def test_backends_agree_with_float64(dtype: torch.dtype, backend: str) -> None:
         torch.testing.assert_close(p.detach().reshape(-1)[chosen], best.to(dtype), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_wide_positions(backend: str) -> None:
+    """int64, as tensors of 2^31 elements and more have them."""
+    found = []
+    for dtype in (torch.int32, torch.int64):
+        model = network()
+        mask = {name: index.to(dtype) for name, index in masks(model).items()}
+        optimizer = SparseAdamW(model, mask, **HYPER, backend=backend)
+        for step in range(3):
+            gradients(model, step)
+            optimizer.step()
+        found.append([flat(model, name) for name in LAYERS])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_small_steps_reach_bf16_through_the_master() -> None:
     """1,000 steps of 1e-5 at 1.0, where bfloat16's spacing is 8e-3: without a master nothing would ever move."""
     weight = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
