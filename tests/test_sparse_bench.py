@@ -58,10 +58,10 @@ def test_a_wrong_selection_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None
 
     def off(tuned: Any, base: Any, k: int) -> SparseMask:
         mask = right(tuned, base, k=k)
-        index = mask["word"].clone()
-        free = sorted(set(range(1000)) - set(index.tolist()))[0]
-        index[0] = free
-        return SparseMask({**mask, "word": index.unique()}, mask.shapes)
+        name = max(mask, key=lambda name: len(mask[name]))
+        index = mask[name].clone()
+        index[0] = min(set(range(len(index) + 1)) - set(index.tolist()))  # one that was not chosen
+        return SparseMask({**mask, name: index.unique()}, mask.shapes)
 
     monkeypatch.setattr(sparse, "select_topk", off)
     (found,) = sparse.select("cpu", True, quiet)

@@ -7,20 +7,14 @@ import struct
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from sparse_cases import DTYPES
+from sparse_cases import DTYPES, equal, network, state
 from torch import Tensor, nn
 
 import fastdistil as fd
 from fastdistil.sparse import Checkpoint, SparseDelta, SparseMask, files, load_into
-
-
-def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
-    torch.manual_seed(5)
-    return nn.Sequential(nn.Linear(31, 47), nn.Tanh(), nn.Linear(47, 3)).to(dtype)
 
 
 def tuned(base: nn.Module, density: float, seed: int = 1) -> tuple[nn.Module, SparseMask]:
@@ -36,14 +30,6 @@ def tuned(base: nn.Module, density: float, seed: int = 1) -> tuple[nn.Module, Sp
             factor = 1 + 0.4 * torch.rand(len(index), generator=generator)  # within a factor of two: exact
             flat[index.long()] = (flat[index.long()].float() * factor).to(flat.dtype)
     return model, mask
-
-
-def state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -310,86 +296,3 @@ def test_a_failed_write_leaves_the_file_before(tmp_path: Path, monkeypatch: pyte
         SparseDelta({"x": torch.tensor([0])}, {"x": torch.ones(1)}, {"x": (3,)}).save(path)
     assert path.read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["d.safetensors", "good.safetensors"]
-
-
-# ---- composable-sft
-
-
-def differences() -> dict[str, Tensor]:
-    dense = {"0.weight": torch.zeros(47, 31), "0.bias": torch.zeros(47)}
-    dense["0.weight"][3, 4], dense["0.weight"][40, 0], dense["0.weight"][0, 30] = 0.5, -1.0, 2.0
-    dense["0.bias"][46] = 0.25
-    return dense
-
-
-def column_major(dense: Tensor) -> dict[str, Any]:
-    flat = dense.numpy().reshape(-1, order="F")
-    at = np.flatnonzero(flat)
-    return {"size": dense.shape, "index_steps": np.diff(at, prepend=0).tolist(), "values": torch.from_numpy(flat[at])}
-
-
-@pytest.mark.parametrize("form", ["diffs", "body", "steps"])
-def test_composable_files(form: str, tmp_path: Path) -> None:
-    dense, head = differences(), {"2.bias": torch.tensor([1.0, 2.0, 3.0])}
-    if form == "steps":
-        content = {"diffs": {n: column_major(x) for n, x in dense.items()}, "abs": head}
-    else:
-        content = {
-            form: {n: x.to_sparse().coalesce() for n, x in dense.items()},
-            "abs" if form == "diffs" else "head": head,
-        }
-    torch.save(content, tmp_path / "pytorch_diff.bin")
-    model = network()
-    before = state(model)
-    delta = load_into(model, tmp_path)  # the folder, as it is published
-    for name, change in dense.items():
-        assert torch.equal(state(model)[name], before[name] + change)
-    assert model[2].bias.tolist() == [1.0, 2.0, 3.0]
-    delta.revert_(model)
-    assert equal(state(model), before)
-    delta.save(tmp_path / "ours.safetensors")  # and on from there
-    assert SparseDelta.load(tmp_path / "ours.safetensors").nnz == 4
-    assert SparseDelta.load(tmp_path / "pytorch_diff.bin").nnz == 4
-
-
-class Trap:
-    def __reduce__(self) -> Any:
-        return print, ("unpickled",)
-
-
-OUT = torch.sparse_coo_tensor(torch.tensor([[9], [0]]), torch.ones(1), (2, 2), check_invariants=False)
-FOREIGN = [
-    ({"diffs": {"x": Trap()}}, "is no file of composable-sft that can be read as tensors alone"),
-    ({"model": {}}, ".*holds neither 'diffs' nor 'body'"),
-    ([1, 2], ".*holds neither 'diffs' nor 'body'"),
-    ({"diffs": {"x": torch.ones(2)}}, "x: is Tensor, expected a sparse COO tensor"),
-    ({"diffs": {"x": OUT}}, r"x: its positions leave a tensor of shape \(2, 2\)|can be read as tensors alone"),
-    (
-        {"diffs": {"x": {"size": (2, 2), "index_steps": [5], "values": torch.ones(1)}}},
-        "x: its positions leave a tensor",
-    ),
-    ({"diffs": {"x": {"size": (2, 2)}}}, "x: 'index_steps'"),
-    ({"diffs": {}, "abs": {"h": 3}}, "h: is int, expected a floating tensor"),
-    ({"diffs": {}, "block_sparses": {"x": {}}}, "block_sparses: cannot be applied"),
-]
-
-
-@pytest.mark.parametrize(("content", "message"), FOREIGN)
-def test_foreign_torch_files(content: Any, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torch.save(content, tmp_path / "pytorch_diff.bin")
-    model = network()
-    before = state(model)
-    with pytest.raises(ValueError, match=f"pytorch_diff.bin: ({message})"):
-        load_into(model, tmp_path)
-    assert equal(state(model), before)
-    assert "unpickled" not in capsys.readouterr().out
-
-
-def test_truncated_torch_files(tmp_path: Path) -> None:
-    path = tmp_path / "pytorch_diff.bin"
-    torch.save({"diffs": {n: x.to_sparse() for n, x in differences().items()}}, path)
-    data = path.read_bytes()
-    for length in (4, 100, len(data) // 2, len(data) - 1):
-        path.write_bytes(data[:length])
-        with pytest.raises(ValueError, match="pytorch_diff.bin: is no file of composable-sft"):
-            SparseDelta.load(path)

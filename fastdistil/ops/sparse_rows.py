@@ -54,14 +54,20 @@ class UpdateRow(NamedTuple):
 
 def update_table(rows: Sequence[UpdateRow]) -> tuple[Tensor, Tensor]:
     """(rows, COLUMNS) int64 and (rows, CONSTANTS) float64, both on the CPU."""
-    table = [
-        [
-            *(0 if x is None else x.data_ptr() for x in row[:7]),
-            row.exp_avg.numel(),
-            DTYPES[row.param.dtype],
-            row.positions is not None and row.positions.dtype == torch.int64,
-        ]
-        for row in rows
-    ]
-    constants = [row.constants for row in rows]
-    return torch.tensor(table, dtype=torch.int64), torch.tensor(constants, dtype=torch.float64)
+    table, numbers = list[int](), list[float]()
+    for param, gradient, positions, exp_avg, exp_avg_sq, master, base, constants in rows:
+        table += (
+            param.data_ptr(),
+            gradient.data_ptr(),
+            0 if positions is None else positions.data_ptr(),
+            exp_avg.data_ptr(),
+            exp_avg_sq.data_ptr(),
+            0 if master is None else master.data_ptr(),
+            0 if base is None else base.data_ptr(),
+            exp_avg.numel(),
+            DTYPES[param.dtype],
+            positions is not None and positions.dtype == torch.int64,
+        )
+        numbers += constants
+    addresses = torch.tensor(table, dtype=torch.int64).view(-1, COLUMNS)
+    return addresses, torch.tensor(numbers, dtype=torch.float64).view(-1, CONSTANTS)
