@@ -100,6 +100,7 @@ fi
 measure 90 attention
 measure 60 hidden
 measure 30 topk
+measure 60 sparse
 step 40 report bash -c "bench bench --report --out '$out/all.jsonl'"
 
 rm -rf "$site" "$out/build"

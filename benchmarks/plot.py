@@ -45,7 +45,7 @@ def replace_section(document: str, name: str, text: str) -> str:
 
 def draw(records: list[Record], images: Path, prefix: str = "") -> list[Path]:
     drawn = []
-    timed = [r for r in records if "ratios" in r]
+    timed = [r for r in records if "ratios" in r and r["op"] in OPS]
     exact = [r for r in records if r["op"] == "exactness"]
     if exact:
         drawn.append(figures.exactness(exact, images / f"{prefix}exactness.png"))
@@ -91,6 +91,9 @@ def page(records: list[Record], images: list[str]) -> str:
         own = [r for r in records if r["op"] == op]
         if own:
             lines += [f"### {op.capitalize()}", _times(own)]
+    sparse = [r for r in records if r["op"] == "sparse"]
+    if sparse:
+        lines += ["### Sparse fine-tuning", _sparse(sparse)]
     lines += [_threads(r) for r in records if r["op"] == "threads"]
     exact = [r for r in records if r["op"] == "exactness"]
     if exact:
@@ -121,10 +124,16 @@ def _bars(records: list[Record]) -> Table:
         quantity = {"both": "forward + backward", "memory": "extra memory"}.get(bar["quantity"], bar["quantity"])
         return [
             record["case"], figures.label(record["contender"]), figures.label(bar["against"]), quantity,
-            f"≥ {bar['at_least']:g}×", f"{bar['found']:.1f}×", noted,
+            *_bar_numbers(bar), noted,
         ]  # fmt: skip
 
     return [row(record, bar) for record in records for bar in record.get("bars", ())]
+
+
+def _bar_numbers(bar: Record) -> tuple[str, str]:
+    if bar["quantity"].startswith("MiB"):
+        return f"≤ {bar['at_least']:g}", f"{bar['found']:.0f}"
+    return f"≥ {bar['at_least']:g}×", f"{bar['found']:.1f}×"
 
 
 def _number(value: float | None, pattern: str) -> str:
@@ -166,6 +175,18 @@ def _threads(record: Record) -> str:
         f"Threads: torch.mm ({s['side']}²) and logit_loss ([{s['N']}, {s['V']:,}]) in turns take "
         f"{record['turns_over_sum']:.2f}× the sum of each alone (1 = the two share their threads). {marks(record)}"
     ).strip()
+
+
+def _sparse(records: list[Record]) -> str:
+    """Each case's times over ours, which is its first record."""
+    rows = []
+    for record in records:
+        own = next(r for r in records if r["case"] == record["case"])
+        ratio = record["time_us"]["both"]["p50"] / own["time_us"]["both"]["p50"] if "time_us" in record else None
+        memory = [_number(record.get(key), ",.0f") for key in ("peak_mem_mib", "state_mib")]
+        name = figures.label(record["contender"])
+        rows.append([record["case"], name, _number(ratio, ".2f"), *memory, marks(record)])
+    return _markdown(["case", "contender", "time / fastdistil", "extra MiB", "state MiB", ""], rows)
 
 
 def _exactness(records: list[Record]) -> str:

@@ -19,9 +19,9 @@ import torch
 
 STEMS = {  # parts of the names of an op's own files
     "logits": ("logit",), "linear": ("logit", "linear", "products"), "hidden": ("hidden",), "attention": ("attention",),
-    "topk": ("logit", "topk"), "exactness": ("logit",), "threads": ("logit",),
+    "topk": ("logit", "topk"), "exactness": ("logit",), "threads": ("logit",), "sparse": ("sparse",),
 }  # fmt: skip
-SOURCE_FOLDERS = ("csrc", "kernels", "fastdistil/backends", "fastdistil/ops")
+SOURCE_FOLDERS = ("csrc", "kernels", "fastdistil/backends", "fastdistil/ops", "fastdistil/sparse")
 SOURCE_SUFFIXES = {".cpp", ".h", ".cu", ".cuh", ".py"}
 PACKAGES = ("fastdistil", "torch", "triton", "liger-kernel", "numpy")
 
@@ -45,7 +45,7 @@ def kernel_sources(op: str, root: Path) -> list[Path]:
         for path in (root / folder).rglob("*")
         if path.suffix in SOURCE_SUFFIXES
         and path.name != "bindings.cpp"  # forwards only
-        and not any(stem in path.name for stem in others)
+        and not any(stem in path.relative_to(root).as_posix() for stem in others)
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fastdistil.benchmarks import exactness, sharing
+from fastdistil.benchmarks import exactness, sharing, sparse
 from fastdistil.benchmarks.cases import OPS, Case, operations, select, traffic_bytes
 from fastdistil.benchmarks.contenders import Contender, Unavailable, build
 from fastdistil.benchmarks.measure import OtherLoad, machine_rates, peak_here_mib, peak_mib, time_interleaved
@@ -38,11 +38,11 @@ def default_out(op: str, device: str, tiny: bool) -> Path:
 
 
 def run(what: str, *, tiny: bool = False, out: Path | None = None, say: Say = print) -> list[Path]:
-    """Measures an op, "exactness" or "all" on the best device here; returns the files written."""
-    wanted = (*OPS, "exactness") if what == "all" else (what,)
-    unknown = set(wanted) - {*OPS, "exactness"}
-    if unknown:
-        raise ValueError(f"bench: what is {what!r}, expected one of {', '.join((*OPS, 'exactness', 'all'))}")
+    """Measures an op, "exactness", "sparse" or "all" on the best device here; returns the files written."""
+    known = (*OPS, "exactness", "sparse")
+    wanted = known if what == "all" else (what,)
+    if what not in (*known, "all"):
+        raise ValueError(f"bench: what is {what!r}, expected one of {', '.join((*known, 'all'))}")
     device, files = device_here(), dict[Path, list[Record]]()
     rates = machine_rates(device)
     for op in wanted:
@@ -57,6 +57,9 @@ def run(what: str, *, tiny: bool = False, out: Path | None = None, say: Say = pr
 def _measurements(op: str, device: str, rates: dict[str, float], tiny: bool, say: Say) -> Iterator[list[Record]]:
     if op == "exactness":
         yield exactness.run(device, tiny, say)
+        return
+    if op == "sparse":
+        yield from sparse.run(device, tiny, say)
         return
     for case in select(device, (op,), tiny):
         yield run_case(case, device, rates, say, tiny)

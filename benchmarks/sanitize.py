@@ -1,4 +1,5 @@
-"""A small run of every CUDA C++ kernel, for compute-sanitizer: aligned, odd and strided rows, all divergences."""
+"""A small run of every CUDA C++ kernel, for compute-sanitizer: aligned, odd and strided rows, all divergences;
+a selection and sparse steps."""
 
 from __future__ import annotations
 
@@ -26,8 +27,10 @@ def main() -> int:
                 for view in (wide[..., :columns].contiguous(), wide[..., 1 : columns + 1]):
                     _logit(view[0], view[1], divergence)
                     runs += 1
+    for dtype in DTYPES:
+        _sparse(dtype)
     torch.cuda.synchronize()
-    print(f"{runs} runs of logit_loss on the cuda backend")
+    print(f"{runs} runs of logit_loss and {len(DTYPES)} of a sparse selection and its steps on the cuda backend")
     return 0
 
 
@@ -42,6 +45,19 @@ def _logit(student: torch.Tensor, teacher: torch.Tensor, divergence: str) -> Non
             view, teacher, divergence=divergence, weight=weight, inplace_backward=inplace, backend="cuda"
         )
         (2 * loss).backward()
+
+
+def _sparse(dtype: torch.dtype) -> None:
+    """A selection with ties over odd sizes, and three steps on it."""
+    shapes = {"a": (257, 301), "b": (1,), "c": (0, 4), "d": (16_385,)}
+    base = {name: torch.randn(shape, device="cuda").to(dtype) for name, shape in shapes.items()}
+    params = {n: torch.nn.Parameter(x + torch.randn(x.shape, device="cuda").round().to(dtype)) for n, x in base.items()}
+    mask = fastdistil.sparse.select_topk(params, base, density=0.3, backend="cuda")
+    optimizer = fastdistil.sparse.SparseAdamW(params, mask, l1=0.1, backend="cuda")
+    for _ in range(3):
+        for param in params.values():
+            param.grad = torch.randn_like(param)
+        optimizer.step()
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@
 #endif
 
 namespace py = pybind11;
+
 using fastdistil::DType;
 using fastdistil::HiddenArgs;
 using fastdistil::LogitArgs;
@@ -172,6 +173,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("loss"), py::arg("gradient"), py::arg("threads"));
   fastdistil::define_topk(m);
   define_logit<logit_cpu, true>(m, "logit_fwd", "logit_bwd", "threads");
+  fastdistil::define_sparse(m);
 #if defined(FD_CUDA)
   define_logit<logit_cuda, false>(m, "logit_fwd_cuda", "logit_bwd_cuda", "stream");
   m.attr("cuda_arches") = FD_CUDA;

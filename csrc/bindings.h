@@ -5,6 +5,7 @@
 
 namespace fastdistil {
 
-void define_topk(pybind11::module_& m);  // bindings_topk.cpp
+void define_sparse(pybind11::module_& m);  // bindings_sparse.cpp
+void define_topk(pybind11::module_& m);    // bindings_topk.cpp
 
 }  // namespace fastdistil

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fastdistil.backends import backends
 
 if TYPE_CHECKING:
-    from fastdistil import teacher
+    from fastdistil import sparse, teacher
     from fastdistil.backends.memory import empty_cache
     from fastdistil.losses.attention import attention_loss
     from fastdistil.losses.hidden import hidden_loss
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fastdistil.losses.logit import logit_loss
     from fastdistil.losses.topk import topk_logit_loss
     from fastdistil.models.capture import capture
+    from fastdistil.sparse import lottery_ticket
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,6 +30,8 @@ __all__ = [
     "linear_logit_loss",
     "linear_topk_logit_loss",
     "logit_loss",
+    "lottery_ticket",
+    "sparse",
     "teacher",
     "topk_logit_loss",
 ]
@@ -42,9 +45,10 @@ _PLACES = {
     "linear_logit_loss": "fastdistil.losses.linear_logit",
     "linear_topk_logit_loss": "fastdistil.losses.linear_topk",
     "logit_loss": "fastdistil.losses.logit",
+    "lottery_ticket": "fastdistil.sparse",
     "topk_logit_loss": "fastdistil.losses.topk",
 }
-_MODULES = ("teacher",)
+_MODULES = ("sparse", "teacher")
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The command line: fastdistil demo | bench | doctor. Everything heavy is imported by the command that needs it."""
+"""The command line: fastdistil demo | bench | sparse | doctor. What is heavy is imported where it is needed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -23,6 +23,13 @@ app = typer.Typer(
 )
 
 
+sparse_app = typer.Typer(
+    help="Sparse fine-tuning on checkpoints on disk (safetensors files, or folders with one or with shards).",
+    no_args_is_help=True,
+)
+app.add_typer(sparse_app, name="sparse")
+
+
 class What(str, Enum):
     """What `fastdistil bench` measures."""
 
@@ -32,6 +39,7 @@ class What(str, Enum):
     hidden = "hidden"
     attention = "attention"
     exactness = "exactness"
+    sparse = "sparse"
     all = "all"
 
 
@@ -73,12 +81,21 @@ def _needs(extra: str, module: str) -> ModuleType:
 def demo(
     seeds: Annotated[int, typer.Option(min=1, help="Runs with this many seeds and reports the spread.")] = 1,
     seed: Annotated[int, typer.Option(help="The first seed; the same seed gives the same numbers.")] = 0,
-    out: Annotated[Path, typer.Option(help="Report folder: metrics, figures, the student.")] = Path("runs/demo"),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Report folder: metrics, figures, the student.  [default: runs/demo, runs/demo-sparse]"),
+    ] = None,
     cache: Annotated[Path | None, typer.Option(help="Where downloaded packages are kept between runs.")] = None,
+    sparse: Annotated[
+        bool, typer.Option("--sparse", help="Instead: tune the student whole, and on 8% of its entries.")
+    ] = False,
 ) -> None:
     """Distil a multilingual encoder into a small tagger, on real text, and report what it gained."""
-    run_demo = _needs("demo", "fastdistil.demo.run").run_demo
-    run_demo(out=out, seed=seed, seeds=seeds, cache=cache)
+    options = {"seed": seed, "seeds": seeds, "cache": cache}
+    if sparse:
+        _needs("demo", "fastdistil.demo.sparse").run_sparse(out=out or Path("runs/demo-sparse"), **options)
+    else:
+        _needs("demo", "fastdistil.demo.run").run_demo(out=out or Path("runs/demo"), **options)
 
 
 @app.command()
@@ -111,6 +128,66 @@ def bench(
                 typer.echo(f"report: {path}")
         except ValueError as error:
             raise _fail(str(error)) from error
+
+
+Parts = Annotated[list[str] | None, typer.Option(help="Parts of tensor names; may be given several times.")]
+Out = Annotated[Path, typer.Option(help="The file to write.")]
+
+
+def _sparse(command: str, *arguments: Any, **options: Any) -> Any:
+    """A function of fastdistil.sparse.commands; what is wrong with a file is one line, not a traceback."""
+    module = _needs("train", "fastdistil.sparse.commands")
+    try:
+        return getattr(module, command)(*arguments, **options)
+    except (ValueError, OSError) as error:
+        raise _fail(str(error)) from error
+
+
+@sparse_app.command("select")
+def sparse_select(
+    tuned: Annotated[Path, typer.Argument(help="The checkpoint after training.")],
+    base: Annotated[Path, typer.Argument(help="The checkpoint before.")],
+    out: Out,
+    density: Annotated[float | None, typer.Option(help="Share of the elements.  [default: 0.08]")] = None,
+    k: Annotated[int | None, typer.Option(help="Number of entries, in place of the density.")] = None,
+    include: Parts = None,
+    exclude: Parts = None,
+    whole: Annotated[list[str] | None, typer.Option(help="Parts of names of tensors to store whole: a head.")] = None,
+    base_model: Annotated[str | None, typer.Option(help="The base model's name, kept in the file.")] = None,
+) -> None:
+    """Write the largest changes between two checkpoints as a sparse difference."""
+    parts = {"include": include or (), "exclude": exclude or (), "whole": whole or ()}
+    delta = _sparse("select", tuned, base, out, k=k, density=density, base_model=base_model, **parts)
+    typer.echo(f"{out}: {delta}, density {delta.density:.4f}")
+
+
+@sparse_app.command("info")
+def sparse_info(
+    path: Annotated[Path, typer.Argument(help="A difference, a mask, or a file of composable-sft.")],
+) -> None:
+    """Say what a sparse file holds."""
+    for line in _sparse("info", path):
+        typer.echo(line)
+
+
+@sparse_app.command("apply")
+def sparse_apply(
+    base: Annotated[Path, typer.Argument(help="The checkpoint that the difference is to.")],
+    delta: Annotated[Path, typer.Argument(help="The difference.")],
+    out: Annotated[Path, typer.Option(help="The new checkpoint; a folder where the base is one.")],
+) -> None:
+    """Write a checkpoint plus a sparse difference."""
+    typer.echo(f"{out}: {_sparse('apply', base, delta, out)} applied")
+
+
+@sparse_app.command("compose")
+def sparse_compose(
+    deltas: Annotated[list[Path], typer.Argument(help="Differences, such as a language's and a task's.")],
+    out: Out,
+    scale: Annotated[list[float] | None, typer.Option(help="A factor for each, in their order.")] = None,
+) -> None:
+    """Write the sum of sparse differences."""
+    typer.echo(f"{out}: {_sparse('compose', deltas, out, scale or ())}")
 
 
 @app.command()

@@ -150,16 +150,18 @@ class _Checkpoints:
         return int(state["step"]), list(state["history"])
 
 
-def _optimizer(module: nn.Module, options: Options) -> tuple[torch.optim.AdamW, LambdaLR]:
+OptimizerFactory = Callable[[nn.Module, Options], torch.optim.Optimizer]
+"""(objective, options) -> the optimizer of its parameters, lr = options.lr; the loop makes and steps the schedule."""
+
+
+def adamw(module: nn.Module, options: Options) -> torch.optim.Optimizer:
+    """AdamW on everything that requires grad, with weight decay for matrices alone: the default optimizer."""
     trained = [p for p in module.parameters() if p.requires_grad]
-    if not trained:
-        raise ValueError("train: objective has no parameter that requires grad")
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": options.weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=options.lr)
-    return optimizer, LambdaLR(optimizer, options.lr_factor)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=options.lr)
 
 
 def _step(module: nn.Module, group: list[Batch], counts: list[Mapping[str, Tensor]], accelerator: Accelerator) -> Any:
@@ -184,6 +186,7 @@ def train(
     collate: Callable[[list[Example]], Batch],
     options: Options,
     *,
+    optimizer: OptimizerFactory = adamw,
     out: Path | None = None,
     name: str = "train",
 ) -> list[dict[str, float]]:
@@ -198,10 +201,13 @@ def train(
     """
     if len(data) == 0:
         raise ValueError("train: data is empty")
+    if not any(p.requires_grad for p in objective.parameters()):
+        raise ValueError("train: objective has no parameter that requires grad")
     accelerator = Accelerator(mixed_precision=options.precision)
-    optimizer, scheduler = _optimizer(objective, options)
+    updates = optimizer(objective, options)
+    scheduler = LambdaLR(updates, options.lr_factor)
     torch.manual_seed(options.seed)  # dropout; after a resume the checkpoint's generators replace it
-    module, optimizer = accelerator.prepare(objective, optimizer)
+    module, updates = accelerator.prepare(objective, updates)
     accelerator.register_for_checkpointing(scheduler)
     start, history = 0, list[dict[str, float]]()
     checkpoints = None
@@ -221,9 +227,9 @@ def train(
             losses = _step(module, group, [counted.counts(batch) for batch in group], accelerator)
             accelerator.clip_grad_norm_(module.parameters(), options.max_grad_norm)
             record = {"step": float(step), "lr": float(scheduler.get_last_lr()[0])}
-            optimizer.step()
+            updates.step()
             scheduler.step()
-            optimizer.zero_grad()
+            updates.zero_grad()
             history.append(record | {key: float(value) for key, value in losses.items()})
             bar.update()
             if step % 10 == 0:

@@ -21,7 +21,7 @@ runner = CliRunner()
 def test_help_names_the_commands() -> None:
     result = runner.invoke(cli.app, ["--help"])
     assert result.exit_code == 0
-    for command in ("demo", "bench", "doctor"):
+    for command in ("demo", "bench", "sparse", "doctor"):
         assert command in result.output
 
 
@@ -98,6 +98,15 @@ def test_demo_passes_its_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     arguments = ["demo", "--seeds", "3", "--seed", "7", "--out", str(tmp_path), "--cache", str(tmp_path / "c")]
     assert runner.invoke(cli.app, arguments).exit_code == 0
     assert seen == {"out": tmp_path, "seed": 7, "seeds": 3, "cache": tmp_path / "c"}
+
+
+@pytest.mark.parametrize(("option", "name"), [([], "run_demo"), (["--sparse"], "run_sparse")])
+def test_demo_has_a_folder_for_each_kind(option: list[str], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    module = type("Demo", (), {name: staticmethod(lambda **options: seen.update(options))})
+    monkeypatch.setattr(cli, "_needs", lambda extra, wanted: module)
+    assert runner.invoke(cli.app, ["demo", *option]).exit_code == 0
+    assert seen["out"] == Path("runs/demo-sparse" if option else "runs/demo")
 
 
 def test_bench_writes_records_and_a_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

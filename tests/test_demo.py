@@ -8,7 +8,7 @@ import torch
 from demo_cases import corpus, sentences, tokenizer
 from rich.console import Console
 
-from fastdistil.demo import corpora, material, report, run, tagger, teacher
+from fastdistil.demo import corpora, material, report, run, sparse, tagger, teacher
 from fastdistil.demo.encode import IGNORE, WordEncoder, pad
 from fastdistil.models.vocab import trim_vocabulary
 
@@ -80,6 +80,7 @@ def tiny(monkeypatch):
     small, rows = trim_vocabulary(made, used)
     source = material.Source(teacher.build_model(parsed), made, len(data), texts, small, rows)
     monkeypatch.setattr(run, "load_source", lambda cache, say: source)
+    monkeypatch.setattr(sparse, "load_source", lambda cache, say: source)
     monkeypatch.setattr("fastdistil.demo.measure.LATENCY_ROUNDS", {1: 1, 4: 1})
     monkeypatch.setattr("fastdistil.demo.measure.LOSS_ROUNDS", 2)
     return source
@@ -142,3 +143,33 @@ def test_interrupted_demo_continues(tiny, tmp_path, monkeypatch):
 def test_seeds_must_be_positive(tmp_path):
     with pytest.raises(ValueError, match="run_demo: seeds is 0, expected at least 1"):
         run.run_demo(tmp_path, seeds=0)
+
+
+def test_sparse_demo_and_its_interruptions(tiny, tmp_path, monkeypatch):
+    metrics = sparse.run_sparse(tmp_path / "whole", seed=5, settings=SETTINGS, console=QUIET)
+    assert metrics == json.loads((tmp_path / "whole" / "metrics.json").read_text())
+    assert list(metrics["summary"]) == ["teacher", sparse.ALONE, sparse.RANDOM, sparse.TICKET, sparse.WHOLE]
+    arms = metrics["seeds"][0]["arms"]
+    student = tiny.new_student(5, SETTINGS.hidden_size)
+    body = sum(p.numel() for n, p in student.named_parameters() if sparse.HEAD not in n)
+    assert [arms[a]["entries"] for a in (sparse.ALONE, sparse.RANDOM, sparse.TICKET)] == [0, *[round(0.08 * body)] * 2]
+    assert "8% of the body" in (tmp_path / "whole" / "report.md").read_text()
+    assert not list((tmp_path / "whole").glob("seed-5/*/full")), "checkpoints are left"
+
+    collate, calls = material.Material.collate, [0]
+
+    def cut(self, examples):
+        calls[0] += 1
+        if calls[0] in (30, 75, 95):  # in the first tuning; in that of everything; in the sparse one behind it
+            raise KeyboardInterrupt
+        return collate(self, examples)
+
+    monkeypatch.setattr(material.Material, "collate", cut)
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            sparse.run_sparse(tmp_path / "cut", seed=5, settings=SETTINGS, console=QUIET)
+    assert (
+        sparse.run_sparse(tmp_path / "cut", seed=5, settings=SETTINGS, console=QUIET)["summary"] == metrics["summary"]
+    )
+    with pytest.raises(ValueError, match="run_sparse: seeds is 0"):
+        sparse.run_sparse(tmp_path, seeds=0)

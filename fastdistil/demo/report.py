@@ -68,7 +68,8 @@ def print_table(rows: Sequence[Sequence[str]], title: str, console: Console) -> 
     console.print(table)
 
 
-def _markdown_table(rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table from a header and rows of text."""
     lines = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
@@ -166,7 +167,7 @@ language. Students: two layers of width {s["hidden_size"]}, {metrics["vocabulary
 most {s["max_pieces"]} pieces. Tested on {s["test"]} sentences a language from documents that no student saw; 13 tags,
 words as the corpora cut them. Seeds: {", ".join(str(seed["seed"]) for seed in metrics["seeds"])}.{spread}
 
-{_markdown_table(accuracy_table(metrics["summary"], several))}
+{markdown_table(accuracy_table(metrics["summary"], several))}
 
 `gain` is in points over the student that learned from labels only. The whole schedule is {_apart(metrics)} points from
 the logits alone on the same text, seed by seed.
@@ -177,14 +178,14 @@ the logits alone on the same text, seed by seed.
 
 ## What the student costs
 
-{_markdown_table(cost_table(metrics))}
+{markdown_table(cost_table(metrics))}
 
 The teacher's own file, in blocks of four bits, takes {metrics["sizes"]["teacher"]["disk_4bit_mib"]:.1f} MiB. Latency:
 median, {machine["threads"]} thread, the same sentences.
 
 ## What the fused losses cost
 
-{_markdown_table(loss_table(metrics))}
+{markdown_table(loss_table(metrics))}
 
 On this run's own shapes, medians of interleaved calls, values and gradients compared first. {verdict} A step
 of a student took {metrics["step_ms"]:.0f} ms on average. With 13 classes the losses are a small part of it; what fusing

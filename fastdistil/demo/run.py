@@ -51,7 +51,8 @@ def _losses(history: Mapping[str, list[dict[str, float]]]) -> dict[str, dict[str
     }
 
 
-def _folder_name(arm: str) -> str:
+def folder_name(arm: str) -> str:
+    """The arm's folder in the report folder."""
     return arm.replace(",", "").replace(" ", "-")
 
 
@@ -59,7 +60,7 @@ def _run_seed(out: Path, source: Source, settings: Settings, seed: int, material
     """Train and test every arm; finished arms are read back from `out`, the one in progress from its checkpoint."""
     found: dict[str, Any] = {}
     for arm, stages in arms(material, settings, seed).items():
-        folder = out / _folder_name(arm)
+        folder = out / folder_name(arm)
         done = folder / "result.json"
         if not done.exists():
             student = source.new_student(seed, settings.hidden_size)
@@ -76,7 +77,7 @@ def _run_seed(out: Path, source: Source, settings: Settings, seed: int, material
     return {"seed": seed, "teacher": material.teacher_accuracy, "arms": found}
 
 
-def _check_folder(out: Path, settings: Settings) -> None:
+def check_folder(out: Path, settings: Settings) -> None:
     """Refuse a folder that another configuration of the demo has begun."""
     path = out / "settings.json"
     wanted = asdict(settings)
@@ -110,7 +111,7 @@ def run_demo(
     settings, console = settings or Settings(), console or Console()
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    _check_folder(out, settings)
+    check_folder(out, settings)
     disable_progress_bar()  # transformers draws one for each of the small files of a student
     threads = torch.get_num_threads()
     # 40 steps on two cores: 3.3 s with one thread, 2.5 s with two; where another program runs, 3.7 s and 22 s.
@@ -140,7 +141,7 @@ def _run(out: Path, seeds: range, cache: Path | None, settings: Settings, consol
         say(f"seed {seed}: four students learn")
         results.append(_run_seed(out / f"seed-{seed}", source, settings, seed, material))
     say("measuring sizes, latency and losses")
-    saved = out / f"seed-{seeds[0]}" / _folder_name(SAVED_ARM) / "student"
+    saved = out / f"seed-{seeds[0]}" / folder_name(SAVED_ARM) / "student"
     shutil.copytree(saved, out / "student", dirs_exist_ok=True)
     metrics = _measure(out / "student", source, first, settings, results)
     metrics["seconds"] = time.perf_counter() - started

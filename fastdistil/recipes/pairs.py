@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdistil.train import Batch, Options, train
+from fastdistil.train import Batch, OptimizerFactory, Options, adamw, train
 
 PairLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(student (..., C), teacher (..., C) or (...), weight (...), items ()) -> 0-d sum of weight * loss, / items."""
@@ -99,6 +99,7 @@ def run_stages(
     stages: Sequence[Stage],
     collate: Callable[[list[Any]], Batch],
     *,
+    optimizer: OptimizerFactory = adamw,
     out: Path | None = None,
     name: str = "student",
 ) -> dict[str, list[dict[str, float]]]:
@@ -115,6 +116,7 @@ def run_stages(
             stage.examples,
             collate,
             stage.options,
+            optimizer=optimizer,
             out=None if out is None else out / f"{index}-{stage.name}",
             name=f"{name}: {stage.name}",
         )

@@ -1,0 +1,118 @@
+"""What the sparse functions check at their doors. Messages name the function, the argument, what came and what was
+wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastdistil.losses._check import FLOATS, number
+
+Named = nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
+
+
+def named_tensors(function: str, name: str, value: Named) -> Mapping[str, Tensor]:
+    """`value` as a mapping, in its own order; a mapping stays what it is, which may read its tensors lazily."""
+    if isinstance(value, nn.Module):
+        return dict(value.named_parameters())
+    if isinstance(value, Mapping):
+        return value
+    found: dict[str, Tensor] = {}
+    try:
+        pairs = list(value)
+    except TypeError:
+        raise TypeError(
+            f"{function}: {name} is {type(value).__name__}, expected a module, a mapping of names to tensors or pairs"
+        ) from None
+    for pair in pairs:
+        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
+            raise TypeError(f"{function}: {name} holds {type(pair).__name__}, expected pairs of a name and a tensor")
+        if pair[0] in found:
+            raise ValueError(f"{function}: {name} holds {pair[0]!r} twice")
+        found[pair[0]] = pair[1]
+    return found
+
+
+def float_param(function: str, argument: str, name: str, value: object) -> Tensor:
+    """`value` as a detached tensor of a supported floating dtype."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{function}: {argument}[{name!r}] is {type(value).__name__}, expected a torch.Tensor")
+    if value.dtype not in FLOATS:
+        raise TypeError(
+            f"{function}: {argument}[{name!r}] has dtype {value.dtype}, expected float32, bfloat16, float16 or float64"
+        )
+    return value.detach()
+
+
+def base_param(function: str, name: str, base_params: Mapping[str, Tensor], param: Tensor) -> Tensor:
+    """θ⁰ of one parameter, dense; a lazy mapping is asked once."""
+    try:
+        found = base_params[name]
+    except KeyError:
+        raise ValueError(f"{function}: base_params has no {name!r}, which params has") from None
+    base = float_param(function, "base_params", name, found)
+    if base.shape != param.shape:
+        raise ValueError(
+            f"{function}: base_params[{name!r}] has shape {tuple(base.shape)}, expected {tuple(param.shape)} to match "
+            "params"
+        )
+    return base.contiguous()
+
+
+def _parts(function: str, argument: str, value: str | Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
+    parts = (value,) if isinstance(value, str) else tuple(value)
+    for part in parts:
+        if not any(part in name for name in names):
+            raise ValueError(f"{function}: {argument} holds {part!r}, which is part of no parameter's name")
+    return parts
+
+
+def chosen_names(
+    function: str, names: Sequence[str], include: str | Sequence[str] | None, exclude: str | Sequence[str] | None
+) -> list[str]:
+    """The names that hold a part of `include` (None: all) and none of `exclude`; a part that fits no name is a
+    ValueError, because a misspelt name would go unnoticed."""
+    wanted = None if include is None else _parts(function, "include", include, names)
+    unwanted = () if exclude is None else _parts(function, "exclude", exclude, names)
+    found = [
+        name
+        for name in names
+        if (wanted is None or any(part in name for part in wanted)) and not any(part in name for part in unwanted)
+    ]
+    if not found:
+        raise ValueError(f"{function}: include and exclude leave none of the {len(names)} parameters")
+    return found
+
+
+def entries(function: str, k: object, density: object, total: int) -> int:
+    """How many entries `k` or `density` asks for; exactly one of the two is not None."""
+    if (k is None) == (density is None):
+        raise ValueError(f"{function}: k is {k!r} and density is {density!r}, expected exactly one of them")
+    if k is None:
+        share = number(function, "density", density)
+        if not 0 <= share <= 1:
+            raise ValueError(f"{function}: density is {share}, expected 0 to 1")
+        return round(share * total)
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise TypeError(f"{function}: k is {type(k).__name__}, expected an int")
+    if not 0 <= k <= total:
+        raise ValueError(f"{function}: k is {k}, expected 0 to the {total} elements of the parameters")
+    return k
+
+
+def position_dtype(size: int) -> torch.dtype:
+    """int32, int64 for a tensor of 2^31 elements or more."""
+    return torch.int32 if size < 2**31 else torch.int64
+
+
+def check_positions(function: str, what: str, index: Tensor, size: int) -> None:
+    """Raises unless `index` is ascending flat positions in a tensor of `size` elements, each once."""
+    if not isinstance(index, Tensor) or index.dtype not in (torch.int32, torch.int64) or index.ndim != 1:
+        came = f"{index.dtype} of shape {tuple(index.shape)}" if isinstance(index, Tensor) else type(index).__name__
+        raise TypeError(f"{function}: {what} is {came}, expected a vector of int32 or int64")
+    if len(index) and (int(index[0]) < 0 or int(index[-1]) >= size):
+        raise ValueError(f"{function}: {what} goes from {index[0]} to {index[-1]}, expected 0 to {size - 1}")
+    if not bool((index[1:] > index[:-1]).all()):
+        raise ValueError(f"{function}: {what} is not ascending, expected sorted positions without repetition")

@@ -1,0 +1,269 @@
+"""AdamW on the masked entries of a model: state for those alone, everything else bit-identical."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdistil.losses._check import number
+from fastdistil.ops.sparse_rows import UpdateConstants, UpdateRow
+from fastdistil.sparse._check import Named, float_param, named_tensors
+from fastdistil.sparse.mask import SparseMask
+from fastdistil.sparse.select import kernels
+
+_SIXTEEN_BITS = (torch.float16, torch.bfloat16)
+_STATE = ("exp_avg", "exp_avg_sq", "master", "base")  # vectors with an entry for each one that is trained
+
+
+class SparseAdamW(torch.optim.Optimizer):
+    """torch.optim.AdamW for the entries of a mask; the parameters that the mask does not name are updated densely.
+
+    `named_params` is a module, a mapping, pairs of name and parameter, or a list of groups as torch.optim takes them,
+    whose "params" are pairs. `mask` maps names to sorted flat positions (a SparseMask, or any mapping). Parameters are
+    dense float32, bfloat16, float16 or float64. In a masked parameter everything outside of the mask stays bit for bit
+    what it was, also under weight decay; inside, the numbers are those of torch.optim.AdamW. State: two float32 an
+    entry (float64 for float64 parameters), one more, the master, for 16-bit parameters, one more under `l1`. Someone
+    else may write the parameters between two steps: a master that no longer rounds to its parameter gives way.
+
+    `l1` adds l1 / n * sum |w - w0| over the n entries of the mask to the loss, w0 being the values at construction.
+
+    `step_in_backward` updates each parameter as soon as its gradient is complete and frees the gradient at once, so
+    that no more than a few gradients exist together; call `step()` after each backward all the same (schedulers expect
+    it). Nothing may then need all gradients at once or twice: no clipping, no GradScaler, no accumulation (a second
+    gradient before `step()` is a RuntimeError). The hooks end with `remove_hooks()` or the optimizer's life.
+
+    Learning rate, betas, eps, weight decay and l1 may differ from group to group and be changed by a scheduler. On a
+    GPU all tensors of a step share one launch.
+
+    Raises TypeError or ValueError, naming the parameter, where it does not fit the mask, is not dense, or has a sparse
+    gradient. Source: Ansell et al. 2022 (arXiv 2110.07560); the update is Loshchilov & Hutter 2019 (arXiv 1711.05101).
+    """
+
+    def __init__(
+        self,
+        named_params: Named | Iterable[dict[str, Any]],
+        mask: Mapping[str, Tensor],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        l1: float = 0.0,
+        step_in_backward: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        groups = _groups(named_params)
+        shapes = {name: param.shape for group in groups for name, param in group["params"]}
+        for name in mask:
+            if name not in shapes:
+                raise ValueError(f"SparseAdamW: mask has {name!r}, which named_params has not")
+        self.mask = mask if isinstance(mask, SparseMask) else SparseMask(mask, shapes)
+        self._index: dict[Tensor, Tensor | None] = {}
+        self._place: dict[Tensor, tuple[int, str]] = {}  # group's number, name
+        self._updated: set[Tensor] = set()  # in backward, since the last step()
+        self._backend, self._in_backward = backend, step_in_backward
+        self._hooks = list[torch.utils.hooks.RemovableHandle]()
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "l1": l1}
+        super().__init__(groups, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch.optim's, for pairs of name and parameter."""
+        param_group = {**param_group, "params": _pairs(param_group["params"])}
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        _check_numbers(group)
+        for name, param in zip(group["param_names"], group["params"], strict=True):
+            float_param("SparseAdamW", "named_params", name, param)
+            if not param.is_contiguous():
+                raise ValueError(f"SparseAdamW: named_params[{name!r}] has strides {param.stride()}, expected it dense")
+            if name in self.mask and self.mask.shapes[name] != param.shape:
+                raise ValueError(
+                    f"SparseAdamW: named_params[{name!r}] has shape {tuple(param.shape)}, expected "
+                    f"{tuple(self.mask.shapes[name])} to match mask"
+                )
+            self._index[param] = self.mask.get(name)
+            self._place[param] = (len(self.param_groups) - 1, name)
+            if group["l1"] and name in self.mask:
+                self.state[param]["base"] = self._entries(param)
+            if self._in_backward and param.requires_grad:
+                hook = _backward_hook(weakref.ref(self))
+                self._hooks.append(param.register_post_accumulate_grad_hook(hook))
+
+    def remove_hooks(self) -> None:
+        """End `step_in_backward`: gradients stay where they are until `step()`."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._in_backward = False
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient. Returns the closure's loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._updated.clear()
+        self._update([param for group in self.param_groups for param in group["params"] if param.grad is not None])
+        return loss
+
+    def _update(self, params: Sequence[Tensor]) -> None:
+        by_device: dict[torch.device, list[UpdateRow]] = {}
+        known: dict[tuple[int, float], UpdateConstants] = {}  # parameters of a group are mostly at the same step
+        for param in params:
+            row = self._row(param, known)
+            if row is not None:
+                by_device.setdefault(param.device, []).append(row)
+        for device, rows in by_device.items():
+            kernels(device, self._backend).sparse_update_(rows)
+
+    def _entries(self, param: Tensor) -> Tensor:
+        """The trained entries of a parameter in the precision of its state."""
+        index = self._moved_index(param)
+        dense = param.detach()
+        if index is None:
+            taken = dense.reshape(-1).clone()
+        else:
+            taken = kernels(param.device, self._backend).sparse_take(dense, index)
+        return taken.to(_state_dtype(param))
+
+    def _moved_index(self, param: Tensor) -> Tensor | None:
+        """The parameter's positions where the parameter is now: a model may move after its optimizer was made."""
+        index = self._index[param]
+        if index is not None and index.device != param.device:
+            index = self._index[param] = index.to(param.device)
+        return index
+
+    def _row(self, param: Tensor, known: dict[tuple[int, float], UpdateConstants]) -> UpdateRow | None:
+        """One parameter's part of this step, its state made where there is none; None where nothing is trained."""
+        group, name = self._place[param]
+        gradient, index = param.grad, self._moved_index(param)
+        if gradient is None or (index is not None and len(index) == 0) or param.numel() == 0:
+            return None
+        if gradient.layout != torch.strided or gradient.dtype != param.dtype:
+            came = f"{gradient.layout} {gradient.dtype}"
+            raise ValueError(f"SparseAdamW: the gradient of {name!r} is {came}, expected dense {param.dtype}")
+        state = self.state[param]
+        if "step" not in state:
+            self._begin(param, state)
+        state["step"] += 1.0
+        at = (group, state["step"])
+        if at not in known:
+            known[at] = self._constants(self.param_groups[group], at[1])
+        base = None
+        if known[at].l1 and index is not None:
+            if "base" not in state:
+                raise ValueError(f"SparseAdamW: {name!r} has got an l1 since construction, expected it there or never")
+            base = state["base"]
+        return UpdateRow(
+            param, gradient.contiguous(), index, state["exp_avg"], state["exp_avg_sq"], state.get("master"), base,
+            known[at],
+        )  # fmt: skip
+
+    def _begin(self, param: Tensor, state: dict[str, Any]) -> None:
+        """A parameter's state before its first step. The step is a number: a tensor would cost more than the rest of
+        what Python does here."""
+        index = self._moved_index(param)
+        count = param.numel() if index is None else len(index)
+        state["step"] = 0.0
+        for key in ("exp_avg", "exp_avg_sq"):
+            state[key] = torch.zeros(count, dtype=_state_dtype(param), device=param.device)
+        if param.dtype in _SIXTEEN_BITS:
+            state["master"] = self._entries(param)
+
+    def _constants(self, group: dict[str, Any], step: float) -> UpdateConstants:
+        lr, (beta1, beta2) = float(group["lr"]), group["betas"]
+        return UpdateConstants(
+            decay=1 - lr * group["weight_decay"],
+            one_minus_beta1=1 - beta1,
+            beta2=beta2,
+            one_minus_beta2=1 - beta2,
+            eps=group["eps"],
+            step_size=lr / (1 - beta1**step),
+            inv_bias2_sqrt=(1 - beta2**step) ** -0.5,
+            l1=group["l1"] / max(self.mask.nnz, 1) if group["l1"] else 0.0,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim's, and under "mask" a digest of the mask that the state belongs to."""
+        return {**super().state_dict(), "mask": self.mask.digest()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises ValueError where the state belongs to another mask or other parameters; nothing is loaded then."""
+        if state_dict.get("mask") != self.mask.digest():
+            raise ValueError(
+                f"SparseAdamW.load_state_dict: state_dict was saved with mask {state_dict.get('mask')!r}, expected "
+                f"{self.mask.digest()!r}"
+            )
+        saved, own = state_dict["param_groups"], self.param_groups
+        if [len(group["params"]) for group in saved] != [len(group["params"]) for group in own]:
+            raise ValueError("SparseAdamW.load_state_dict: state_dict has other parameter groups than this optimizer")
+        params = dict(zip((i for g in saved for i in g["params"]), (p for g in own for p in g["params"]), strict=True))
+        kept: dict[Tensor, dict[str, Tensor]] = {}
+        for key, state in state_dict["state"].items():
+            param = params[key]
+            index, name = self._index[param], self._place[param][1]
+            count = param.numel() if index is None else len(index)
+            kept[param] = {name_: state[name_] for name_ in _STATE if name_ in state}
+            for name_, value in kept[param].items():
+                if value.shape != (count,):
+                    raise ValueError(
+                        f"SparseAdamW.load_state_dict: {name_} of {name!r} has shape {tuple(value.shape)}, expected "
+                        f"({count},)"
+                    )
+        super().load_state_dict(state_dict)
+        for param, vectors in kept.items():  # torch.optim has cast them to the parameter's dtype
+            for name_, value in vectors.items():
+                moved = value.detach().to(param.device, _state_dtype(param), copy=True)
+                self.state[param][name_] = moved
+
+
+def _state_dtype(param: Tensor) -> torch.dtype:
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+def _pairs(params: Any) -> list[tuple[str, Tensor]]:
+    return list(named_tensors("SparseAdamW", "named_params", params).items())
+
+
+def _groups(named_params: Any) -> list[dict[str, Any]]:
+    """torch.optim's groups, with pairs of name and parameter; frozen ones stay, they may thaw."""
+    if isinstance(named_params, (list, tuple)) and named_params and all(isinstance(g, dict) for g in named_params):
+        return [{**group, "params": _pairs(group["params"])} for group in named_params]
+    pairs = _pairs(named_params)
+    if not pairs:
+        raise ValueError("SparseAdamW: named_params is empty")
+    return [{"params": pairs}]
+
+
+def _check_numbers(group: dict[str, Any]) -> None:
+    for name in ("eps", "weight_decay", "l1"):
+        if number("SparseAdamW", name, group[name]) < 0:
+            raise ValueError(f"SparseAdamW: {name} is {group[name]}, expected at least 0")
+    if not isinstance(group["lr"], Tensor) and number("SparseAdamW", "lr", group["lr"]) < 0:
+        raise ValueError(f"SparseAdamW: lr is {group['lr']}, expected at least 0")
+    betas = tuple(group["betas"])
+    if len(betas) != 2 or not all(0 <= number("SparseAdamW", "betas", beta) < 1 for beta in betas):
+        raise ValueError(f"SparseAdamW: betas is {group['betas']}, expected two numbers from 0 to below 1")
+
+
+def _backward_hook(owner: weakref.ref[SparseAdamW]) -> Callable[[Tensor], None]:
+    @torch.no_grad()
+    def hook(param: Tensor) -> None:
+        optimizer = owner()
+        if optimizer is None:
+            return
+        if param in optimizer._updated:
+            name = optimizer._place[param][1]
+            raise RuntimeError(
+                f"SparseAdamW: {name!r} got a second gradient before step(); accumulation needs step_in_backward=False"
+            )
+        optimizer._updated.add(param)
+        optimizer._update([param])
+        param.grad = None
+
+    return hook

@@ -1,0 +1,296 @@
+"""The difference that sparse fine-tuning made: positions and values, applied to a model, taken back, added up."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fastdistil.losses._check import number
+from fastdistil.sparse import composable, files
+from fastdistil.sparse._check import (
+    Named,
+    base_param,
+    check_positions,
+    float_param,
+    named_tensors,
+    position_dtype,
+)
+from fastdistil.sparse.mask import SparseMask
+from fastdistil.sparse.select import kernels
+
+FORMAT = "fastdistil.sparse_delta"
+_POSITIONS, _VALUES, _WHOLE = ".positions", ".values", ".whole"  # behind the parameter's name in a file
+
+Kept = list[tuple[Tensor, Tensor | None, Tensor]]  # parameter, positions (None: all), what stood there
+
+
+class SparseDelta:
+    """A sparse difference between two models of the same shapes.
+
+    `positions[name]` (n,) int32 or int64, sorted flat positions; `values[name]` (n,) float32 (float64 for float64
+    parameters), what is added there; `whole[name]`, tensors that are stored as they are and replace the model's (a
+    task's head); `shapes` of all of them; `base_model`, the name of the model that the difference is to, or None.
+
+    Adding is in float32 and rounded once to the parameter's dtype. On its own base a delta restores the tuned values
+    bit for bit wherever theirs is within a factor of two of the base's (then the difference is exact), else within one
+    rounding.
+
+    Raises TypeError or ValueError, naming the tensor, where positions, values and shapes do not fit each other.
+    """
+
+    def __init__(
+        self,
+        positions: Mapping[str, Tensor],
+        values: Mapping[str, Tensor],
+        shapes: Mapping[str, tuple[int, ...]],
+        *,
+        whole: Mapping[str, Tensor] | None = None,
+        base_model: str | None = None,
+    ) -> None:
+        self.positions, self.values, self.whole = dict(positions), dict(values), dict(whole or {})
+        self.base_model = base_model
+        self.shapes = {name: torch.Size(shapes[name]) for name in (*self.positions, *self.whole) if name in shapes}
+        self._kept: weakref.WeakKeyDictionary[nn.Module, Kept] = weakref.WeakKeyDictionary()
+        if self.positions.keys() != self.values.keys():
+            raise ValueError("SparseDelta: positions and values have different names")
+        for name, index in self.positions.items():
+            if name not in self.shapes or name in self.whole:
+                raise ValueError(f"SparseDelta: {name!r} has no shape, or is stored whole as well")
+            check_positions("SparseDelta", f"positions[{name!r}]", index, self.shapes[name].numel())
+            _check_values("SparseDelta", name, self.values[name], len(index))
+        for name, tensor in self.whole.items():
+            float_param("SparseDelta", "whole", name, tensor)
+            self.shapes[name] = tensor.shape
+
+    @classmethod
+    def from_params(
+        cls,
+        params: Named,
+        base_params: Named,
+        mask: Mapping[str, Tensor],
+        *,
+        whole: Mapping[str, Tensor] | None = None,
+        base_model: str | None = None,
+    ) -> SparseDelta:
+        """params - base_params at the mask's positions. Arguments as `select_topk`; `whole` as the class's."""
+        function = "SparseDelta.from_params"
+        after = named_tensors(function, "params", params)
+        before = named_tensors(function, "base_params", base_params)
+        positions, values, shapes = dict[str, Tensor](), dict[str, Tensor](), dict[str, torch.Size]()
+        for name, index in mask.items():
+            if name not in after:
+                raise ValueError(f"{function}: params has no {name!r}, which mask has")
+            param = float_param(function, "params", name, after[name]).contiguous()
+            base = base_param(function, name, before, param).to(param.device)
+            check_positions(function, f"mask[{name!r}]", index, param.numel())
+            kernel, at = kernels(param.device), index.to(param.device)
+            exact = torch.float64 if torch.float64 in (param.dtype, base.dtype) else torch.float32
+            difference = kernel.sparse_take(param, at).to(exact) - kernel.sparse_take(base, at).to(exact)
+            positions[name], values[name], shapes[name] = index.cpu(), difference.cpu(), param.shape
+        copies = {name: tensor.detach().cpu().clone() for name, tensor in (whole or {}).items()}
+        return cls(positions, values, shapes, whole=copies, base_model=base_model)
+
+    @property
+    def nnz(self) -> int:
+        """Number of entries, without the tensors that are stored whole."""
+        return sum(len(index) for index in self.positions.values())
+
+    @property
+    def density(self) -> float:
+        """nnz as a share of the elements of the sparse tensors."""
+        return self.nnz / max(sum(self.shapes[name].numel() for name in self.positions), 1)
+
+    @property
+    def mask(self) -> SparseMask:
+        """The positions as a mask."""
+        return SparseMask(self.positions, self.shapes)
+
+    def __repr__(self) -> str:
+        whole = f", {len(self.whole)} whole" if self.whole else ""
+        base = f" of {self.base_model}" if self.base_model else ""
+        return f"SparseDelta({self.nnz:,} entries in {len(self.positions)} tensors{whole}{base})"
+
+    # ---- on models
+
+    def apply_(self, module: nn.Module) -> SparseDelta:
+        """Add the values to the module's parameters in place; what they overwrite is kept for `revert_`.
+
+        Everything is checked before anything is written. Raises ValueError where a parameter is missing, has another
+        shape or is not dense, or this delta is applied already.
+        """
+        if module in self._kept:
+            raise ValueError("SparseDelta.apply_: the delta is applied to module already, expected revert_ first")
+        self.check(dict(module.named_parameters()), "SparseDelta.apply_", "module")
+        kept: Kept = []
+        with torch.no_grad():
+            for name, index in self.positions.items():
+                param = module.get_parameter(name).detach()
+                kernel, at = kernels(param.device), index.to(param.device)
+                old = kernel.sparse_take(param, at)
+                kernel.sparse_put_(param, at, added(old, self.values[name]))
+                kept.append((param, at, old))
+            for name, tensor in self.whole.items():
+                param = module.get_parameter(name).detach()
+                kept.append((param, None, param.clone()))
+                param.copy_(tensor)
+        self._kept[module] = kept
+        return self
+
+    def revert_(self, module: nn.Module) -> None:
+        """Put back, bit for bit, what `apply_` overwrote; of several deltas the last one first."""
+        if module not in self._kept:
+            raise ValueError("SparseDelta.revert_: the delta is not applied to module, expected apply_ first")
+        with torch.no_grad():
+            for param, at, old in self._kept.pop(module):
+                if at is None:
+                    param.copy_(old)
+                else:
+                    kernels(param.device).sparse_put_(param, at, old)
+
+    def check(self, params: Mapping[str, Tensor], function: str, argument: str) -> None:
+        """Raises ValueError unless `params` has a dense tensor of the right shape for everything in the delta."""
+        for name, shape in self.shapes.items():
+            if name not in params:
+                raise ValueError(f"{function}: {argument} has no parameter {name!r}, which the delta has")
+            if params[name].shape != shape:
+                came = tuple(params[name].shape)
+                raise ValueError(f"{function}: {argument}'s {name!r} has shape {came}, expected {tuple(shape)}")
+            if not params[name].is_contiguous():
+                raise ValueError(f"{function}: {argument}'s {name!r} is not dense, expected contiguous memory")
+
+    # ---- with each other
+
+    def __add__(self, other: object) -> SparseDelta:
+        """Both together: a language's and a task's, say. Values at common positions add up."""
+        if not isinstance(other, SparseDelta):
+            return NotImplemented
+        base = _common_base(self.base_model, other.base_model)
+        names = dict.fromkeys((*self.shapes, *other.shapes))
+        for name in names:
+            if name in self.shapes and name in other.shapes:
+                if self.shapes[name] != other.shapes[name]:
+                    shapes = tuple(self.shapes[name]), tuple(other.shapes[name])
+                    raise ValueError(
+                        f"SparseDelta +: {name!r} has shape {shapes[0]} in one and {shapes[1]} in the other"
+                    )
+                if name in self.whole or name in other.whole:
+                    raise ValueError(f"SparseDelta +: both hold {name!r}, expected whole tensors in one of them alone")
+        positions, values = dict(self.positions), dict(self.values)
+        for name, index in other.positions.items():
+            if name in positions:
+                positions[name], values[name] = _merge(positions[name], values[name], index, other.values[name])
+            else:
+                positions[name], values[name] = index, other.values[name]
+        whole = {**self.whole, **other.whole}
+        return SparseDelta(positions, values, {**self.shapes, **other.shapes}, whole=whole, base_model=base)
+
+    def __mul__(self, factor: float) -> SparseDelta:
+        """Every value times `factor`; whole tensors are no differences and stay as they are."""
+        scale = number("SparseDelta *", "factor", factor)
+        values = {name: value * scale for name, value in self.values.items()}
+        return SparseDelta(self.positions, values, self.shapes, whole=self.whole, base_model=self.base_model)
+
+    __rmul__ = __mul__
+
+    # ---- on disk
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file through a temporary name: `<name>.positions`, `<name>.values`, `<name>.whole`, and
+        metadata: base_model, shapes and their hash, dtype of the values, k."""
+        tensors = dict[str, Tensor]()
+        for name, index in self.positions.items():
+            tensors[name + _POSITIONS], tensors[name + _VALUES] = index, self.values[name]
+        tensors |= {name + _WHOLE: tensor for name, tensor in self.whole.items()}
+        dtypes = sorted({str(value.dtype).removeprefix("torch.") for value in self.values.values()})
+        metadata = {**files.shape_metadata(FORMAT, self.shapes), "k": str(self.nnz), "dtype": ",".join(dtypes)}
+        if self.base_model is not None:
+            metadata["base_model"] = self.base_model
+        files.write(path, tensors, metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SparseDelta:
+        """Read what `save` wrote, or a published file of composable-sft (`pytorch_diff.bin`, or its folder).
+
+        Raises ValueError naming the file, the tensor and the reason where it is truncated, foreign or inconsistent.
+        """
+        path = Path(path)
+        if composable.is_composable(path):
+            return cls(**composable.read(path))
+        found = files.Checkpoint(path)
+        shapes = files.decode_shapes(found, FORMAT)
+        positions, values, whole = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
+        for tensor in found:
+            name, dot, kind = tensor.rpartition(".")
+            if dot + kind == _POSITIONS:
+                positions[name] = files.read_positions(found, tensor, name, shapes)
+            elif dot + kind == _VALUES:
+                values[name] = found[tensor].clone()
+            elif dot + kind == _WHOLE and shapes.get(name) == found[tensor].shape:
+                whole[name] = found[tensor].clone()
+            else:
+                raise found.error(tensor, "is neither positions, values nor a whole tensor of the metadata's shape")
+        for name in positions.keys() | values.keys():
+            missing = _POSITIONS if name not in positions else _VALUES if name not in values else None
+            if missing:
+                raise found.error(name + missing, "is missing")
+            _named(found, name + _VALUES, _check_values, "SparseDelta.load", name, values[name], len(positions[name]))
+        absent = shapes.keys() - positions.keys() - whole.keys()
+        if absent or found.metadata.get("k") != str(sum(map(len, positions.values()))):
+            raise found.error("metadata", f"promises other tensors than there are (k, or {sorted(absent)})")
+        return cls(positions, values, shapes, whole=whole, base_model=found.metadata.get("base_model"))
+
+
+def added(old: Tensor, value: Tensor) -> Tensor:
+    """old + value, formed in the wider of both dtypes and rounded once to the old one."""
+    return (old.to(torch.promote_types(value.dtype, old.dtype)) + value.to(old.device)).to(old.dtype)
+
+
+def load_into(model: nn.Module, path: str | os.PathLike[str], *, whole: bool = True) -> SparseDelta:
+    """Load a delta and apply it to `model`; returns it, for `revert_`. The model is untouched where anything fails.
+
+    `whole=False` leaves out the tensors that the file stores whole: a language's file holds the head of its own task.
+    """
+    delta = SparseDelta.load(path)
+    if not whole:
+        delta = SparseDelta(delta.positions, delta.values, delta.shapes, base_model=delta.base_model)
+    try:
+        return delta.apply_(model)
+    except ValueError as error:
+        raise ValueError(f"load_into: {path}: {error}") from error
+
+
+def _check_values(function: str, name: str, value: Tensor, count: int) -> None:
+    if value.dtype not in (torch.float32, torch.float64) or value.shape != (count,):
+        came = f"{value.dtype} of shape {tuple(value.shape)}"
+        raise ValueError(f"{function}: values[{name!r}] is {came}, expected ({count},) of float32 or float64")
+    if not bool(value.isfinite().all()):
+        raise ValueError(f"{function}: values[{name!r}] holds NaN or an infinity, expected finite numbers")
+
+
+def _named(found: files.Checkpoint, tensor: str, check: Callable[..., None], *arguments: object) -> None:
+    try:
+        check(*arguments)
+    except ValueError as error:
+        raise found.error(tensor, str(error)) from error
+
+
+def _common_base(one: str | None, other: str | None) -> str | None:
+    if one is not None and other is not None and one != other:
+        raise ValueError(f"SparseDelta +: one is to {one!r}, the other to {other!r}, expected the same base_model")
+    return one if one is not None else other
+
+
+def _merge(a: Tensor, a_values: Tensor, b: Tensor, b_values: Tensor) -> tuple[Tensor, Tensor]:
+    """Sorted union of two sorted runs of positions; values of the same position add up."""
+    dtype = torch.promote_types(a_values.dtype, b_values.dtype)
+    index, order = torch.cat([a.long(), b.long()]).sort(stable=True)
+    values = torch.cat([a_values.to(dtype), b_values.to(dtype)])[order]
+    union, place = torch.unique_consecutive(index, return_inverse=True)
+    total = torch.zeros(len(union), dtype=dtype).index_add_(0, place, values)
+    wide = len(union) > 0 and int(union[-1]) >= 2**31
+    return union.to(torch.int64 if wide else position_dtype(1)), total
