@@ -63,3 +63,21 @@ def logit_bwd_cuda(
     value_factor: float,
     stream: int,
 ) -> None: ...
+def attention(
+    student_q: Tensor,
+    student_k: Tensor,
+    teacher_q: Tensor,
+    teacher_k: Tensor,
+    real: Tensor | None,
+    row_scale: Tensor,
+    rows: Tensor,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    offsets: list[int],
+    kind: int,
+    causal: bool,
+    student_scale: float,
+    teacher_scale: float,
+    low_rank: bool,
+    threads: int,
+) -> None: ...

@@ -12,14 +12,20 @@ namespace fastdistil {
 #if defined(FD_X86)
 namespace avx512 {
 void logit(const LogitArgs&, int);
-}
+void attention(const AttentionArgs&, int);
+void attention_low_rank(const AttentionArgs&, int);
+}  // namespace avx512
 namespace avx2 {
 void logit(const LogitArgs&, int);
-}
+void attention(const AttentionArgs&, int);
+void attention_low_rank(const AttentionArgs&, int);
+}  // namespace avx2
 #endif
 namespace generic {
 void logit(const LogitArgs&, int);
-}
+void attention(const AttentionArgs&, int);
+void attention_low_rank(const AttentionArgs&, int);
+}  // namespace generic
 
 namespace cpu {
 namespace {
@@ -27,6 +33,8 @@ namespace {
 struct Isa {
   const char* name;
   void (*logit)(const LogitArgs&, int);
+  void (*attention)(const AttentionArgs&, int);
+  void (*attention_low_rank)(const AttentionArgs&, int);
 };
 
 // What this processor can run, the best first.
@@ -39,10 +47,10 @@ std::vector<Isa> runnable() {
   const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                   __builtin_cpu_supports("avx512vl");
-  if (v4) found.push_back({"avx512", avx512::logit});
-  if (v3) found.push_back({"avx2", avx2::logit});
+  if (v4) found.push_back({"avx512", avx512::logit, avx512::attention, avx512::attention_low_rank});
+  if (v3) found.push_back({"avx2", avx2::logit, avx2::attention, avx2::attention_low_rank});
 #endif
-  found.push_back({"generic", generic::logit});
+  found.push_back({"generic", generic::logit, generic::attention, generic::attention_low_rank});
   return found;
 }
 
@@ -85,6 +93,10 @@ void logit(const LogitArgs& args, int threads) {
     advise_huge_pages(args.gradient, args.rows * args.gradient_stride * itemsize(args.dtype));
   chosen->logit(args, threads);
 }
+
+void attention(const AttentionArgs& args, int threads) { chosen->attention(args, threads); }
+
+void attention_low_rank(const AttentionArgs& args, int threads) { chosen->attention_low_rank(args, threads); }
 
 }  // namespace cpu
 }  // namespace fastdistil

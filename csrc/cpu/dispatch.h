@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../rules/logit_args.h"
+#include "attention_args.h"
 
 namespace fastdistil::cpu {
 
@@ -16,5 +17,9 @@ void use_isa(const std::string& name);
 
 // Forward where args.loss is set, backward from args.stats where it is null.
 void logit(const LogitArgs& args, int threads);
+
+// Rows, and gradients where args.dq is set; the second for score_mse of equal head sizes without a causal mask.
+void attention(const AttentionArgs& args, int threads);
+void attention_low_rank(const AttentionArgs& args, int threads);
 
 }  // namespace fastdistil::cpu

@@ -1,15 +1,19 @@
-"""Hidden-state losses on the CPU, on chunks of rows that stay in the cache; kl by the rule of the attention maps."""
+"""Hidden-state losses on the CPU, on chunks of rows that stay in the cache; kl by the kernel of the logits."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fastdistil.backends.cpu_attention import prob_kl
+from fastdistil.backends import cpu_logit
+from fastdistil.ops.logit_rule import STATS, LogitRule
 from fastdistil.reference import hidden as reference
 
 # Elements of a chunk: 256 KiB of float32, so that a few temporaries of that size fit in a core's L2 cache.
 CHUNK_ELEMENTS = 64 * 1024
+_FORWARD_KL: LogitRule = {
+    "divergence": 0, "beta": 0.0, "student_temperature": 1.0, "teacher_temperature": 1.0, "value_factor": 1.0
+}  # fmt: skip
 
 
 def hidden_rows(
@@ -39,9 +43,9 @@ def hidden_rows(
             if dstudent is not None:
                 torch.mul(r, scale[:, None] * (2 / size), out=dstudent[chunk])
         elif kind == "kl" and activation == "none":
-            rows[chunk], dh = _kl(student[chunk], teacher[chunk], bias, scale, dstudent is not None)
-            if dstudent is not None:
-                dstudent[chunk] = dh
+            rows[chunk], found = _kl(student[chunk], teacher[chunk], bias, scale, dstudent is not None)
+            if dstudent is not None and found is not None:
+                dstudent[chunk] = found
         else:
             rows[chunk], found = reference.hidden_rows(
                 student[chunk], teacher[chunk], bias, scale, kind, activation, grad_dtype
@@ -51,14 +55,14 @@ def hidden_rows(
     return rows, dstudent
 
 
-def _kl(student: Tensor, teacher: Tensor, bias: Tensor | None, scale: Tensor, need_grad: bool) -> tuple[Tensor, Tensor]:
-    """One chunk of kl without activation: values and, with `need_grad`, gradient, both times `scale`."""
-    skipped = None if bool(scale.all()) else (scale == 0)[:, None]
-    h, t = (x.to(scale.dtype, copy=True) for x in (student, teacher))
+def _kl(
+    student: Tensor, teacher: Tensor, bias: Tensor | None, scale: Tensor, need_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """kl without activation is the forward KL of logits: values and, with `need_grad`, gradient, both times `scale`."""
+    h, t = (x.to(scale.dtype).contiguous() for x in (student, teacher))
     if bias is not None:
-        h += bias
-    if skipped is not None:
-        h, t = h.masked_fill_(skipped, 0.0), t.masked_fill_(skipped, 0.0)
-    h -= reference.kl_offset(h, t)
-    values, dh = prob_kl(t, h - t, lambda: h, None, need_grad)
-    return values.mul_(scale), dh.mul_(scale[:, None]) if need_grad else dh
+        h = h + bias
+    values, stats = torch.empty_like(scale), scale.new_empty((len(scale), STATS))
+    dh = torch.empty_like(h) if need_grad else None
+    cpu_logit.logit_fwd(h, t, scale.contiguous(), values, stats, dh, **_FORWARD_KL)
+    return values, dh
