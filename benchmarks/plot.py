@@ -92,6 +92,9 @@ def page(records: list[Record], images: list[str]) -> str:
         if own:
             lines += [f"### {op.capitalize()}", _times(own)]
     lines += [_threads(r) for r in records if r["op"] == "threads"]
+    steps = [r for r in records if r["op"] == "steps"]
+    if steps:
+        lines += ["### Training steps", _steps(steps)]
     exact = [r for r in records if r["op"] == "exactness"]
     if exact:
         lines += ["### Exactness", _exactness(exact)]
@@ -166,6 +169,23 @@ def _threads(record: Record) -> str:
         f"Threads: torch.mm ({s['side']}²) and logit_loss ([{s['N']}, {s['V']:,}]) in turns take "
         f"{record['turns_over_sum']:.2f}× the sum of each alone (1 = the two share their threads). {marks(record)}"
     ).strip()
+
+
+def _steps(records: list[Record]) -> str:
+    """Whole steps of a recipe, as ratios to the one that keeps the maps."""
+    eager = {r["case"]: r for r in records if r["contender"] == "eager"}
+    rows = []
+    for r in records:
+        base = eager[r["case"]]
+        speed = base["time_us"]["both"]["p50"] / r["time_us"]["both"]["p50"]
+        memory = r.get("peak_mem_mib")
+        shape = ", ".join(f"{axis} {size}" for axis, size in r["shape"].items())
+        rows.append([
+            r["case"], shape, figures.label(r["contender"]), f"{speed:.2f}", _number(memory, ",.0f"),
+            f"{r['gradient_error']:.1e}", marks(r),
+        ])  # fmt: skip
+    header = ["recipe", "shape", "contender", "speed / eager", "MiB beyond the models", "gradient from eager's", ""]
+    return _markdown(header, rows)
 
 
 def _exactness(records: list[Record]) -> str:

@@ -17,7 +17,14 @@ from typing import Any
 
 import torch
 
-STEMS = {"logits": "logit", "hidden": "hidden", "attention": "attention", "exactness": "logit", "threads": "logit"}
+STEMS = {
+    "logits": "logit",
+    "hidden": "hidden",
+    "attention": "attention",
+    "exactness": "logit",
+    "threads": "logit",
+    "steps": "attention",
+}
 SOURCE_FOLDERS = ("csrc", "kernels", "fastdistil/backends", "fastdistil/ops")
 SOURCE_SUFFIXES = {".cpp", ".h", ".cu", ".cuh", ".py"}
 PACKAGES = ("fastdistil", "torch", "triton", "liger-kernel", "numpy")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fastdistil.benchmarks import exactness, sharing
+from fastdistil.benchmarks import exactness, sharing, steps
 from fastdistil.benchmarks.cases import OPS, Case, operations, select, traffic_bytes
 from fastdistil.benchmarks.contenders import Contender, Unavailable, build
 from fastdistil.benchmarks.measure import OtherLoad, machine_rates, peak_here_mib, peak_mib, time_interleaved
@@ -19,7 +19,7 @@ from fastdistil.benchmarks.record import Record, device_folder, environment, sou
 NOISE, NEAR = 1.0, 1e-3  # student = teacher + noise: what is timed, and what near convergence means
 
 # As in the tests: at most twice the error of the eager formula in the same dtype, plus a little.
-VALUE_SLACK = 2e-6
+VALUE_SLACK = 5e-6  # float32 sums of 25 million terms, in whatever order
 GRADIENT_SLACK = {"float64": 1e-11, "float32": 2e-6, "float16": 5e-4, "bfloat16": 4e-3}
 
 Say = Callable[[str], None]
@@ -38,11 +38,11 @@ def default_out(op: str, device: str, tiny: bool) -> Path:
 
 
 def run(what: str, *, tiny: bool = False, out: Path | None = None, say: Say = print) -> list[Path]:
-    """Measures an op, "exactness" or "all" on the best device here; returns the files written."""
-    wanted = (*OPS, "exactness") if what == "all" else (what,)
-    unknown = set(wanted) - {*OPS, "exactness"}
-    if unknown:
-        raise ValueError(f"bench: what is {what!r}, expected one of {', '.join((*OPS, 'exactness', 'all'))}")
+    """Measures an op, "steps", "exactness" or "all" on the best device here; returns the files written."""
+    every = (*OPS, "steps", "exactness")
+    wanted = every if what == "all" else (what,)
+    if set(wanted) - {*every}:
+        raise ValueError(f"bench: what is {what!r}, expected one of {', '.join((*every, 'all'))}")
     device, files = device_here(), dict[Path, list[Record]]()
     rates = machine_rates(device)
     for op in wanted:
@@ -57,6 +57,10 @@ def run(what: str, *, tiny: bool = False, out: Path | None = None, say: Say = pr
 def _measurements(op: str, device: str, rates: dict[str, float], tiny: bool, say: Say) -> Iterator[list[Record]]:
     if op == "exactness":
         yield exactness.run(device, tiny, say)
+        return
+    if op == "steps":
+        if device == "cpu":
+            yield from (steps.run(recipe, tiny, say) for recipe in ("lightmbert", "bistil"))
         return
     for case in select(device, (op,), tiny):
         yield run_case(case, device, rates, say, tiny)

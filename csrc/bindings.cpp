@@ -4,7 +4,7 @@
 
 #include <optional>
 
-#include "bindings_attention.h"
+#include "bindings_more.h"
 #include "cpu/dispatch.h"
 #include "tensor_view.h"
 #if defined(FD_CUDA)
@@ -105,6 +105,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("isas", &fastdistil::cpu::isas, "the instruction sets that this processor can run, the best first");
   m.def("use_isa", &fastdistil::cpu::use_isa, py::arg("name"), "use another of isas(), for tests and benchmarks");
   fastdistil::define_attention(m);
+  fastdistil::define_hidden(m);
   define_logit<logit_cpu, true>(m, "logit_fwd", "logit_bwd", "threads");
 #if defined(FD_CUDA)
   define_logit<logit_cuda, false>(m, "logit_fwd_cuda", "logit_bwd_cuda", "stream");

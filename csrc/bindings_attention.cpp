@@ -1,5 +1,5 @@
 // The attention losses as Python calls them: checks and forwards; the mathematics is elsewhere.
-#include "bindings_attention.h"
+#include "bindings_more.h"
 
 #include <pybind11/stl.h>
 

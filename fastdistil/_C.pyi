@@ -81,3 +81,12 @@ def attention(
     low_rank: bool,
     threads: int,
 ) -> None: ...
+def hidden_mse(
+    student: Tensor,
+    teacher: Tensor,
+    bias: Tensor | None,
+    row_scale: Tensor,
+    rows: Tensor,
+    gradient: Tensor | None,
+    threads: int,
+) -> None: ...

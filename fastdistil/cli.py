@@ -29,6 +29,7 @@ class What(str, Enum):
     logits = "logits"
     hidden = "hidden"
     attention = "attention"
+    steps = "steps"
     exactness = "exactness"
     all = "all"
 

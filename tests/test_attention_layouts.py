@@ -12,7 +12,7 @@ from judge import Outcome, judge, judge_exact
 from torch import Tensor
 
 from fastdistil import attention_loss
-from fastdistil.ops.attention import head_mean
+from fastdistil.ops.attention import attention_mean
 
 LENGTHS = (5, 0, 33, 1, 12)  # of the packed sequences, one of them empty
 
@@ -116,7 +116,7 @@ def test_mean_over_heads_near_convergence(backend: str, kind: str, noise: float)
 
 def test_mean_over_heads_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows by blocks of 4 of the 48 give what one block gives; packed sequences are the same as each by itself."""
-    monkeypatch.setattr(head_mean, "BLOCK_ELEMENTS", {"cpu": 2 * 4 * 51, "gpu": 2 * 4 * 51})
+    monkeypatch.setattr(attention_mean, "BLOCK_ELEMENTS", {"cpu": 2 * 4 * 51, "gpu": 2 * 4 * 51})
     tensors, _ = draw((1, 2, sum(LENGTHS), 16, 16, False, False), torch.float32)
     ends = torch.tensor([0, *LENGTHS], device=DEVICE).cumsum(0)
     options: dict[str, Any] = {"kind": "prob_kl", "heads": "mean", "reduction": "sum"}

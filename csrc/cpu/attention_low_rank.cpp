@@ -6,7 +6,7 @@
 //
 // Work: 11 S d^2 multiply-adds a head (3 for M, whose symmetry is used, 4 for U M, 2 each for U^T Q_s and dK).
 #include "attention_heads.h"
-#include "tiles.h"
+#include "attention_tiles.h"
 
 namespace fastdistil {
 inline namespace FD_ISA {

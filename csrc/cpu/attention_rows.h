@@ -28,20 +28,15 @@ struct Spread {
   bool near;
 };
 
-// c = a - b where c still holds the student's scores a.
-template <class T>
-inline void subtract(AttentionRow<T> row) {
-#pragma omp simd
-  for (int64_t i = 0; i < row.keys; ++i) row.c[i] -= row.b[i];
-}
-
-template <class T>
+// What the rows' rules must know first; with kSubtract c still holds the student's scores a, and becomes a - b.
+template <bool kSubtract, class T>
 inline Spread<T> spread(AttentionRow<T> row) {
   T largest = -INFINITY, low = INFINITY, high = -INFINITY;
   int odd = 0;
 #pragma omp simd reduction(max : largest, high) reduction(min : low) reduction(| : odd)
   for (int64_t i = 0; i < row.keys; ++i) {
-    const T b = row.b[i], c = row.c[i];
+    const T b = row.b[i], c = kSubtract ? row.c[i] - b : row.c[i];
+    if (kSubtract) row.c[i] = c;
     largest = b > largest ? b : largest;
     low = c < low ? c : low;
     high = c > high ? c : high;

@@ -14,17 +14,20 @@ namespace avx512 {
 void logit(const LogitArgs&, int);
 void attention(const AttentionArgs&, int);
 void attention_low_rank(const AttentionArgs&, int);
+void hidden_mse(const HiddenArgs&, int);
 }  // namespace avx512
 namespace avx2 {
 void logit(const LogitArgs&, int);
 void attention(const AttentionArgs&, int);
 void attention_low_rank(const AttentionArgs&, int);
+void hidden_mse(const HiddenArgs&, int);
 }  // namespace avx2
 #endif
 namespace generic {
 void logit(const LogitArgs&, int);
 void attention(const AttentionArgs&, int);
 void attention_low_rank(const AttentionArgs&, int);
+void hidden_mse(const HiddenArgs&, int);
 }  // namespace generic
 
 namespace cpu {
@@ -35,6 +38,7 @@ struct Isa {
   void (*logit)(const LogitArgs&, int);
   void (*attention)(const AttentionArgs&, int);
   void (*attention_low_rank)(const AttentionArgs&, int);
+  void (*hidden_mse)(const HiddenArgs&, int);
 };
 
 // What this processor can run, the best first.
@@ -47,10 +51,10 @@ std::vector<Isa> runnable() {
   const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                   __builtin_cpu_supports("avx512vl");
-  if (v4) found.push_back({"avx512", avx512::logit, avx512::attention, avx512::attention_low_rank});
-  if (v3) found.push_back({"avx2", avx2::logit, avx2::attention, avx2::attention_low_rank});
+  if (v4) found.push_back({"avx512", avx512::logit, avx512::attention, avx512::attention_low_rank, avx512::hidden_mse});
+  if (v3) found.push_back({"avx2", avx2::logit, avx2::attention, avx2::attention_low_rank, avx2::hidden_mse});
 #endif
-  found.push_back({"generic", generic::logit, generic::attention, generic::attention_low_rank});
+  found.push_back({"generic", generic::logit, generic::attention, generic::attention_low_rank, generic::hidden_mse});
   return found;
 }
 
@@ -97,6 +101,8 @@ void logit(const LogitArgs& args, int threads) {
 void attention(const AttentionArgs& args, int threads) { chosen->attention(args, threads); }
 
 void attention_low_rank(const AttentionArgs& args, int threads) { chosen->attention_low_rank(args, threads); }
+
+void hidden_mse(const HiddenArgs& args, int threads) { chosen->hidden_mse(args, threads); }
 
 }  // namespace cpu
 }  // namespace fastdistil

@@ -6,6 +6,7 @@
 
 #include "../rules/logit_args.h"
 #include "attention_args.h"
+#include "hidden_args.h"
 
 namespace fastdistil::cpu {
 
@@ -21,5 +22,7 @@ void logit(const LogitArgs& args, int threads);
 // Rows, and gradients where args.dq is set; the second for score_mse of equal head sizes without a causal mask.
 void attention(const AttentionArgs& args, int threads);
 void attention_low_rank(const AttentionArgs& args, int threads);
+
+void hidden_mse(const HiddenArgs& args, int threads);
 
 }  // namespace fastdistil::cpu

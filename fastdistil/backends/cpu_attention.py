@@ -1,7 +1,7 @@
 """attention_loss on the CPU: the C++ kernels of csrc/cpu/attention*.cpp, on torch's own number of threads.
 
 The maps exist one cache-sized block a thread at a time; score_mse of equal head sizes, without a causal mask, never
-forms one.
+forms one where the sequences are so long (S > 2 d) that the low-rank form is less work.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def attention(
     q_s, k_s, q_t, k_t = (
         x if x.stride(-1) == 1 else x.contiguous() for x in (student_q, student_k, teacher_q, teacher_k)
     )
-    dtype = row_scale.dtype
+    dtype, sizes = row_scale.dtype, (student_q.shape[-1], teacher_q.shape[-1])
     rows = torch.empty_like(row_scale, memory_format=torch.contiguous_format)
     dq, dk = (torch.empty(x.shape, dtype=dtype) if need_grad else None for x in (student_q, student_k))
     _C.attention(
@@ -50,7 +50,7 @@ def attention(
         causal=causal,
         student_scale=student_scale,
         teacher_scale=teacher_scale,
-        low_rank=kind == "score_mse" and not causal and student_q.shape[-1] == teacher_q.shape[-1],
+        low_rank=kind == "score_mse" and not causal and sizes[0] == sizes[1] and row_scale.shape[-1] > 2 * sizes[0],
         threads=torch.get_num_threads(),
     )
     return rows, dq, dk

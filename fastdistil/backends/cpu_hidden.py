@@ -1,10 +1,12 @@
-"""Hidden-state losses on the CPU, on chunks of rows that stay in the cache; kl by the kernel of the logits."""
+"""Hidden-state losses on the CPU: mse by csrc/cpu/hidden.cpp, kl by the kernel of the logits, the rest by the reference
+on chunks of rows that stay in the cache."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from fastdistil import _C
 from fastdistil.backends import cpu_logit
 from fastdistil.ops.logit_rule import STATS, LogitRule
 from fastdistil.reference import hidden as reference
@@ -25,44 +27,40 @@ def hidden_rows(
     activation: str,
     grad_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """As `fastdistil.reference.hidden.hidden_rows`, with temporaries of a chunk only."""
+    """As `fastdistil.reference.hidden.hidden_rows`, with temporaries of a chunk at most."""
+    if activation == "none" and kind in ("mse", "kl"):
+        return _compiled(student, teacher, bias, row_scale, kind, grad_dtype)
     count, size = student.shape
     rows = torch.empty_like(row_scale)
     dstudent = None if grad_dtype is None else torch.empty((count, size), dtype=grad_dtype)
     step = max(1, CHUNK_ELEMENTS // max(1, size))
     for start in range(0, count, step):
         chunk = slice(start, start + step)
-        scale = row_scale[chunk]
-        if kind == "mse" and activation == "none":
-            r = torch.sub(student[chunk].to(scale.dtype), teacher[chunk])
-            if bias is not None:
-                r += bias
-            if not bool(scale.all()):
-                r.masked_fill_((scale == 0)[:, None], 0.0)
-            rows[chunk] = torch.linalg.vecdot(r, r).mul_(scale).div_(size)
-            if dstudent is not None:
-                torch.mul(r, scale[:, None] * (2 / size), out=dstudent[chunk])
-        elif kind == "kl" and activation == "none":
-            rows[chunk], found = _kl(student[chunk], teacher[chunk], bias, scale, dstudent is not None)
-            if dstudent is not None and found is not None:
-                dstudent[chunk] = found
-        else:
-            rows[chunk], found = reference.hidden_rows(
-                student[chunk], teacher[chunk], bias, scale, kind, activation, grad_dtype
-            )
-            if dstudent is not None and found is not None:
-                dstudent[chunk] = found
+        rows[chunk], found = reference.hidden_rows(
+            student[chunk], teacher[chunk], bias, row_scale[chunk], kind, activation, grad_dtype
+        )
+        if dstudent is not None and found is not None:
+            dstudent[chunk] = found
     return rows, dstudent
 
 
-def _kl(
-    student: Tensor, teacher: Tensor, bias: Tensor | None, scale: Tensor, need_grad: bool
+def _compiled(
+    student: Tensor, teacher: Tensor, bias: Tensor | None, row_scale: Tensor, kind: str, grad_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor | None]:
-    """kl without activation is the forward KL of logits: values and, with `need_grad`, gradient, both times `scale`."""
-    h, t = (x.to(scale.dtype).contiguous() for x in (student, teacher))
-    if bias is not None:
-        h = h + bias
-    values, stats = torch.empty_like(scale), scale.new_empty((len(scale), STATS))
-    dh = torch.empty_like(h) if need_grad else None
-    cpu_logit.logit_fwd(h, t, scale.contiguous(), values, stats, dh, **_FORWARD_KL)
-    return values, dh
+    wide = row_scale.dtype
+    if student.dtype != teacher.dtype or (kind == "kl" and (bias is not None or grad_dtype != student.dtype)):
+        student, teacher = student.to(wide), teacher.to(wide)
+    student, teacher = (x if x.stride(1) == 1 else x.contiguous() for x in (student, teacher))
+    row_scale, rows = row_scale.contiguous(), torch.empty(len(row_scale), dtype=wide)
+    shift = None if bias is None else bias.to(wide).contiguous()
+    if kind == "kl" and shift is not None:
+        student = student + shift
+    # The kernels write the states' dtype, or what they sum in.
+    dtype = grad_dtype if grad_dtype in (None, wide) or kind == "kl" else student.dtype
+    gradient = None if dtype is None else torch.empty(student.shape, dtype=student.dtype if kind == "kl" else dtype)
+    if kind == "kl":
+        stats = torch.empty((len(row_scale), STATS), dtype=wide)
+        cpu_logit.logit_fwd(student, teacher, row_scale, rows, stats, gradient, **_FORWARD_KL)
+    else:
+        _C.hidden_mse(student, teacher, shift, row_scale, rows, gradient, threads=torch.get_num_threads())
+    return rows, gradient if gradient is None or grad_dtype is None else gradient.to(grad_dtype)

@@ -1,6 +1,6 @@
 """Custom ops of the attention losses: `attention_rows`, one value a query row, and `attention_total`, their sum.
 
-A backend's `attention` (`head_mean.attention` for means over the heads) returns the rows and, where asked, the
+A backend's `attention` (`attention_mean.attention` for means over the heads) returns the rows and, where asked, the
 gradients of their sum. `attention_total` asks for both at once and keeps the gradients (as large as Q and K) for its
 backward pass, which only multiplies them with the incoming gradient: no tile of the map is computed twice
 (ops/gradients.py). `attention_rows` has a gradient a row to honour, so its backward pass runs the kernel again.
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdistil.backends import choose, get, head_mean, low_rank
+from fastdistil.backends import attention_mean, choose, get, low_rank
 from fastdistil.ops.gradients import hand_out, refuse_double_backward
 
 
@@ -41,7 +41,9 @@ def _compute(
     tensors = (student_q, student_k, teacher_q, teacher_k, key_mask, cu_seqlens, row_scale)
     name = choose(backend, student_q.device)
     if heads == "mean":
-        return head_mean.attention(*tensors, kind, causal, student_scale, teacher_scale, name == "reference", need_grad)
+        return attention_mean.attention(
+            *tensors, kind, causal, student_scale, teacher_scale, name == "reference", need_grad
+        )
     linear = kind == "score_mse" and not causal and cu_seqlens is None and student_q.shape[-1] == teacher_q.shape[-1]
     if name == "triton" and linear:  # matrix products alone, the vendor's
         return low_rank.score_mse(*tensors[:5], row_scale, student_scale, teacher_scale, need_grad)

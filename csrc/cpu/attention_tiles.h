@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "../rules/math.h"
 
@@ -72,13 +73,57 @@ inline void tile_product(const T* left, int64_t left_stride, const T* panel, int
   }
 }
 
+template <class T>
+struct Lanes {  // the lane numbers of a shuffle
+  typedef std::conditional_t<sizeof(T) == 8, int64_t, int32_t> index;
+  typedef index type __attribute__((vector_size(kVectorBytes)));
+};
+
+// Two vectors whose off-diagonal blocks of kHalf lanes change places.
+template <int kHalf, class T>
+inline void swap_blocks(Vector<T>& upper, Vector<T>& lower) {
+  constexpr int n = kLanes<T>;
+  typename Lanes<T>::type first, second;
+  for (int i = 0; i < n; ++i) {
+    first[i] = i & kHalf ? n + i - kHalf : i;
+    second[i] = i & kHalf ? n + i : i + kHalf;
+  }
+  const Vector<T> u = upper, l = lower;
+  upper = __builtin_shuffle(u, l, first);
+  lower = __builtin_shuffle(u, l, second);
+}
+
+// out[j * out_stride + i] = block[i][j], a square as wide as a vector.
+template <class T>
+inline void transpose(const T (&block)[kLanes<T>][kLanes<T>], T* out, int64_t out_stride) {
+  constexpr int n = kLanes<T>;
+  Vector<T> x[n];
+#pragma GCC unroll 16
+  for (int i = 0; i < n; ++i) x[i] = load(block[i]);
+  const auto stage = [&](auto half) {
+    constexpr int h = decltype(half)::value;
+    if constexpr (h < n) {
+#pragma GCC unroll 16
+      for (int i = 0; i < n; ++i)
+        if (!(i & h)) swap_blocks<h, T>(x[i], x[i + h]);
+    }
+  };
+  stage(std::integral_constant<int, 8>{}), stage(std::integral_constant<int, 4>{});
+  stage(std::integral_constant<int, 2>{}), stage(std::integral_constant<int, 1>{});
+#pragma GCC unroll 16
+  for (int i = 0; i < n; ++i) store<T>(out + i * out_stride, x[i]);
+}
+
 // Row `index` of a matrix that is kept as panels of `rows` rows: columns from source, zeros behind them.
 template <class T, class Source>
 inline void set_panel_row(T* panels, int64_t rows, int64_t index, int64_t columns, Source&& source) {
   for (int64_t begin = 0; begin < columns; begin += kTileColumns<T>) {
     T* row = panels + begin * rows + index * kTileColumns<T>;
     const int64_t n = columns - begin < kTileColumns<T> ? columns - begin : kTileColumns<T>;
-    for (int64_t j = 0; j < n; ++j) row[j] = source(begin + j);
+    if (n == kTileColumns<T>)
+      for (int64_t j = 0; j < kTileColumns<T>; ++j) row[j] = source(begin + j);
+    else
+      for (int64_t j = 0; j < n; ++j) row[j] = source(begin + j);
     for (int64_t j = n; j < kTileColumns<T>; ++j) row[j] = T(0);
   }
 }

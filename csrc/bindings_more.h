@@ -1,4 +1,4 @@
-// What bindings.cpp adds to the module for the attention losses.
+// What bindings.cpp adds to the module, a stem each.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -6,5 +6,6 @@
 namespace fastdistil {
 
 void define_attention(pybind11::module_& m);
+void define_hidden(pybind11::module_& m);
 
 }  // namespace fastdistil

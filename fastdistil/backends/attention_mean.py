@@ -1,7 +1,7 @@
 """The losses between means over the heads, a block of query rows at a time, on any device.
 
 There is no kernel for these: the mean needs the maps of all heads of a row before the first gradient, so that a tile
-would be computed as often as there are heads. A block's maps are `fastdistil.reference.head_mean`'s.
+would be computed as often as there are heads. A block's maps are `fastdistil.reference.attention_mean`'s.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdistil.reference import head_mean as reference
+from fastdistil.reference import attention_mean as reference
 from fastdistil.reference.attention import sum_of_groups
 
 # Elements of one map's block, all heads of it; about ten such tensors are alive at a time.
