@@ -212,7 +212,8 @@ class Kernel {
       if (args_.kind == AttentionKind::score_mse) {
         value = score_mse(row);
       } else if (s.near) {
-        value = square ? near_prob_mse(row, s.largest_b) : near_prob_kl(row, s.largest_b);
+        const AttentionRow<T> whole = in_whole_vectors(row);
+        value = square ? near_prob_mse(whole, s.largest_b) : near_prob_kl(whole, s.largest_b);
       } else {
         if (!have_a) student_scores(tokens, head, begin + first, n);
         have_a = true;
@@ -222,6 +223,14 @@ class Kernel {
       tokens.values(head)[at] = value * scale;
       std::fill(row.b + keys, row.b + round_up(width, kTileRows), T(0));
     }
+  }
+
+  // The row with keys of weight 0 up to a whole vector: the loops of the rule then have no tail.
+  static AttentionRow<T> in_whole_vectors(AttentionRow<T> row) {
+    const int64_t keys = round_up(row.keys, kLanes<T>);
+    std::fill(row.b + row.keys, row.b + keys, T(-INFINITY));
+    std::fill(row.c + row.keys, row.c + keys, row.c[0]);
+    return {row.b, row.c, keys, row.factor};
   }
 
   // The student's own scores of `n` rows from `first`, one tile.
