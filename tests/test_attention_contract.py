@@ -108,7 +108,9 @@ from fastdistil import attention_loss
 torch.set_num_threads(2)
 def eager(q_s, k_s, q_t, k_t, *, kind):
     a, b = q_s @ k_s.mT / 8, q_t @ k_t.mT / 8
-    return (a.softmax(-1) - b.softmax(-1)).square().mean()
+    if kind == "prob_kl":
+        return torch.nn.functional.kl_div(a.log_softmax(-1), b.log_softmax(-1), log_target=True)
+    return (a - b if kind == "score_mse" else a.softmax(-1) - b.softmax(-1)).square().mean()
 def peak():  # MiB; unlike ru_maxrss it does not begin with the parent's
     return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 function = eager if sys.argv[1] == "eager" else attention_loss
@@ -125,10 +127,11 @@ print(peak() - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc")
 @pytest.mark.parametrize(
     ("kind", "batch", "length", "at_least"),
-    [("prob_kl", 8, 512, 10), ("prob_mse", 2, 2048, 50), ("score_mse", 2, 2048, 50)],
+    [("prob_kl", 8, 512, 10), ("prob_mse", 2, 2048, 50), ("score_mse", 2, 2048, 40)],
 )
 def test_peak_memory(kind: str, batch: int, length: int, at_least: int) -> None:
-    """Beyond the inputs, the gradients included: eager holds several maps, we two blocks of 256 KiB a thread."""
+    """Beyond the inputs, the gradients included: eager holds several maps, we two blocks of 256 KiB a thread. For
+    score_mse eager holds so little that the gradients alone, 24 MiB, are 1/48 of it."""
 
     def peak_mem_mib(which: str) -> float:
         command = [sys.executable, "-c", _MEMORY, which, kind, str(batch), str(length)]
