@@ -148,6 +148,28 @@ CPU_LOGIT_BARS = (
 )
 
 
+# (kind, S) -> at least so many times as fast as eager, and as torch.compile
+CPU_ATTENTION_BARS = {
+    ("prob_mse", 128): (1.5, None), ("prob_mse", 512): (3.0, 1.8), ("prob_mse", 2048): (4.0, None),
+    ("prob_kl", 128): (2.0, None), ("prob_kl", 512): (4.0, 1.8), ("prob_kl", 2048): (5.0, None),
+    ("score_mse", 128): (1.5, None), ("score_mse", 512): (10.0, None), ("score_mse", 2048): (45.0, None),
+}  # fmt: skip
+
+
+def _less_memory(kind: str, length: int) -> float:
+    return 10.0 if length == 512 else 40.0 if kind == "score_mse" else 50.0
+
+
+def _attention_bars(kind: str, length: int) -> tuple[Bar, ...]:
+    """Of time; and of memory beyond the inputs: at most 1/10 of eager's at S 512, 1/50 at 2048 (1/40 for score_mse, of
+    whose eager form the gradients alone are 1/48)."""
+    times = zip(("eager", "compile"), CPU_ATTENTION_BARS[kind, length], strict=True)
+    found = [Bar("fastdistil:cpu", against, at_least) for against, at_least in times if at_least is not None]
+    if length >= 512:
+        found.append(Bar("fastdistil:cpu", "eager", _less_memory(kind, length), "memory"))
+    return tuple(found)
+
+
 def _hidden(name: str, rows: int, size_s: int, layers: int, names: tuple[str, ...], dtype: str, **rest: Any) -> Case:
     shape = {"N": rows, "D_s": size_s, "D_t": 768, "L": layers}
     return Case("hidden", name, shape, names, dtype, {"kind": "mse", "projection": size_s != 768}, **rest)
@@ -185,11 +207,13 @@ def cpu_cases() -> list[Case]:
         _hidden("lightmbert-mse", 2048, 768, 6, _CPU_OTHER, "float32"),
     ]
     attention = [
-        _attention(kind, batch, length, _CPU_OTHER, "float32", repetitions=5, memory=length == 512)
+        _attention(
+            kind, batch, length, _CPU_OTHER[:2] + _CPU_OTHER[3:], "float32", repetitions=5, memory=length > 128,
+            bars=_attention_bars(kind, length),
+        )
         for length, batch in ((128, 8), (512, 8), (2048, 2))
         for kind in ("prob_mse", "prob_kl", "score_mse")
-        if not (length == 2048 and kind == "prob_kl")
-    ]
+    ]  # fmt: skip
     topk = [_topk("mbert", 512, "float32", _CPU_TOPK)]
     return [*logits, *topk, *linear, *hidden, *attention]
 

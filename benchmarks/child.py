@@ -6,7 +6,7 @@ import json
 import sys
 from typing import Any
 
-from fastdistil.benchmarks import exactness, sparse_contenders
+from fastdistil.benchmarks import exactness, sparse_contenders, steps
 from fastdistil.benchmarks.cases import Case
 from fastdistil.benchmarks.contenders import build
 from fastdistil.benchmarks.measure import peak_here_mib
@@ -20,7 +20,12 @@ def memory(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    tasks = {"memory": memory, "exactness": exactness.from_child, "sparse": sparse_contenders.from_child}
+    tasks = {
+        "memory": memory,
+        "exactness": exactness.from_child,
+        "sparse": sparse_contenders.from_child,
+        "step": steps.from_child,
+    }
     print(json.dumps(tasks[sys.argv[1]](json.load(sys.stdin))))
 
 

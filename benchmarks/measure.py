@@ -123,16 +123,23 @@ def peak_here_mib(contender: Contender, device: str) -> float:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        gradients = contender.backward(contender.forward())
+        kept = contender.backward(contender.forward())
         torch.cuda.synchronize()
+        del kept
         return (torch.cuda.max_memory_allocated() - before) / MIB
+    return peak_of_mib(lambda: contender.backward(contender.forward()))
+
+
+def peak_of_mib(work: Callable[[], object]) -> float:
+    """Resident memory at the peak of `work`, beyond what is resident before; MiB, on Linux."""
+    gc.collect()
     fastdistil.empty_cache()  # what it keeps counts as its own
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before_mib = _resident_mib("VmRSS")
-    gradients = contender.backward(contender.forward())
+    kept = work()
     peak = _resident_mib("VmHWM") - before_mib
-    del gradients
+    del kept
     return peak
 
 

@@ -95,6 +95,9 @@ def page(records: list[Record], images: list[str]) -> str:
     if sparse:
         lines += ["### Sparse fine-tuning", _sparse(sparse)]
     lines += [_threads(r) for r in records if r["op"] == "threads"]
+    steps = [r for r in records if r["op"] == "steps"]
+    if steps:
+        lines += ["### Training steps", _steps(steps)]
     exact = [r for r in records if r["op"] == "exactness"]
     if exact:
         lines += ["### Exactness", _exactness(exact)]
@@ -187,6 +190,23 @@ def _sparse(records: list[Record]) -> str:
         name = figures.label(record["contender"])
         rows.append([record["case"], name, _number(ratio, ".2f"), *memory, marks(record)])
     return _markdown(["case", "contender", "time / fastdistil", "extra MiB", "state MiB", ""], rows)
+
+
+def _steps(records: list[Record]) -> str:
+    """Whole steps of a recipe, as ratios to the one that keeps the maps."""
+    eager = {r["case"]: r for r in records if r["contender"] == "eager"}
+    rows = []
+    for r in records:
+        base = eager[r["case"]]
+        speed = base["time_us"]["both"]["p50"] / r["time_us"]["both"]["p50"]
+        memory = r.get("peak_mem_mib")
+        shape = ", ".join(f"{axis} {size}" for axis, size in r["shape"].items())
+        rows.append([
+            r["case"], shape, figures.label(r["contender"]), f"{speed:.2f}", _number(memory, ",.0f"),
+            f"{r['gradient_error']:.1e}", marks(r),
+        ])  # fmt: skip
+    header = ["recipe", "shape", "contender", "speed / eager", "MiB beyond the models", "gradient from eager's", ""]
+    return _markdown(header, rows)
 
 
 def _exactness(records: list[Record]) -> str:

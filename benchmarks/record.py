@@ -20,6 +20,7 @@ import torch
 STEMS = {  # parts of the names of an op's own files
     "logits": ("logit",), "linear": ("logit", "linear", "products"), "hidden": ("hidden",), "attention": ("attention",),
     "topk": ("logit", "topk"), "exactness": ("logit",), "threads": ("logit",), "sparse": ("sparse",),
+    "steps": ("attention",),
 }  # fmt: skip
 SOURCE_FOLDERS = ("csrc", "kernels", "fastdistil/backends", "fastdistil/ops", "fastdistil/sparse")
 SOURCE_SUFFIXES = {".cpp", ".h", ".cu", ".cuh", ".py"}

@@ -172,6 +172,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cross_entropy_rows", &cross_entropy_rows, py::arg("logits"), py::arg("labels"), py::arg("row_scale"),
         py::arg("loss"), py::arg("gradient"), py::arg("threads"));
   fastdistil::define_topk(m);
+  fastdistil::define_attention(m);
   define_logit<logit_cpu, true>(m, "logit_fwd", "logit_bwd", "threads");
   fastdistil::define_sparse(m);
 #if defined(FD_CUDA)

@@ -131,3 +131,21 @@ def sparse_write_cuda(
     table: Tensor, chunks: Tensor, offsets: Tensor, keep: Tensor, out: Tensor, threshold: int, stream: int
 ) -> None: ...
 def sparse_update_cuda(table: Tensor, constants: Tensor, chunks: Tensor, stream: int) -> None: ...
+def attention(
+    student_q: Tensor,
+    student_k: Tensor,
+    teacher_q: Tensor,
+    teacher_k: Tensor,
+    real: Tensor | None,
+    row_scale: Tensor,
+    rows: Tensor,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    offsets: list[int],
+    kind: int,
+    causal: bool,
+    student_scale: float,
+    teacher_scale: float,
+    low_rank: bool,
+    threads: int,
+) -> None: ...

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fastdistil.losses.linear_logit import linear_logit_loss
     from fastdistil.losses.linear_topk import linear_topk_logit_loss
     from fastdistil.losses.logit import logit_loss
+    from fastdistil.losses.relation import relation_loss
     from fastdistil.losses.topk import topk_logit_loss
     from fastdistil.models.capture import capture
     from fastdistil.sparse import lottery_ticket
@@ -31,6 +32,7 @@ __all__ = [
     "linear_topk_logit_loss",
     "logit_loss",
     "lottery_ticket",
+    "relation_loss",
     "sparse",
     "teacher",
     "topk_logit_loss",
@@ -46,6 +48,7 @@ _PLACES = {
     "linear_topk_logit_loss": "fastdistil.losses.linear_topk",
     "logit_loss": "fastdistil.losses.logit",
     "lottery_ticket": "fastdistil.sparse",
+    "relation_loss": "fastdistil.losses.relation",
     "topk_logit_loss": "fastdistil.losses.topk",
 }
 _MODULES = ("sparse", "teacher")

@@ -38,6 +38,7 @@ class What(str, Enum):
     topk = "topk"
     hidden = "hidden"
     attention = "attention"
+    steps = "steps"
     exactness = "exactness"
     sparse = "sparse"
     all = "all"

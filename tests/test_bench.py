@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from fastdistil.benchmarks import cases, contenders, exactness, figures, measure, plot, record, run, sharing
+from fastdistil.benchmarks import cases, contenders, exactness, figures, measure, plot, record, run, sharing, steps
 from fastdistil.benchmarks.cases import Bar, Case
 
 DEVICE = run.device_here()
@@ -194,6 +194,23 @@ def test_report_of_nothing_or_of_a_broken_file_names_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="threads are the CPU's")
+@pytest.mark.parametrize("recipe", ["lightmbert", "bistil"])
+def test_whole_steps_are_records(recipe: str) -> None:
+    pytest.importorskip("transformers")
+    eager, ours = steps.run(recipe, True, quiet)
+    assert (eager["contender"], ours["contender"]) == ("eager", "fastdistil:cpu")
+    assert eager["gradient_error"] == 0 < ours["gradient_error"] < steps.LIMIT
+    assert "### Training steps" in plot.page([eager, ours], [])
+
+
+def test_steps_that_disagree_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    right = steps.Step._captured
+    monkeypatch.setattr(steps.Step, "_captured", lambda self: 1.01 * right(self))
+    with pytest.raises(ValueError, match="step lightmbert: the contenders disagree"):
+        steps.run("lightmbert", True, quiet)
+
+
 def test_thread_sharing_is_a_record() -> None:
     found = sharing.run(True, quiet)
     assert found["op"] == "threads"

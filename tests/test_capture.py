@@ -171,10 +171,12 @@ def test_bad_layers(layers: dict[str, object], error: type[Exception], message: 
 def test_bad_models() -> None:
     with pytest.raises(TypeError, match=r"capture: model is str, expected a transformers model"), capture("bert"):  # type: ignore[arg-type]
         pass
-    message = r"capture: model is Linear of type None, expected one of 'bert', 'roberta', 'xlm-roberta', 'distilbert'"
+    message = r"capture: model is Linear, expected a transformers model, whose config names its attention"
     with pytest.raises(ValueError, match=message), capture(torch.nn.Linear(2, 2), queries=[1]):
         pass
-    config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=9)
-    decoder = transformers.GPT2Model(config)
-    with pytest.raises(ValueError, match="capture: model is GPT2Model of type 'gpt2'"), capture(decoder, queries=[1]):
-        pass
+    config = transformers.T5Config(d_model=8, d_ff=8, d_kv=4, num_layers=2, num_heads=2, vocab_size=9)
+    both = transformers.T5Model(config)
+    with pytest.raises(
+        ValueError, match="capture: model is T5Model, which has 2 lists of 2 blocks, expected one; of an"
+    ):
+        capture(both, queries=[1]).__enter__()

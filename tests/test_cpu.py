@@ -133,3 +133,44 @@ def test_columns_behind_a_row_have_no_part_in_it(divergence: str, columns: int) 
         unit = torch.ones(1)  # what a row of probabilities is measured by: a float32 holds no 1e-40
         ours, truth = (torch.cat((unit, x[truth.isfinite()].float())) for x in (ours, truth))
         assert error(ours, truth) <= 100 * SLACK[torch.float32]
+
+
+def maps(dtype: torch.dtype, kind: str, causal: bool, noise: float) -> list[torch.Tensor]:
+    """Rows and gradients of attention_loss, with padding, grouped keys and sizes that no tile divides."""
+    torch.manual_seed(0)
+    teacher = [torch.randn(2, heads, 150, 20) for heads in (4, 2)]
+    q, k = ((x + noise * torch.randn_like(x)).to(dtype).requires_grad_() for x in teacher)
+    mask = torch.rand(2, 150) > 0.2
+    options = {"kind": kind, "causal": causal, "mask": mask, "reduction": "none", "backend": "cpu"}
+    rows = fd.attention_loss(q, k, *(x.to(dtype) for x in teacher), **options)
+    return [rows.detach(), *torch.autograd.grad(rows.sum(), (q, k))]
+
+
+@pytest.mark.parametrize("noise", [1e-2, 1.0, 20.0])  # exact difference, plain difference, rows far apart
+@pytest.mark.parametrize(("kind", "causal"), [("prob_mse", True), ("prob_kl", False), ("score_mse", False)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_instruction_sets_agree_on_attention(
+    restored: None, dtype: torch.dtype, kind: str, causal: bool, noise: float
+) -> None:
+    """Sums run in another order; where rows are saturated, a digit or two of prob_mse's gradient are rounding."""
+    _C.use_isa("generic")
+    expected = maps(dtype, kind, causal, noise)
+    loose = 100 if noise > 1 else 4
+    for isa in _C.isas():
+        _C.use_isa(isa)
+        for found, want in zip(maps(dtype, kind, causal, noise), expected, strict=True):
+            assert found.isfinite().all()
+            assert (
+                error(found, want)
+                <= loose * SLACK[torch.float32 if dtype == torch.bfloat16 and found.dtype != dtype else dtype]
+            )
+
+
+@pytest.mark.parametrize("kind", ["prob_mse", "prob_kl", "score_mse"])
+def test_the_number_of_threads_changes_nothing_in_attention(restored: None, kind: str) -> None:
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(maps(torch.float32, kind, False, 1.0))
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, found[0], strict=True))

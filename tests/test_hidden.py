@@ -137,6 +137,29 @@ def test_reductions_weights_and_layers(backend: str, kind: str, projected: bool)
     torch.testing.assert_close(both, hidden_loss(inputs[0], teacher, kind=kind, backend=backend))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_list_of_layers_is_its_layers(backend: str, kind: str, dtype: torch.dtype) -> None:
+    """Three layers, which a GPU takes in one launch: dense, with a stride between rows, and misaligned."""
+    drawn = [draw((5, 24, 24, False), dtype) for _ in range(3)]
+    students, teachers = [x[0][0] for x in drawn], [x[1] for x in drawn]
+    common: dict[str, Any] = {"kind": kind, "backend": backend, "weight": weights(5)}
+    for layout in (lambda x: x, _odd):
+        layers = lambda *x: hidden_loss([*map(layout, x)], [*map(layout, teachers)], layer_weights=[1, 0, 2], **common)  # noqa: B023, E731
+        apart = lambda *x: hidden_loss(x[0], teachers[0], **common) + 2 * hidden_loss(x[2], teachers[2], **common)  # noqa: E731
+        found = outcome(layers, students)
+        inputs = [x.clone().requires_grad_() for x in students]
+        value = apart(*inputs)
+        first, last = torch.autograd.grad(value, (inputs[0], inputs[2]))
+        judge_exact(found, Outcome(value, (first, torch.zeros_like(first), last)), dtype)
+    rows = hidden_loss(students, teachers, reduction="none", **common)
+    assert rows.shape == (5,) and rows[1] == 0
+    with pytest.raises(RuntimeError, match="hidden_loss: its gradient cannot be differentiated again"):
+        inputs = [x.clone().requires_grad_() for x in students]
+        torch.autograd.grad(hidden_loss(inputs, teachers, **common), inputs, create_graph=True)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("projected", [False, True])
 @pytest.mark.parametrize("kind", KINDS)

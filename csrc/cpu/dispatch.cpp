@@ -10,12 +10,16 @@ void cross_entropy(const CrossEntropyArgs&, int);
 void logit(const LogitArgs&, int);
 void hidden(const HiddenArgs&, int);
 void topk(const TopkArgs&, int);
+void attention(const AttentionArgs&, int);
+void attention_low_rank(const AttentionArgs&, int);
 }  // namespace avx512
 namespace avx2 {
 void cross_entropy(const CrossEntropyArgs&, int);
 void logit(const LogitArgs&, int);
 void hidden(const HiddenArgs&, int);
 void topk(const TopkArgs&, int);
+void attention(const AttentionArgs&, int);
+void attention_low_rank(const AttentionArgs&, int);
 }  // namespace avx2
 #endif
 namespace generic {
@@ -23,6 +27,8 @@ void cross_entropy(const CrossEntropyArgs&, int);
 void logit(const LogitArgs&, int);
 void hidden(const HiddenArgs&, int);
 void topk(const TopkArgs&, int);
+void attention(const AttentionArgs&, int);
+void attention_low_rank(const AttentionArgs&, int);
 }  // namespace generic
 
 namespace cpu {
@@ -34,6 +40,8 @@ struct Isa {
   void (*hidden)(const HiddenArgs&, int);
   void (*cross_entropy)(const CrossEntropyArgs&, int);
   void (*topk)(const TopkArgs&, int);
+  void (*attention)(const AttentionArgs&, int);
+  void (*attention_low_rank)(const AttentionArgs&, int);
 };
 
 // What this processor can run, the best first.
@@ -46,10 +54,15 @@ std::vector<Isa> runnable() {
   const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                   __builtin_cpu_supports("avx512vl");
-  if (v4) found.push_back({"avx512", avx512::logit, avx512::hidden, avx512::cross_entropy, avx512::topk});
-  if (v3) found.push_back({"avx2", avx2::logit, avx2::hidden, avx2::cross_entropy, avx2::topk});
+  if (v4)
+    found.push_back({"avx512", avx512::logit, avx512::hidden, avx512::cross_entropy, avx512::topk, avx512::attention,
+                     avx512::attention_low_rank});
+  if (v3)
+    found.push_back({"avx2", avx2::logit, avx2::hidden, avx2::cross_entropy, avx2::topk, avx2::attention,
+                     avx2::attention_low_rank});
 #endif
-  found.push_back({"generic", generic::logit, generic::hidden, generic::cross_entropy, generic::topk});
+  found.push_back({"generic", generic::logit, generic::hidden, generic::cross_entropy, generic::topk,
+                   generic::attention, generic::attention_low_rank});
   return found;
 }
 
@@ -79,6 +92,10 @@ void logit(const LogitArgs& args, int threads) { chosen->logit(args, threads); }
 void hidden(const HiddenArgs& args, int threads) { chosen->hidden(args, threads); }
 void cross_entropy(const CrossEntropyArgs& args, int threads) { chosen->cross_entropy(args, threads); }
 void topk(const TopkArgs& args, int threads) { chosen->topk(args, threads); }
+
+void attention(const AttentionArgs& args, int threads) { chosen->attention(args, threads); }
+
+void attention_low_rank(const AttentionArgs& args, int threads) { chosen->attention_low_rank(args, threads); }
 
 }  // namespace cpu
 }  // namespace fastdistil

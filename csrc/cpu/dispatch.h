@@ -8,6 +8,7 @@
 #include "../rules/hidden_args.h"
 #include "../rules/logit_args.h"
 #include "../rules/topk_args.h"
+#include "attention_args.h"
 
 namespace fastdistil::cpu {
 
@@ -26,5 +27,9 @@ void cross_entropy(const CrossEntropyArgs& args, int threads);
 
 // As logit.
 void topk(const TopkArgs& args, int threads);
+
+// Rows, and gradients where args.dq is set; the second for score_mse of equal head sizes without a causal mask.
+void attention(const AttentionArgs& args, int threads);
+void attention_low_rank(const AttentionArgs& args, int threads);
 
 }  // namespace fastdistil::cpu

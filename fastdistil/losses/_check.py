@@ -21,6 +21,14 @@ def float_tensor(function: str, name: str, value: object) -> Tensor:
     return value
 
 
+def one_dtype(*tensors: Tensor) -> list[Tensor]:
+    """Floating tensors as they are where their dtypes agree, else in float64 where one of them is, else in float32."""
+    if len({x.dtype for x in tensors}) == 1:
+        return [*tensors]
+    wide = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+    return [x.to(wide) for x in tensors]
+
+
 def constant(function: str, name: str, value: Tensor) -> None:
     """The teacher's side never gets a gradient."""
     if value.requires_grad:

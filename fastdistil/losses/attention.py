@@ -10,6 +10,7 @@ from fastdistil.losses import _check
 from fastdistil.ops.attention import accumulator, attention_rows, attention_total
 
 KINDS = ("prob_mse", "score_mse", "prob_kl")
+HEADS = ("each", "mean")
 _NAME = "attention_loss"
 
 
@@ -25,104 +26,190 @@ def attention_loss(
     student_scale: float | None = None,
     teacher_scale: float | None = None,
     mask_queries: bool = True,
+    cu_seqlens: Tensor | None = None,
+    heads: str = "each",
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
     """The distance between two attention maps `A = scale * Q K^T`, `P = softmax(A)`, which never exist in memory.
 
     Args:
-        student_q, student_k: (B, H, S, d_s) float32, bfloat16, float16 or float64, any strides; after rotary embedding.
-        teacher_q, teacher_k: (B, H, S, d_t), constants. d_s and d_t may differ, B, H and S may not.
+        student_q: (B, H, S, d_s) float32, bfloat16, float16 or float64, any strides; after rotary embedding.
+        teacher_q: (B, H, S, d_t), a constant. d_s and d_t may differ, B and S may not.
+        student_k, teacher_k: as their queries, or with fewer heads that divide the queries' (grouped-query attention:
+            a key head serves as many query heads in a row).
         kind: "prob_mse" (P_s - P_t)^2 (BiStil, arXiv 2306.01709); "score_mse" (A_s - A_t)^2 (TinyBERT, arXiv
             1909.10351); "prob_kl" KL(P_t || P_s) (MiniLM, arXiv 2002.10957).
         mask: (B, S) bool, True = real token; the rest is no key, whatever it holds.
         causal: a query sees no key behind it.
         student_scale, teacher_scale: 1 / sqrt(d) by default.
         mask_queries: False keeps the padded tokens as query rows, as BiStil does (they must then be finite).
+        cu_seqlens: (n + 1,) int32 or int64, for n sequences packed without padding: all tensors are (total, H, d), and
+            sequence i is tokens cu_seqlens[i] to cu_seqlens[i + 1], as in FlashAttention. No mask then.
+        heads: "each" compares head by head (as many on both sides); "mean" compares the means over the heads of P (of A
+            for score_mse), so that the head counts may differ.
         reduction: "mean" over visible (query, key) pairs and heads for prob_mse and score_mse, over query rows and
-            heads for prob_kl; "sum"; "none" one value a query row, summed over its keys, 0 where it is masked.
+            heads for prob_kl (a mean over heads counts as one); "sum"; "none" one value a query row, summed over its
+            keys, 0 where it is masked.
         backend: "auto", "reference", "cpu" or "triton".
 
     Returns:
-        A scalar, or (B, H, S) for "none": float32 (float64 for float64 inputs). Without any real token it is 0.
+        A scalar, or for "none" (B, H, S), packed (H, total), with H = 1 for heads="mean": float32 (float64 for float64
+        inputs). Without any real token it is 0.
 
     Raises:
         TypeError, ValueError: what came and what was wanted, by argument; a teacher that requires grad.
     """
-    tensors = _check_tensors(student_q, student_k, teacher_q, teacher_k)
-    _check.one_of(_NAME, "kind", kind, KINDS)
-    _check.one_of(_NAME, "reduction", reduction, _check.REDUCTIONS)
+    _check.one_of(_NAME, "heads", heads, HEADS)
+    packed = cu_seqlens is not None
+    tensors = _check_tensors(student_q, student_k, teacher_q, teacher_k, packed, heads)
+    if cu_seqlens is not None:
+        _check_cu_seqlens(cu_seqlens, tensors[0])
+        if mask is not None:
+            raise ValueError(f"{_NAME}: mask came with cu_seqlens, expected one of them: packed tokens are all real")
+    loss = of_maps(
+        _NAME, tensors, kind, mask, causal, student_scale, teacher_scale, mask_queries, cu_seqlens, heads, reduction,
+        backend,
+    )  # fmt: skip
+    return loss[0] if packed and reduction == "none" else loss
+
+
+def of_maps(
+    function: str,
+    tensors: list[Tensor],
+    kind: str,
+    mask: Tensor | None,
+    causal: bool,
+    student_scale: float | None,
+    teacher_scale: float | None,
+    mask_queries: bool,
+    cu_seqlens: Tensor | None,
+    heads: str,
+    reduction: str,
+    backend: str,
+) -> Tensor:
+    """The loss for tensors whose shapes and dtypes agree: the rest of the checks, and the op."""
+    _check.one_of(function, "kind", kind, KINDS)
+    _check.one_of(function, "reduction", reduction, _check.REDUCTIONS)
     for name, flag in (("causal", causal), ("mask_queries", mask_queries)):
         if not isinstance(flag, bool):
-            raise TypeError(f"{_NAME}: {name} is {type(flag).__name__}, expected a bool")
+            raise TypeError(f"{function}: {name} is {type(flag).__name__}, expected a bool")
     if mask is not None:
-        _check_mask(mask, student_q)
-    scales = [
-        x.shape[-1] ** -0.5 if scale is None else _check.number(_NAME, name, scale)
-        for name, scale, x in (
-            ("student_scale", student_scale, student_q),
-            ("teacher_scale", teacher_scale, teacher_q),
-        )
-    ]
-    choose(backend, student_q.device)
+        _check_mask(function, mask, tensors[0])
+    named = (("student_scale", student_scale, tensors[0]), ("teacher_scale", teacher_scale, tensors[2]))
+    scales = [x.shape[-1] ** -0.5 if y is None else _check.number(function, name, y) for name, y, x in named]
+    choose(backend, tensors[0].device)
+    if heads == "mean" and kind == "score_mse":  # the mean of the scores is one head's, as wide as all of them together
+        counts = [tensors[i].shape[1] for i in (0, 0, 2, 2)]
+        tensors = [_one_head(x, count) for x, count in zip(tensors, counts, strict=True)]
+        scales, heads = [scales[0] / counts[0], scales[1] / counts[2]], "each"
 
-    row_scale = _row_scale(tensors[0], mask, kind, causal, mask_queries, reduction)
-    arguments = (*tensors, mask, row_scale, kind, causal, scales[0], scales[1], backend)
+    counted = 1 if heads == "mean" else tensors[0].shape[1]
+    row_scale = _row_scale(tensors[0], counted, mask, cu_seqlens, kind, causal, mask_queries, reduction)
+    arguments = (*tensors, mask, cu_seqlens, row_scale, kind, causal, scales[0], scales[1], heads, backend)
     if reduction == "none":
         rows: Tensor = attention_rows(*arguments)
         return rows
-    if torch.is_grad_enabled() and (student_q.requires_grad or student_k.requires_grad):
+    if torch.is_grad_enabled() and (tensors[0].requires_grad or tensors[1].requires_grad):
         total: Tensor = attention_total(*arguments)[0]
         return total
     value: Tensor = attention_rows(*arguments).sum()
     return value
 
 
-def _check_tensors(student_q: Tensor, student_k: Tensor, teacher_q: Tensor, teacher_k: Tensor) -> tuple[Tensor, ...]:
-    """The four tensors, in one dtype."""
+def _check_tensors(
+    student_q: Tensor, student_k: Tensor, teacher_q: Tensor, teacher_k: Tensor, packed: bool, heads: str
+) -> list[Tensor]:
+    """The four tensors as (B, H, S, d), in one dtype."""
     named = {"student_q": student_q, "student_k": student_k, "teacher_q": teacher_q, "teacher_k": teacher_k}
+    axes = "(total, H, d) with cu_seqlens" if packed else "(B, H, S, d)"
     for name, x in named.items():
         _check.float_tensor(_NAME, name, x)
-        if x.ndim != 4 or x.shape[-1] == 0:
-            raise ValueError(f"{_NAME}: {name} has shape {tuple(x.shape)}, expected (B, H, S, d) with d > 0")
+        if x.ndim != (3 if packed else 4) or 0 in (x.shape[-1], x.shape[1]):
+            raise ValueError(f"{_NAME}: {name} has shape {tuple(x.shape)}, expected {axes}, with H > 0 and d > 0")
         _check.same_device(_NAME, name, x, "student_q", student_q.device)
-    _check.same_shape(_NAME, "student_k", student_k, "student_q", student_q.shape)
-    _check.same_shape(_NAME, "teacher_k", teacher_k, "teacher_q", teacher_q.shape)
-    if teacher_q.shape[:3] != student_q.shape[:3]:
-        wanted = ", ".join(map(str, student_q.shape[:3]))
-        raise ValueError(
-            f"{_NAME}: teacher_q has shape {tuple(teacher_q.shape)}, expected ({wanted}, d) to match student_q"
-        )
+    for name in ("student", "teacher"):
+        _check_keys(name, named[f"{name}_q"], named[f"{name}_k"])
     _check.constant(_NAME, "teacher_q", teacher_q)
     _check.constant(_NAME, "teacher_k", teacher_k)
-    if len({x.dtype for x in named.values()}) == 1:
-        return tuple(named.values())
-    wide = torch.float64 if any(x.dtype == torch.float64 for x in named.values()) else torch.float32
-    return tuple(x.to(wide) for x in named.values())
+    wanted = [*student_q.shape[:-1], "d"]
+    if heads == "mean":
+        wanted[1] = "H"
+    if any(want != found for want, found in zip(wanted[:-1], teacher_q.shape, strict=False) if want != "H"):
+        raise ValueError(
+            f"{_NAME}: teacher_q has shape {tuple(teacher_q.shape)}, expected ({', '.join(map(str, wanted))}) "
+            "to match student_q"
+        )
+    tensors = [x.transpose(0, 1)[None] if packed else x for x in named.values()]
+    return _check.one_dtype(*tensors)
 
 
-def _check_mask(mask: Tensor, student_q: Tensor) -> None:
+def _check_keys(name: str, queries: Tensor, keys: Tensor) -> None:
+    """As the queries, but for a number of heads that divides theirs."""
+    same = [*queries.shape]
+    if keys.shape[1] <= same[1] and same[1] % keys.shape[1] == 0:
+        same[1] = keys.shape[1]
+    if [*keys.shape] != same:
+        raise ValueError(
+            f"{_NAME}: {name}_k has shape {tuple(keys.shape)}, expected {tuple(queries.shape)} to match {name}_q "
+            "(or fewer heads, a divisor of them)"
+        )
+
+
+def _check_mask(function: str, mask: Tensor, student_q: Tensor) -> None:
     if not isinstance(mask, Tensor):
-        raise TypeError(f"{_NAME}: mask is {type(mask).__name__}, expected a torch.Tensor")
+        raise TypeError(f"{function}: mask is {type(mask).__name__}, expected a torch.Tensor")
     if mask.dtype != torch.bool:
-        raise TypeError(f"{_NAME}: mask has dtype {mask.dtype}, expected bool, True = real token (mask.bool())")
+        raise TypeError(f"{function}: mask has dtype {mask.dtype}, expected bool, True = real token (mask.bool())")
     wanted = (student_q.shape[0], student_q.shape[2])
     if tuple(mask.shape) != wanted:
-        raise ValueError(f"{_NAME}: mask has shape {tuple(mask.shape)}, expected {wanted}, (B, S) of student_q")
-    _check.same_device(_NAME, "mask", mask, "student_q", student_q.device)
+        raise ValueError(f"{function}: mask has shape {tuple(mask.shape)}, expected {wanted}, (B, S) of the student")
+    _check.same_device(function, "mask", mask, "the student", student_q.device)
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor, student_q: Tensor) -> None:
+    """Its values are looked at on a CPU alone: a GPU would have to be waited for."""
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"{_NAME}: cu_seqlens is {type(cu_seqlens).__name__}, expected a torch.Tensor")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{_NAME}: cu_seqlens has dtype {cu_seqlens.dtype}, expected int32 or int64")
+    if cu_seqlens.ndim != 1 or len(cu_seqlens) == 0:
+        raise ValueError(f"{_NAME}: cu_seqlens has shape {tuple(cu_seqlens.shape)}, expected (n + 1,)")
+    _check.same_device(_NAME, "cu_seqlens", cu_seqlens, "student_q", student_q.device)
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    total, ends = student_q.shape[2], cu_seqlens.tolist()
+    if ends[0] != 0 or ends[-1] != total or ends != sorted(ends):
+        raise ValueError(f"{_NAME}: cu_seqlens is {ends}, expected numbers that rise from 0 to {total}, the total")
+
+
+def _one_head(x: Tensor, heads: int) -> Tensor:
+    """(B, H, S, d) -> (B, 1, S, heads * d), each head of x repeated where there are fewer than `heads`."""
+    return x.repeat_interleave(heads // x.shape[1], 1).transpose(1, 2).flatten(2)[:, None]
 
 
 def _row_scale(
-    student_q: Tensor, mask: Tensor | None, kind: str, causal: bool, mask_queries: bool, reduction: str
+    student_q: Tensor,
+    heads: int,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    kind: str,
+    causal: bool,
+    mask_queries: bool,
+    reduction: str,
 ) -> Tensor:
-    """The factor of each query row (B, H, S): 1, or 1 / number of terms for "mean"; 0 for what does not count."""
-    batch, heads, length, _ = student_q.shape
+    """The factor of each query row (B, heads, S): 1, or 1 / number of terms for "mean"; 0 for what does not count."""
+    batch, _, length, _ = student_q.shape
     dtype = accumulator(student_q.dtype)
     real = torch.ones(batch, length, dtype=torch.bool, device=student_q.device) if mask is None else mask
     keep = (real if mask_queries else torch.ones_like(real)).to(dtype)
     if reduction == "mean":
         if kind == "prob_kl":
             terms = keep
+        elif cu_seqlens is not None:
+            position = torch.arange(length, device=student_q.device)
+            end = torch.searchsorted(cu_seqlens, position, right=True)
+            terms = (position + 1 if causal else cu_seqlens[end]) - cu_seqlens[end - 1]
         else:  # the keys that each kept row sees
             keys = real.to(torch.int64)
             seen = keys.cumsum(1) if causal else keys.sum(1, keepdim=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastdistil.backends import choose
 from fastdistil.losses import _check
 from fastdistil.ops.hidden import hidden_rows, hidden_total
+from fastdistil.ops.hidden_layers import hidden_layers
 
 KINDS = ("mse", "cosine", "kl")
 ACTIVATIONS = ("none", "gelu")
@@ -74,12 +75,18 @@ def hidden_loss(
             raise ValueError(
                 f"{_NAME}: student has layers with rows {tuple(shape)} and {tuple(s.shape[:-1])}, expected equal ones"
             )
-    choose(backend, first.device)
+    name = choose(backend, first.device)
 
     wide = any(x.dtype == torch.float64 for x in (*layers, *teachers))
     dtype = torch.float64 if wide else torch.float32
     rows_weight = None if weight is None else _check.row_weight(_NAME, weight, shape, first.device, dtype)
     scale = _check.row_scale(_NAME, shape.numel(), rows_weight, reduction, num_items, first.device, dtype)
+    alone = all(x is None for x in projections)
+    if name == "triton" and alone and not wide and len(layers) > 1 and _alike([*layers, *teachers]):
+        scales = torch.stack([scale * factor for factor in factors])
+        flat = [[x.flatten(0, -2) for x in xs] for xs in (layers, teachers)]
+        rows: Tensor = hidden_layers(*flat, scales, kind, activation, backend).sum(0)
+        return rows.reshape(shape) if reduction == "none" else rows.sum()
     losses = [
         _layer(s, t, p, c, scale if factor == 1 else scale * factor, kind, activation, reduction, backend)
         for s, t, p, c, factor in zip(layers, teachers, projections, biases, factors, strict=True)
@@ -88,6 +95,11 @@ def hidden_loss(
     for other in losses[1:]:
         loss = loss + other
     return loss.reshape(shape) if reduction == "none" else loss
+
+
+def _alike(tensors: list[Tensor]) -> bool:
+    """One shape and dtype: one launch."""
+    return len({(x.shape, x.dtype) for x in tensors}) == 1
 
 
 def _layer(

@@ -1,10 +1,16 @@
-"""A compact student: few narrow layers on word embeddings that are an SVD of the teacher's, vocabulary trimmed."""
+"""Students: narrow layers on word embeddings that are an SVD of the teacher's, or some of the teacher's own blocks."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterable
+from typing import Any, cast
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import BertConfig, BertForTokenClassification, BertModel
+
+from fastdistil.models.capture import base_model, block_list
 
 
 def svd_basis(table: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -69,4 +75,35 @@ def compact_student(
         embeddings.word_embeddings.weight.copy_((table - mean) @ basis)
         embeddings.position_embeddings.weight.copy_(teacher_embeddings.position_embeddings.weight @ basis)
         embeddings.token_type_embeddings.weight.copy_((teacher_embeddings.token_type_embeddings.weight + mean) @ basis)
+    return student
+
+
+def with_blocks(teacher: nn.Module, blocks: Iterable[int]) -> nn.Module:
+    """A copy of `teacher` with some of its blocks alone, in this order; everything else is copied as it is.
+
+    `teacher` is a transformers model with one list of blocks, with or without a head; `blocks` counts them from 0.
+    Raises TypeError or ValueError for a model that is none, and ValueError for a block that it does not have.
+    """
+    base, chosen = base_model(teacher, "with_blocks"), list(blocks)
+    found = block_list(base, "with_blocks")
+    for block in chosen:
+        if not 0 <= block < len(found):
+            raise ValueError(f"with_blocks: blocks holds {block}, expected 0 to {len(found) - 1}")
+    if not chosen:
+        raise ValueError("with_blocks: blocks is empty, expected at least one")
+    kept = {id(found[block]) for block in chosen}
+    # What is left out is never copied: it goes into the copy's memory as nothing.
+    student = copy.deepcopy(teacher, {id(block): None for block in found if id(block) not in kept})
+    path = next(name for name, module in teacher.named_modules() if module is found)
+    copies: Any = student.get_submodule(path)
+    parent, _, name = path.rpartition(".")
+    setattr(student.get_submodule(parent), name, nn.ModuleList([copies[block] for block in chosen]))
+    config: Any = base_model(student, "with_blocks").config
+    config.num_hidden_layers = len(chosen)
+    if getattr(config, "layer_types", None) is not None:
+        config.layer_types = [config.layer_types[block] for block in chosen]
+    for index, block_copy in enumerate(student.get_submodule(path).children()):
+        for module in cast("Iterable[Any]", block_copy.modules()):
+            if hasattr(module, "layer_idx"):  # where a decoder's block keeps its keys and values
+                module.layer_idx = index
     return student

@@ -1,9 +1,9 @@
 """Custom ops of the attention losses: `attention_rows`, one value a query row, and `attention_total`, their sum.
 
-A backend's `attention` returns the rows and, where asked, the gradients of their sum. `attention_total` asks for both
-at once and keeps the gradients (as large as Q and K) for its backward pass, which only multiplies them with the
-incoming gradient: no tile of the map is computed twice (ops/gradients.py). `attention_rows` has a gradient a row to
-honour, so its backward pass runs the kernel again.
+A backend's `attention` (`attention_mean.attention` for means over the heads) returns the rows and, where asked, the
+gradients of their sum. `attention_total` asks for both at once and keeps the gradients (as large as Q and K) for its
+backward pass, which only multiplies them with the incoming gradient: no tile of the map is computed twice
+(ops/gradients.py). `attention_rows` has a gradient a row to honour, so its backward pass runs the kernel again.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdistil.backends import choose, get, low_rank
+from fastdistil.backends import attention_mean, choose, get, low_rank
 from fastdistil.ops.gradients import hand_out, refuse_double_backward
 from fastdistil.ops.precision import without_autocast
 
@@ -30,18 +30,25 @@ def _compute(
     teacher_q: Tensor,
     teacher_k: Tensor,
     key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
     row_scale: Tensor,
     kind: str,
     causal: bool,
     student_scale: float,
     teacher_scale: float,
+    heads: str,
     backend: str,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    tensors = (student_q, student_k, teacher_q, teacher_k, key_mask, row_scale)
+    tensors = (student_q, student_k, teacher_q, teacher_k, key_mask, cu_seqlens, row_scale)
     name = choose(backend, student_q.device)
-    if name != "reference" and kind == "score_mse" and not causal and student_q.shape[-1] == teacher_q.shape[-1]:
-        return low_rank.score_mse(*tensors, student_scale, teacher_scale, need_grad)
+    if heads == "mean":
+        return attention_mean.attention(
+            *tensors, kind, causal, student_scale, teacher_scale, name == "reference", need_grad
+        )
+    linear = kind == "score_mse" and not causal and cu_seqlens is None and student_q.shape[-1] == teacher_q.shape[-1]
+    if name == "triton" and linear:  # matrix products alone, the vendor's
+        return low_rank.score_mse(*tensors[:5], row_scale, student_scale, teacher_scale, need_grad)
     if name == "triton" and student_q.dtype == torch.float64:
         if backend == "triton":
             raise ValueError("attention_loss: backend 'triton' has no float64 kernel, expected backend='reference'")
@@ -60,18 +67,21 @@ def attention_rows(
     teacher_q: Tensor,
     teacher_k: Tensor,
     key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
     row_scale: Tensor,
     kind: str,
     causal: bool,
     student_scale: float,
     teacher_scale: float,
+    heads: str,
     backend: str,
 ) -> Tensor:
-    """student_q, student_k (B, H, S, d_s), teacher_q, teacher_k (B, H, S, d_t), key_mask (B, S) bool, row_scale
-    (B, H, S) float32 (float64 for float64 inputs) -> rows (B, H, S), already times row_scale."""
+    """student_q (B, H, S, d_s), teacher_q (B, H, S, d_t), the keys with as many heads or a divisor of H, key_mask
+    (B, S) bool, cu_seqlens (n + 1,) integer for packed sequences (then B = 1), row_scale (B, H, S), or (B, 1, S) for
+    heads "mean", float32 (float64 for float64 inputs) -> rows in row_scale's shape, already times row_scale."""
     return _compute(
-        student_q, student_k, teacher_q, teacher_k, key_mask, row_scale, kind, causal, student_scale, teacher_scale,
-        backend, False,
+        student_q, student_k, teacher_q, teacher_k, key_mask, cu_seqlens, row_scale, kind, causal, student_scale,
+        teacher_scale, heads, backend, False,
     )[0]  # fmt: skip
 
 
@@ -82,17 +92,19 @@ def attention_total(
     teacher_q: Tensor,
     teacher_k: Tensor,
     key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
     row_scale: Tensor,
     kind: str,
     causal: bool,
     student_scale: float,
     teacher_scale: float,
+    heads: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `attention_rows` -> the rows' sum (), and its gradients in student_q and student_k in row_scale's dtype."""
     rows, dq, dk = _compute(
-        student_q, student_k, teacher_q, teacher_k, key_mask, row_scale, kind, causal, student_scale, teacher_scale,
-        backend, True,
+        student_q, student_k, teacher_q, teacher_k, key_mask, cu_seqlens, row_scale, kind, causal, student_scale,
+        teacher_scale, heads, backend, True,
     )  # fmt: skip
     assert dq is not None and dk is not None  # need_grad
     return rows.sum(), dq, dk
@@ -100,7 +112,7 @@ def attention_total(
 
 @attention_rows.register_fake
 def _(student_q: Tensor, student_k: Tensor, teacher_q: Tensor, *args: Any) -> Tensor:
-    return student_q.new_empty(student_q.shape[:3], dtype=accumulator(student_q.dtype))
+    return student_q.new_empty(args[3].shape, dtype=accumulator(student_q.dtype))
 
 
 @attention_total.register_fake
@@ -114,7 +126,7 @@ def _(student_q: Tensor, student_k: Tensor, teacher_q: Tensor, *args: Any) -> tu
 
 
 def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.kind, ctx.causal, ctx.student_scale, ctx.teacher_scale, ctx.backend = inputs
+    *tensors, ctx.kind, ctx.causal, ctx.student_scale, ctx.teacher_scale, ctx.heads, ctx.backend = inputs
     ctx.save_for_backward(*tensors)
 
 
@@ -123,15 +135,15 @@ def _backward_rows(ctx: Any, drows: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, row_scale = ctx.saved_tensors
     scale = torch.where(row_scale == 0, 0.0, row_scale * drows)
     _, dq, dk = attention_total(
-        *tensors, scale, ctx.kind, ctx.causal, ctx.student_scale, ctx.teacher_scale, ctx.backend
+        *tensors, scale, ctx.kind, ctx.causal, ctx.student_scale, ctx.teacher_scale, ctx.heads, ctx.backend
     )
-    return dq.to(tensors[0].dtype), dk.to(tensors[1].dtype), *[None] * 9
+    return dq.to(tensors[0].dtype), dk.to(tensors[1].dtype), *[None] * 11
 
 
 def _setup_total(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # no zeros for them either
-    *tensors, ctx.kind, ctx.causal, ctx.student_scale, ctx.teacher_scale, ctx.backend = inputs
+    *tensors, ctx.kind, ctx.causal, ctx.student_scale, ctx.teacher_scale, ctx.heads, ctx.backend = inputs
     ctx.save_for_backward(*tensors)
     ctx.kept = output[1:]
 
@@ -139,16 +151,16 @@ def _setup_total(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 def _backward_total(ctx: Any, dtotal: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     refuse_double_backward("attention_loss")
     if dtotal is None:
-        return (None,) * 11
+        return (None,) * 13
     tensors = ctx.saved_tensors
 
     def again() -> tuple[Tensor, ...]:
-        options = (ctx.kind, ctx.causal, ctx.student_scale, ctx.teacher_scale, ctx.backend)
+        options = (ctx.kind, ctx.causal, ctx.student_scale, ctx.teacher_scale, ctx.heads, ctx.backend)
         found: tuple[Tensor, ...] = attention_total(*tensors, *options)
         return found[1:]
 
     dq, dk = hand_out(ctx, dtotal, again)
-    return dq.to(tensors[0].dtype), dk.to(tensors[1].dtype), *[None] * 9
+    return dq.to(tensors[0].dtype), dk.to(tensors[1].dtype), *[None] * 11
 
 
 attention_rows.register_autograd(_backward_rows, setup_context=_setup_rows)

@@ -89,9 +89,15 @@ def _projected(
         need = dtype if any(wanted) else None
         rows[chunk], dz = module.hidden_rows(z, teacher[chunk], shift, scale, kind, activation, need)
         if dstudent is not None:
-            dstudent[chunk] = _product(dz, weight, dtype)
+            if kept is None and weight.dtype == dtype:
+                torch.mm(dz, weight, out=dstudent[chunk])
+            else:
+                dstudent[chunk] = _product(dz, weight, dtype)
         if dprojection is not None:
-            dprojection += _product(dz.T, h, dtype)
+            if h.dtype == dtype:
+                dprojection.addmm_(dz.T, h)
+            else:
+                dprojection += _product(dz.T, h, dtype)
         if dbias is not None:
             dbias += dz.sum(0)
     return rows, (dstudent, dprojection, dbias)

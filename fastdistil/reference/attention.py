@@ -17,6 +17,7 @@ def attention(
     teacher_q: Tensor,
     teacher_k: Tensor,
     key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
     row_scale: Tensor,
     kind: str,
     causal: bool,
@@ -26,18 +27,27 @@ def attention(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Rows of the loss times `row_scale`, and the gradients of their sum.
 
-    student_q, student_k: (B, H, S, d_s); teacher_q, teacher_k: (B, H, S, d_t); key_mask: (B, S) bool, True = real;
-    row_scale: (B, H, S), rows with 0 are skipped whatever they hold. kind: "prob_mse" sum over keys of (P_s - P_t)^2,
-    "prob_kl" KL(P_t || P_s), "score_mse" sum over keys of (A_s - A_t)^2.
-    Returns rows (B, H, S), dstudent_q, dstudent_k (B, H, S, d_s) in row_scale's dtype; None without `need_grad`.
+    student_q: (B, H, S, d_s); teacher_q: (B, H, S, d_t); student_k, teacher_k: likewise, or with a divisor of H heads,
+    each for as many query heads in a row; key_mask: (B, S) bool, True = real; cu_seqlens: (n + 1,) where sequences of
+    one row of B = 1 begin, then S: a query sees its own sequence alone; row_scale: (B, H, S), rows with 0 are skipped
+    whatever they hold. kind: "prob_mse" sum over keys of (P_s - P_t)^2, "prob_kl" KL(P_t || P_s), "score_mse" sum over
+    keys of (A_s - A_t)^2.
+    Returns rows (B, H, S), dstudent_q, dstudent_k in their tensors' shapes; None without `need_grad`. All in
+    row_scale's dtype.
     """
     dtype = row_scale.dtype
     keep = row_scale != 0  # (B, H, S)
     real = keep.new_ones(keep.shape[0], 1, keep.shape[2]) if key_mask is None else key_mask[:, None, :]  # (B, 1, S)
     q_s, q_t = (torch.where(keep[..., None], x.to(dtype), 0.0) for x in (student_q, teacher_q))
-    k_s, k_t = (torch.where(real[..., None], x.to(dtype), 0.0) for x in (student_k, teacher_k))
+    k_s, k_t = (
+        torch.where(real[..., None], x.to(dtype), 0.0).repeat_interleave(keep.shape[1] // x.shape[1], 1)
+        for x in (student_k, teacher_k)
+    )
     visible = (real[..., None, :] & keep[..., None]).expand(*keep.shape, keep.shape[-1])  # (B, H, S, S)
     visible = visible.tril() if causal else visible
+    if cu_seqlens is not None:
+        of_token = torch.searchsorted(cu_seqlens, torch.arange(keep.shape[-1], device=keep.device), right=True)
+        visible = visible & (of_token[:, None] == of_token)
 
     student_scores, teacher_scores = student_scale * q_s @ k_s.mT, teacher_scale * q_t @ k_t.mT
     if q_s.shape[-1] == q_t.shape[-1]:  # the exact difference: [X_s - X_t, X_t] [Y_s, Y_s - Y_t]^T
@@ -61,4 +71,11 @@ def attention(
     if not need_grad:
         return rows, None, None
     dscores = torch.where(visible, row_scale[..., None] * dscores, 0.0)
-    return rows, student_scale * dscores @ k_s, student_scale * dscores.mT @ q_s
+    dk = student_scale * dscores.mT @ q_s
+    return rows, student_scale * dscores @ k_s, sum_of_groups(dk, student_k.shape[1])
+
+
+def sum_of_groups(dk: Tensor, key_heads: int) -> Tensor:
+    """(B, H, S, d), one gradient a query head -> (B, key_heads, S, d), the sum over those that share a key head."""
+    batch, heads, length, size = dk.shape
+    return dk if key_heads == heads else dk.reshape(batch, key_heads, heads // key_heads, length, size).sum(2)

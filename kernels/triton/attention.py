@@ -15,6 +15,8 @@ from fastdistil.kernels.triton.attention_kernels import (
 )
 from torch import Tensor
 
+from fastdistil.reference.attention import sum_of_groups
+
 LARGEST_HEAD = 128
 
 
@@ -37,6 +39,7 @@ def attention(
     teacher_q: Tensor,
     teacher_k: Tensor,
     key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
     row_scale: Tensor,
     kind: str,
     causal: bool,
@@ -56,11 +59,11 @@ def attention(
     row_scale = row_scale.contiguous()
     rows = torch.empty_like(row_scale)
     dq, dk = (
-        torch.empty(x.shape, dtype=torch.float32, device=x.device) if need_grad else None
-        for x in (student_q, student_k)
+        torch.empty(student_q.shape, dtype=torch.float32, device=student_q.device) if need_grad else None
+        for _ in range(2)  # a gradient of K a query head
     )
     if rows.numel() == 0:
-        return rows, dq, dk
+        return rows, dq, None if dk is None else sum_of_groups(dk, student_k.shape[1])
     stats = torch.empty((6, *row_scale.shape), dtype=torch.float32, device=rows.device)
     if kind == "score_mse":
         stats.zero_()
@@ -69,24 +72,36 @@ def attention(
     key_end = row_end if key_mask is None else (key_mask * positions).amax(1)
     mask = row_end if key_mask is None else key_mask.contiguous().view(torch.uint8)  # without a mask it is not read
 
+    begins, ends = (row_end, row_end) if cu_seqlens is None else _sequences(cu_seqlens, length)
+
     float32, hip = student_q.dtype == torch.float32, torch.version.hip is not None
-    constants, outer, inner, options = _configure(kind, causal, key_mask is not None, size_s, size_t, float32, hip)
+    constants, outer, inner, options = _configure(
+        kind, causal, key_mask is not None, cu_seqlens is not None, size_s, size_t, float32, hip
+    )
     by_rows = {**constants, "BLOCK_M": outer, "BLOCK_N": inner, **options}
     by_keys = {**constants, "BLOCK_M": inner, "BLOCK_N": outer, **options}
     strides = [x.stride(i) for x in tensors for i in range(3)]
-    scalars = (*strides, heads, length, rows.numel(), student_scale, teacher_scale)
+    groups = (heads // student_k.shape[1], heads // teacher_k.shape[1])
+    scalars = (*strides, heads, *groups, length, rows.numel(), student_scale, teacher_scale)
     grid = (triton.cdiv(length, outer), batch * heads)
     if kind != "score_mse":
-        attention_fwd_kernel[grid](*tensors, mask, key_end, row_scale, stats, *scalars, **by_rows)
-    attention_value_kernel[grid](*tensors, mask, key_end, row_scale, rows, stats, *scalars, **by_rows)
+        attention_fwd_kernel[grid](*tensors, mask, key_end, begins, ends, row_scale, stats, *scalars, **by_rows)
+    attention_value_kernel[grid](*tensors, mask, key_end, begins, ends, row_scale, rows, stats, *scalars, **by_rows)
     if need_grad:
-        attention_dq_kernel[grid](*tensors, mask, key_end, row_scale, stats, dq, *scalars, **by_rows)
-        attention_dk_kernel[grid](*tensors, mask, row_end, row_scale, stats, dk, *scalars, **by_keys)
-    return rows, dq, dk
+        attention_dq_kernel[grid](*tensors, mask, key_end, begins, ends, row_scale, stats, dq, *scalars, **by_rows)
+        attention_dk_kernel[grid](*tensors, mask, row_end, begins, ends, row_scale, stats, dk, *scalars, **by_keys)
+    return rows, dq, None if dk is None else sum_of_groups(dk, student_k.shape[1])
+
+
+def _sequences(cu_seqlens: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Where each token's own sequence begins and ends, (S,) int32; nothing waits for the device."""
+    tokens = torch.arange(length, device=cu_seqlens.device)
+    end = torch.searchsorted(cu_seqlens, tokens, right=True)
+    return cu_seqlens[end - 1].to(torch.int32), cu_seqlens[end].to(torch.int32)
 
 
 def _configure(
-    kind: str, causal: bool, masked: bool, size_s: int, size_t: int, float32: bool, hip: bool
+    kind: str, causal: bool, masked: bool, packed: bool, size_s: int, size_t: int, float32: bool, hip: bool
 ) -> tuple[dict[str, object], int, int, dict[str, int]]:
     """The kernels' constants but for the tile, and `attention_config` of them."""
     pad_s, pad_t = (max(16, triton.next_power_of_2(size)) for size in (size_s, size_t))
@@ -94,6 +109,7 @@ def _configure(
         "KIND": kind,
         "CAUSAL": causal,
         "HAS_MASK": masked,
+        "PACKED": packed,
         "DIFFERENCE": size_s == size_t and float32,
         "SIZE_S": size_s,
         "SIZE_T": size_t,
@@ -107,13 +123,16 @@ def _configure(
 def aot_cases() -> list[dict[str, object]]:
     """Every kernel in every tile that the launcher reaches, each rule and mask among them."""
     choices = (
-        ("fp32", 64, 64, "prob_mse", False, True),
-        ("fp32", 32, 64, "score_mse", True, True),
-        ("fp32", 128, 128, "prob_kl", True, False),
-        ("bf16", 64, 64, "prob_mse", False, True),
-        ("bf16", 32, 128, "prob_kl", True, False),
-        ("fp16", 64, 64, "score_mse", True, True),
-        ("fp16", 64, 64, "prob_kl", False, False),
+        ("fp32", 64, 64, "prob_mse", False, "mask"),
+        ("fp32", 32, 64, "score_mse", True, "mask"),
+        ("fp32", 128, 128, "prob_kl", True, ""),
+        ("fp32", 128, 128, "prob_mse", True, "packed"),
+        ("bf16", 64, 64, "prob_mse", False, "mask"),
+        ("bf16", 32, 128, "prob_kl", True, ""),
+        ("bf16", 128, 128, "prob_mse", True, "packed"),
+        ("fp16", 64, 64, "score_mse", True, "mask"),
+        ("fp16", 64, 64, "prob_kl", False, ""),
+        ("fp16", 128, 128, "prob_kl", True, "packed"),
     )
     return [
         _aot_case(kernel, *choice, hip)
@@ -131,10 +150,12 @@ def _aot_case(
     size_t: int,
     kind: str,
     causal: bool,
-    masked: bool,
+    tokens: str,
     hip: bool,
 ) -> dict[str, object]:
-    constants, outer, inner, options = _configure(kind, causal, masked, size_s, size_t, dtype == "fp32", hip)
+    constants, outer, inner, options = _configure(
+        kind, causal, tokens == "mask", tokens == "packed", size_s, size_t, dtype == "fp32", hip
+    )
     if kernel is attention_dk_kernel:
         outer, inner = inner, outer
     tensors = ("qs_ptr", "ks_ptr", "qt_ptr", "kt_ptr")
@@ -143,11 +164,13 @@ def _aot_case(
         **dict.fromkeys(tensors, f"*{dtype}"),
         **dict.fromkeys(strides, "i32"),
         **{"key_mask_ptr": "*u8", "key_end_ptr": "*i32", "row_end_ptr": "*i32"},
+        **{"begin_ptr": "*i32", "end_ptr": "*i32", "group_s": "i32", "group_t": "i32"},
         **dict.fromkeys(("scale_ptr", "rows_ptr", "stats_ptr", "dq_ptr", "dk_ptr"), "*fp32"),
         **{"heads": "i32", "length": "i32", "plane": "i32", "scale_s": "fp32", "scale_t": "fp32"},
     }
+    parts = (kernel.__name__, dtype, size_s, size_t, kind, "causal" * causal, tokens)
     return {
-        "name": f"{kernel.__name__}-{dtype}-{size_s}-{size_t}-{kind}{'-causal' * causal}{'-mask' * masked}",
+        "name": "-".join(str(part) for part in parts if part),
         "kernel": kernel,
         "signature": {name: kind_ for name, kind_ in signature.items() if name in kernel.arg_names},
         "constants": {**constants, "BLOCK_M": outer, "BLOCK_N": inner},

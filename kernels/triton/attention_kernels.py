@@ -22,16 +22,18 @@ from fastdistil.kernels.triton.attention_tiles import (
     query_operands,
     scores,
     seen_keys,
+    sequence_of,
+    walk,
 )
 from fastdistil.kernels.triton.exact import add_to_masses, forward_kl_terms, log_mass_ratio
 
 
 @triton.jit
 def attention_fwd_kernel(
-    qs_ptr, ks_ptr, qt_ptr, kt_ptr, key_mask_ptr, key_end_ptr, scale_ptr, stats_ptr,
+    qs_ptr, ks_ptr, qt_ptr, kt_ptr, key_mask_ptr, key_end_ptr, begin_ptr, end_ptr, scale_ptr, stats_ptr,
     qs_b, qs_h, qs_n, ks_b, ks_h, ks_n, qt_b, qt_h, qt_n, kt_b, kt_h, kt_n,
-    heads, length, plane, scale_s, scale_t,
-    KIND: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, DIFFERENCE: tl.constexpr,
+    heads, group_s, group_t, length, plane, scale_s, scale_t,
+    KIND: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr, DIFFERENCE: tl.constexpr,
     SIZE_S: tl.constexpr, SIZE_T: tl.constexpr, PAD_S: tl.constexpr, PAD_T: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -44,20 +46,21 @@ def attention_fwd_kernel(
     q_s = load_rows(qs_ptr + ib * qs_b + ih * qs_h, qs_n, rows, length, keep, SIZE_S, PAD_S)
     q_t = load_rows(qt_ptr + ib * qt_b + ih * qt_h, qt_n, rows, length, keep, SIZE_T, PAD_T)
     l1, l2, l3 = query_operands(q_s, q_t, scale_s, scale_t, DIFFERENCE)
-    ks_ptr += ib * ks_b + ih * ks_h
-    kt_ptr += ib * kt_b + ih * kt_h
+    ks_ptr += ib * ks_b + ih // group_s * ks_h
+    kt_ptr += ib * kt_b + ih // group_t * kt_h
     key_mask_ptr += ib * length
     end = tl.load(key_end_ptr + ib) if HAS_MASK else length
     if CAUSAL:
         end = tl.minimum(end, (tl.program_id(0) + 1) * BLOCK_M)
-    end = tl.where(tl.max(keep.to(tl.int32), 0) > 0, end, 0)  # a block without rows that count walks nowhere
+    first, last = sequence_of(begin_ptr, end_ptr, rows, length, PACKED)
+    begin, end = walk(first, last, keep, end, BLOCK_N, PACKED)
 
     max_a = tl.full((BLOCK_M,), -1e30, tl.float32)
     max_b = tl.full((BLOCK_M,), -1e30, tl.float32)
     mass_a = tl.zeros((BLOCK_M,), tl.float32)
     mass_b = tl.zeros((BLOCK_M,), tl.float32)
     excess = tl.zeros((BLOCK_M,), tl.float32)
-    for start in range(0, end, BLOCK_N):
+    for start in range(begin, end, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
         real = seen_keys(key_mask_ptr, end, columns, length, HAS_MASK)
         r1, r2, r3 = key_operands(
@@ -69,6 +72,8 @@ def attention_fwd_kernel(
         visible = real[None, :] & keep[:, None]
         if CAUSAL:
             visible = visible & (columns[None, :] <= rows[:, None])
+        if PACKED:
+            visible = visible & (columns[None, :] >= first[:, None]) & (columns[None, :] < last[:, None])
         b = tl.where(visible, b, -float("inf"))
         c = tl.where(visible, c, 0.0)
         max_a, mass_a, max_b, mass_b, excess = add_to_masses(b, c, 1, max_a, mass_a, max_b, mass_b, excess)
@@ -83,10 +88,10 @@ def attention_fwd_kernel(
 
 @triton.jit
 def attention_value_kernel(
-    qs_ptr, ks_ptr, qt_ptr, kt_ptr, key_mask_ptr, key_end_ptr, scale_ptr, rows_ptr, stats_ptr,
+    qs_ptr, ks_ptr, qt_ptr, kt_ptr, key_mask_ptr, key_end_ptr, begin_ptr, end_ptr, scale_ptr, rows_ptr, stats_ptr,
     qs_b, qs_h, qs_n, ks_b, ks_h, ks_n, qt_b, qt_h, qt_n, kt_b, kt_h, kt_n,
-    heads, length, plane, scale_s, scale_t,
-    KIND: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, DIFFERENCE: tl.constexpr,
+    heads, group_s, group_t, length, plane, scale_s, scale_t,
+    KIND: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr, DIFFERENCE: tl.constexpr,
     SIZE_S: tl.constexpr, SIZE_T: tl.constexpr, PAD_S: tl.constexpr, PAD_T: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -102,17 +107,18 @@ def attention_value_kernel(
     q_t = load_rows(qt_ptr + ib * qt_b + ih * qt_h, qt_n, rows, length, keep, SIZE_T, PAD_T)
     l1, l2, l3 = query_operands(q_s, q_t, scale_s, scale_t, DIFFERENCE)
     max_a, log_mass_a, max_b, log_mass_b, log_ratio = load_stats(stats_ptr + at, plane, inside)
-    ks_ptr += ib * ks_b + ih * ks_h
-    kt_ptr += ib * kt_b + ih * kt_h
+    ks_ptr += ib * ks_b + ih // group_s * ks_h
+    kt_ptr += ib * kt_b + ih // group_t * kt_h
     key_mask_ptr += ib * length
     end = tl.load(key_end_ptr + ib) if HAS_MASK else length
     if CAUSAL:
         end = tl.minimum(end, (tl.program_id(0) + 1) * BLOCK_M)
-    end = tl.where(tl.max(keep.to(tl.int32), 0) > 0, end, 0)
+    first, last = sequence_of(begin_ptr, end_ptr, rows, length, PACKED)
+    begin, end = walk(first, last, keep, end, BLOCK_N, PACKED)
 
     value = tl.zeros((BLOCK_M,), tl.float32)
     mean = tl.zeros((BLOCK_M,), tl.float32)
-    for start in range(0, end, BLOCK_N):
+    for start in range(begin, end, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
         real = seen_keys(key_mask_ptr, end, columns, length, HAS_MASK)
         r1, r2, r3 = key_operands(
@@ -124,6 +130,8 @@ def attention_value_kernel(
         visible = real[None, :] & keep[:, None]
         if CAUSAL:
             visible = visible & (columns[None, :] <= rows[:, None])
+        if PACKED:
+            visible = visible & (columns[None, :] >= first[:, None]) & (columns[None, :] < last[:, None])
         if KIND == "score_mse":
             value += tl.sum(tl.where(visible, c * c, 0.0), 1)
         else:
@@ -150,10 +158,10 @@ def attention_value_kernel(
 
 @triton.jit
 def attention_dq_kernel(
-    qs_ptr, ks_ptr, qt_ptr, kt_ptr, key_mask_ptr, key_end_ptr, scale_ptr, stats_ptr, dq_ptr,
+    qs_ptr, ks_ptr, qt_ptr, kt_ptr, key_mask_ptr, key_end_ptr, begin_ptr, end_ptr, scale_ptr, stats_ptr, dq_ptr,
     qs_b, qs_h, qs_n, ks_b, ks_h, ks_n, qt_b, qt_h, qt_n, kt_b, kt_h, kt_n,
-    heads, length, plane, scale_s, scale_t,
-    KIND: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, DIFFERENCE: tl.constexpr,
+    heads, group_s, group_t, length, plane, scale_s, scale_t,
+    KIND: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr, DIFFERENCE: tl.constexpr,
     SIZE_S: tl.constexpr, SIZE_T: tl.constexpr, PAD_S: tl.constexpr, PAD_T: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -170,16 +178,17 @@ def attention_dq_kernel(
     l1, l2, l3 = query_operands(q_s, q_t, scale_s, scale_t, DIFFERENCE)
     max_a, log_mass_a, max_b, log_mass_b, log_ratio = load_stats(stats_ptr + at, plane, inside)
     mean = tl.load(stats_ptr + 5 * plane + at, mask=inside, other=0.0)
-    ks_ptr += ib * ks_b + ih * ks_h
-    kt_ptr += ib * kt_b + ih * kt_h
+    ks_ptr += ib * ks_b + ih // group_s * ks_h
+    kt_ptr += ib * kt_b + ih // group_t * kt_h
     key_mask_ptr += ib * length
     end = tl.load(key_end_ptr + ib) if HAS_MASK else length
     if CAUSAL:
         end = tl.minimum(end, (tl.program_id(0) + 1) * BLOCK_M)
-    end = tl.where(tl.max(keep.to(tl.int32), 0) > 0, end, 0)
+    first, last = sequence_of(begin_ptr, end_ptr, rows, length, PACKED)
+    begin, end = walk(first, last, keep, end, BLOCK_N, PACKED)
 
     dq = tl.zeros((BLOCK_M, PAD_S), tl.float32)
-    for start in range(0, end, BLOCK_N):
+    for start in range(begin, end, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
         real = seen_keys(key_mask_ptr, end, columns, length, HAS_MASK)
         k_s = load_rows(ks_ptr, ks_n, columns, length, real, SIZE_S, PAD_S)
@@ -188,6 +197,8 @@ def attention_dq_kernel(
         visible = real[None, :] & keep[:, None]
         if CAUSAL:
             visible = visible & (columns[None, :] <= rows[:, None])
+        if PACKED:
+            visible = visible & (columns[None, :] >= first[:, None]) & (columns[None, :] < last[:, None])
         if KIND == "score_mse":
             d = tl.where(visible, 2.0 * c, 0.0) * scale[:, None]
         else:
@@ -210,24 +221,23 @@ def attention_dq_kernel(
 
 @triton.jit
 def attention_dk_kernel(
-    qs_ptr, ks_ptr, qt_ptr, kt_ptr, key_mask_ptr, row_end_ptr, scale_ptr, stats_ptr, dk_ptr,
+    qs_ptr, ks_ptr, qt_ptr, kt_ptr, key_mask_ptr, row_end_ptr, begin_ptr, end_ptr, scale_ptr, stats_ptr, dk_ptr,
     qs_b, qs_h, qs_n, ks_b, ks_h, ks_n, qt_b, qt_h, qt_n, kt_b, kt_h, kt_n,
-    heads, length, plane, scale_s, scale_t,
-    KIND: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, DIFFERENCE: tl.constexpr,
+    heads, group_s, group_t, length, plane, scale_s, scale_t,
+    KIND: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr, DIFFERENCE: tl.constexpr,
     SIZE_S: tl.constexpr, SIZE_T: tl.constexpr, PAD_S: tl.constexpr, PAD_T: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A program: dstudent_k (contiguous float32) of BLOCK_N keys of one head, scale_s * dA^T Q_s; all tiles transposed,
-    so that dA^T leaves the scores' registers as the left operand of the next product."""
+    """A program: dstudent_k (contiguous float32) of BLOCK_N keys for one query head, scale_s * dA^T Q_s; all tiles
+    transposed, so that dA^T leaves the scores' registers as the left operand of the next product."""
     head = tl.program_id(1).to(tl.int64)
     ib, ih = head // heads, head % heads
-    first = tl.program_id(0) * BLOCK_N
-    columns = first + tl.arange(0, BLOCK_N)
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = columns < length
     real = seen_keys(key_mask_ptr + ib * length, length, columns, length, HAS_MASK)
     r1, r2, r3 = key_operands(
-        load_rows(ks_ptr + ib * ks_b + ih * ks_h, ks_n, columns, length, real, SIZE_S, PAD_S),
-        load_rows(kt_ptr + ib * kt_b + ih * kt_h, kt_n, columns, length, real, SIZE_T, PAD_T),
+        load_rows(ks_ptr + ib * ks_b + ih // group_s * ks_h, ks_n, columns, length, real, SIZE_S, PAD_S),
+        load_rows(kt_ptr + ib * kt_b + ih // group_t * kt_h, kt_n, columns, length, real, SIZE_T, PAD_T),
         DIFFERENCE,
     )
     qs_ptr += ib * qs_b + ih * qs_h
@@ -235,8 +245,10 @@ def attention_dk_kernel(
     scale_ptr += head * length
     stats_ptr += head * length
     end = tl.load(row_end_ptr + ib)  # query rows behind it have scale 0
-    end = tl.where(tl.max(real.to(tl.int32), 0) > 0, end, 0)
-    begin = (first // BLOCK_M) * BLOCK_M if CAUSAL else 0
+    first, last = sequence_of(begin_ptr, end_ptr, columns, length, PACKED)
+    begin, end = walk(first, last, real, end, BLOCK_M, PACKED)
+    if CAUSAL:
+        begin = tl.maximum(begin, tl.program_id(0) * BLOCK_N // BLOCK_M * BLOCK_M)
 
     dk = tl.zeros((BLOCK_N, PAD_S), tl.float32)
     for start in range(begin, end, BLOCK_M):
@@ -253,6 +265,8 @@ def attention_dk_kernel(
         visible = real[:, None] & keep[None, :]
         if CAUSAL:
             visible = visible & (columns[:, None] <= rows[None, :])
+        if PACKED:
+            visible = visible & (rows[None, :] >= first[:, None]) & (rows[None, :] < last[:, None])
         if KIND == "score_mse":
             d = tl.where(visible, 2.0 * c, 0.0) * scale[None, :]
         else:

@@ -93,3 +93,24 @@ def seen_keys(key_mask_ptr, key_end, columns, length, HAS_MASK: tl.constexpr):
         return tl.load(key_mask_ptr + columns, mask=columns < key_end, other=0) != 0
     else:
         return columns < length
+
+
+@triton.jit
+def sequence_of(begin_ptr, end_ptr, tokens, length, PACKED: tl.constexpr):
+    """First token and end of each token's own sequence, for packed ones; else the tokens themselves, never used."""
+    if PACKED:
+        first = tl.load(begin_ptr + tokens, mask=tokens < length, other=length)
+        last = tl.load(end_ptr + tokens, mask=tokens < length, other=0)
+        return first, last
+    else:
+        return tokens, tokens
+
+
+@triton.jit
+def walk(first, last, keep, end, STEP: tl.constexpr, PACKED: tl.constexpr):
+    """Where a program begins and ends its walk; a block without anything that counts walks nowhere."""
+    end = tl.where(tl.max(keep.to(tl.int32), 0) > 0, end, 0)
+    if PACKED:
+        return tl.min(first, 0) // STEP * STEP, tl.minimum(end, tl.max(last, 0))
+    else:
+        return 0, end

@@ -1,0 +1,194 @@
+// score_mse without any map: the squared difference of two low-rank matrices (docs/losses.md, section 5).
+//
+// X_s Y_s^T - X_t Y_t^T = [X_s - X_t, X_t] [Y_s, Y_s - Y_t]^T =: U W^T with X = scale * Q and Y = K, so that row i's
+// squared norm is U_i M U_i^T with M = W^T W, dX_s = 2 U M's first half, dY_s = 2 W (U^T X_s): time linear in S, and
+// nothing cancels as the student nears its teacher.
+//
+// Work: 11 S d^2 multiply-adds a head (3 for M, whose symmetry is used, 4 for U M, 2 each for U^T Q_s and dK).
+#include "attention_heads.h"
+#include "attention_tiles.h"
+
+namespace fastdistil {
+inline namespace FD_ISA {
+namespace {
+
+constexpr int64_t kBlock = 64;  // tokens: U, W and their panels stay in the L1 and L2 caches
+
+template <class T>
+struct Factors {
+  int64_t size, half, width, stride;  // d, d in whole tiles, columns of U and W, their row stride
+  T *rows, *panels;                   // a block of U or W: row by row, and as panels (W, or the queries)
+  T *gram, *mixed;                    // M and 2 U^T Q_s, as panels
+  T* products;                        // kTileRows rows of U M or of W (U^T Q_s)
+
+  explicit Factors(int64_t head_size)
+      : size(head_size), half(round_up(head_size, kTileColumns<T>)), width(2 * half), stride(width + Carver<T>::kLine) {
+    lay_out(nullptr);
+  }
+
+  int64_t lay_out(T* memory) {
+    Carver<T> carver{memory};
+    carver.take(rows, kBlock * stride), carver.take(panels, kBlock * width);
+    carver.take(gram, width * width), carver.take(mixed, width * half), carver.take(products, kTileRows * width);
+    return carver.used;
+  }
+};
+
+template <class E>
+class Kernel {
+  using T = Compute<E>;
+  static constexpr int64_t kColumns = kTileColumns<T>;
+  static_assert(kBlock % kTileRows == 0);
+  const AttentionArgs& args_;
+  const T scale_s_, scale_t_;
+  Factors<T> f_;
+
+ public:
+  Kernel(const AttentionArgs& args, T* memory)
+      : args_(args),
+        scale_s_(static_cast<T>(args.student_scale)),
+        scale_t_(static_cast<T>(args.teacher_scale)),
+        f_(args.student_q.size) {
+    f_.lay_out(memory);
+  }
+
+  void run(int64_t sequence, int64_t key_head) {
+    Sequence<E> tokens(args_, sequence);
+    const int64_t group_s = args_.student_q.heads / args_.student_k.heads;
+    const int64_t group_t = args_.teacher_q.heads / args_.teacher_k.heads;
+    T* dk = args_.dk ? tokens.clear_dk(key_head) : nullptr;
+    int64_t known = -1;  // the teacher's key head of M
+    for (int64_t h = key_head * group_s; h < (key_head + 1) * group_s; ++h) {
+      tokens.select_rows(h);
+      if (tokens.n_rows() == 0) continue;
+      if (known != h / group_t) find_gram(tokens, key_head, known = h / group_t);
+      query_head(tokens, h);
+      if (dk) add_dk(tokens, key_head, known, dk);
+    }
+  }
+
+ private:
+  // A row of U or W: `left` (j), then `right` (j), each with zeros up to whole tiles.
+  template <class Both>
+  void set_row(int64_t i, Both&& both) {
+    T *left = f_.rows + i * f_.stride, *right = left + f_.half;
+    for (int64_t j = 0; j < f_.size; ++j) both(j, left[j], right[j]);
+    std::fill(left + f_.size, left + f_.half, T(0)), std::fill(right + f_.size, right + f_.half, T(0));
+  }
+
+  int64_t load_keys(const Sequence<E>& tokens, int64_t head_s, int64_t head_t, int64_t begin) {
+    const Head<E> ks = tokens.of(args_.student_k, head_s), kt = tokens.of(args_.teacher_k, head_t);
+    const int64_t n = std::min(kBlock, tokens.n_keys() - begin);
+    for (int64_t i = 0; i < n; ++i) {
+      const E *s = ks.row(tokens.key(begin + i)), *t = kt.row(tokens.key(begin + i));
+      set_row(i, [s, t](int64_t j, T& own, T& difference) {
+        own = to_compute(s[j]);
+        difference = to_compute(s[j]) - to_compute(t[j]);
+      });
+    }
+    clear_rows(n);
+    return n;
+  }
+
+  // Zeros in the rest of the last tile of rows.
+  void clear_rows(int64_t n) {
+    for (int64_t i = n; i < round_up(n, kTileRows); ++i) std::fill_n(f_.rows + i * f_.stride, f_.width, T(0));
+  }
+
+  void find_gram(const Sequence<E>& tokens, int64_t head_s, int64_t head_t) {
+    std::fill_n(f_.gram, f_.width * f_.width, T(0));
+    for (int64_t begin = 0; begin < tokens.n_keys(); begin += kBlock) {
+      const int64_t n = load_keys(tokens, head_s, head_t, begin);
+      for (int64_t i = 0; i < n; ++i) {
+        const T* row = f_.rows + i * f_.stride;
+        set_panel_row(f_.panels, kBlock, i, f_.width, [row](int64_t j) { return row[j]; });
+      }
+      for (int64_t j = 0; j < f_.width; j += kColumns)
+        for (int64_t i = 0; i < (j < f_.half ? f_.half : f_.width); i += kTileRows)
+          tile_product<Left::columns, true>(f_.rows + i, f_.stride, f_.panels + j * kBlock, n,
+                                            f_.gram + j * f_.width + i * kColumns, kColumns);
+    }
+    for (int64_t i = f_.half; i < f_.width; ++i)
+      for (int64_t j = 0; j < f_.half; ++j) *gram(i, j) = *gram(j, i);
+  }
+
+  T* gram(int64_t i, int64_t j) { return f_.gram + j / kColumns * kColumns * f_.width + i * kColumns + j % kColumns; }
+
+  // Values and dq of a query head, and 2 U^T Q_s with the rows' scales.
+  void query_head(const Sequence<E>& tokens, int64_t head) {
+    const Head<E> qs = tokens.of(args_.student_q, head), qt = tokens.of(args_.teacher_q, head);
+    const T rest = scale_s_ - scale_t_;
+    std::fill_n(f_.mixed, f_.width * f_.half, T(0));
+    for (int64_t begin = 0; begin < tokens.n_rows(); begin += kBlock) {
+      const int64_t n = std::min(kBlock, tokens.n_rows() - begin);
+      for (int64_t i = 0; i < n; ++i) {
+        const int64_t at = tokens.row(begin + i);
+        const E *s = qs.row(at), *t = qt.row(at);
+        set_row(i, [&](int64_t j, T& difference, T& teacher) {
+          const T q = to_compute(s[j]), u = to_compute(t[j]);
+          difference = scale_s_ * (q - u) + rest * u;
+          teacher = scale_t_ * u;
+        });
+        const T factor = 2 * scale_s_ * tokens.scale(head)[at];
+        if (args_.dk)
+          set_panel_row(f_.panels, kBlock, i, f_.size, [=](int64_t j) { return factor * to_compute(s[j]); });
+      }
+      clear_rows(n);
+      for (int64_t i = 0; i < n; i += kTileRows)
+        finish_rows(tokens, head, begin, i, std::min<int64_t>(kTileRows, n - i));
+      if (!args_.dk) continue;
+      for (int64_t j = 0; j < f_.half; j += kColumns)
+        for (int64_t i = 0; i < f_.width; i += kTileRows)
+          tile_product<Left::columns, true>(f_.rows + i, f_.stride, f_.panels + j * kBlock, n,
+                                            f_.mixed + j * f_.width + i * kColumns, kColumns);
+    }
+  }
+
+  // One tile of rows of U M: the values, and dq from its first half.
+  void finish_rows(const Sequence<E>& tokens, int64_t head, int64_t begin, int64_t first, int64_t n) {
+    const T* left = f_.rows + first * f_.stride;
+    for (int64_t j = 0; j < f_.width; j += kColumns)
+      tile_product<Left::rows, false>(left, f_.stride, f_.gram + j * f_.width, f_.width, f_.products + j, f_.width);
+    for (int64_t r = 0; r < n; ++r) {
+      const int64_t at = tokens.row(begin + first + r);
+      const T *u = left + r * f_.stride, *product = f_.products + r * f_.width;
+      const T scale = tokens.scale(head)[at], factor = 2 * scale_s_ * scale;
+      T value = 0;
+#pragma omp simd reduction(+ : value)
+      for (int64_t j = 0; j < f_.width; ++j) value += u[j] * product[j];
+      tokens.values(head)[at] = value * scale;
+      if (!args_.dq) continue;
+      T* dq = tokens.dq(head) + at * f_.size;
+      for (int64_t j = 0; j < f_.size; ++j) dq[j] = factor * product[j];
+    }
+  }
+
+  void add_dk(const Sequence<E>& tokens, int64_t head_s, int64_t head_t, T* dk) {
+    for (int64_t begin = 0; begin < tokens.n_keys(); begin += kBlock) {
+      const int64_t n = load_keys(tokens, head_s, head_t, begin);
+      for (int64_t i = 0; i < n; i += kTileRows) {
+        for (int64_t j = 0; j < f_.half; j += kColumns)
+          tile_product<Left::rows, false>(f_.rows + i * f_.stride, f_.stride, f_.mixed + j * f_.width, f_.width,
+                                          f_.products + j, f_.half);
+        for (int64_t r = 0; r < std::min<int64_t>(kTileRows, n - i); ++r) {
+          T* out = dk + tokens.key(begin + i + r) * f_.size;
+          for (int64_t j = 0; j < f_.size; ++j) out[j] += f_.products[r * f_.half + j];
+        }
+      }
+    }
+  }
+};
+
+}  // namespace
+
+void attention_low_rank(const AttentionArgs& args, int threads) {
+  with_element(args.dtype, [&](auto element) {
+    using E = decltype(element);
+    using T = Compute<E>;
+    const int64_t each = Factors<T>(args.student_q.size).lay_out(nullptr);
+    for_key_heads<T>(args, threads, each, [&](T* memory) { return Kernel<E>(args, memory); });
+  });
+}
+
+}  // namespace FD_ISA
+}  // namespace fastdistil

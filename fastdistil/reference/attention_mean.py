@@ -1,0 +1,56 @@
+"""Losses between the means over the heads of two attention maps (losses.md, section 4): the judge of all backends."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdistil.reference.exact import expm1_minus_x, softmax_difference
+
+
+def attention(
+    student_q: Tensor,
+    student_k: Tensor,
+    teacher_q: Tensor,
+    teacher_k: Tensor,
+    visible: Tensor,
+    row_scale: Tensor,
+    kind: str,
+    student_scale: float,
+    teacher_scale: float,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Rows of the loss times `row_scale`, and the gradients of their sum.
+
+    student_q: (B, H_s, R, d_s) for R query rows; student_k: (B, H_s, S, d_s); teacher_q, teacher_k: likewise with H_t
+    and d_t; visible: (B, R, S) bool; row_scale: (B, R), rows with 0 are skipped. All floating tensors in one dtype,
+    finite where something is visible and where it is not. kind: "prob_mse" or "prob_kl", between the (B, R, S) means.
+    Returns rows (B, R), dstudent_q, dstudent_k; None without `need_grad`.
+    """
+    seen = visible[:, None]
+    a, b = student_scale * student_q @ student_k.mT, teacher_scale * teacher_q @ teacher_k.mT
+    p = a.masked_fill(~seen, float("-inf")).softmax(-1).masked_fill(~seen, 0.0)
+    if student_q.shape == teacher_q.shape:  # head by head, so that the difference of the means is exact, too
+        dx = student_scale * (student_q - teacher_q) + (student_scale - teacher_scale) * teacher_q
+        c = dx @ student_k.mT + teacher_scale * teacher_q @ (student_k - teacher_k).mT
+        difference = softmax_difference(b, c, seen, a)
+        q, e = difference.q.mean(1), difference.p_minus_q.mean(1)
+    else:
+        q = b.masked_fill(~seen, float("-inf")).softmax(-1).masked_fill(~seen, 0.0).mean(1)
+        e = p.mean(1) - q
+    if kind == "prob_mse":
+        rows, dmean = e.square().sum(-1), 2 * e
+    else:
+        tiny, mean = torch.finfo(e.dtype).tiny, p.mean(1)
+        growth = torch.where(q > 0, e / q, 1e30).clamp(max=1e30)  # p / q - 1
+        near = growth.abs() < 0.5
+        delta = torch.where(near, torch.log1p(growth), (mean.clamp(min=tiny) / q.clamp(min=tiny)).log())
+        rows = torch.where(near, q * expm1_minus_x(delta.clamp(-1, 1)), e - q * delta).sum(-1)
+        # d rows / d p = 1 - q / p up to a constant, which the softmax takes out again
+        dmean = torch.where(visible, e / mean.clamp(min=tiny), 0.0)
+    rows = torch.where(row_scale != 0, row_scale * rows, 0.0)
+    if not need_grad:
+        return rows, None, None
+    dmean = (dmean * row_scale[..., None] / p.shape[1])[:, None]
+    dscores = p * (dmean - (p * dmean).sum(-1, keepdim=True))
+    return rows, student_scale * dscores @ student_k, student_scale * dscores.mT @ student_q
