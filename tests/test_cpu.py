@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from judge import SLACK, error
@@ -51,6 +52,17 @@ def test_instruction_sets_agree(restored: None, dtype: torch.dtype, divergence: 
         assert error(other_value, value) <= SLACK[torch.float32]
         assert error(other_gradient[FINITE], gradient[FINITE]) <= SLACK[dtype]
         assert torch.equal(other_gradient.isfinite(), gradient.isfinite())
+
+
+@pytest.mark.parametrize("isa", _C.isas())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_the_x87_registers_stay_clean(restored: None, dtype: torch.dtype, isa: str) -> None:
+    """Code that uses MMX registers without clearing them turns every later long double, and libm's fmod, into NaN."""
+    _C.use_isa(isa)
+    for divergence in DIVERGENCES:
+        losses(dtype, divergence)
+        value, rest = numpy.longdouble(7) / 2, numpy.longdouble(7) % 3
+        assert value == 3.5 and rest == 1, divergence
 
 
 def test_an_unknown_instruction_set_is_refused(restored: None) -> None:

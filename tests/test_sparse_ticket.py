@@ -24,8 +24,8 @@ class Objective(nn.Module):
         self.body = nn.Sequential(nn.Linear(6, 40), nn.BatchNorm1d(40), nn.Tanh(), nn.Dropout(0.2))
         self.head = nn.Linear(40, 2)
 
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"squares": (self.head(self.body(batch["x"])) - batch["y"]).square().sum()}
+    def forward(self, batch: dict[str, Tensor], items: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"squares": (self.head(self.body(batch["x"])) - batch["y"]).square().sum() / items["squares"]}
 
     def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"squares": torch.tensor(float(len(batch["x"])))}
@@ -98,7 +98,8 @@ def test_the_ticket_is_sparse_and_trains_from_the_start() -> None:
         torch.testing.assert_close(p, tuned[name], rtol=1e-6, atol=1e-7)
     batch = collate(DATA)
     fresh = Objective()
-    assert model.eval()(batch)["squares"] < 0.9 * fresh.eval()(batch)["squares"]
+    items = fresh.counts(batch)
+    assert model.eval()(batch, items)["squares"] < 0.9 * fresh.eval()(batch, items)["squares"]
 
 
 def test_a_given_mask_leaves_out_the_first_training() -> None:
