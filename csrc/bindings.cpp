@@ -116,25 +116,6 @@ void hidden_rows(const TensorView& student, const TensorView& teacher, const Opt
   fastdistil::cpu::hidden(args, threads < 1 ? 1 : threads);
 }
 
-// `labels` is the address of int64 entries: TensorView knows floating dtypes alone.
-void cross_entropy_rows(const TensorView& logits, uintptr_t labels, const TensorView& row_scale, const TensorView& loss,
-                        const Optional& gradient, int threads) {
-  if (logits.shape.size() != 2 || (logits.dtype != DType::f32 && logits.dtype != DType::f64))
-    throw std::invalid_argument("logits is not a float32 or float64 matrix");
-  const int64_t rows = logits.size(0), columns = logits.size(1);
-  logits.expect_rows("logits", rows, columns, logits.dtype).expect_device("logits", true);
-  row_scale.expect_vector("row_scale", rows, logits.dtype).expect_device("row_scale", true);
-  loss.expect_vector("loss", rows, logits.dtype).expect_device("loss", true);
-  if (gradient) gradient->expect_rows("gradient", rows, columns, logits.dtype).expect_device("gradient", true);
-  fastdistil::CrossEntropyArgs args{};
-  args.logits = logits.data, args.labels = reinterpret_cast<const void*>(labels), args.row_scale = row_scale.data;
-  args.loss = loss.data, args.rows = rows, args.columns = columns, args.dtype = logits.dtype;
-  args.logits_stride = logits.stride(0);
-  if (gradient) args.gradient = gradient->data, args.gradient_stride = gradient->stride(0);
-  py::gil_scoped_release release;
-  fastdistil::cpu::cross_entropy(args, threads < 1 ? 1 : threads);
-}
-
 #if defined(FD_CUDA)
 void logit_cuda(const LogitArgs& args, uintptr_t stream) {
   fastdistil::cuda::logit(args, reinterpret_cast<void*>(stream));
@@ -169,8 +150,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("pool_release", &fastdistil::cpu::pool_release, "gives the kept memory back to the system");
   m.def("hidden_rows", &hidden_rows, py::arg("student"), py::arg("teacher"), py::arg("bias"), py::arg("row_scale"),
         py::arg("loss"), py::arg("gradient"), py::arg("kind"), py::arg("threads"));
-  m.def("cross_entropy_rows", &cross_entropy_rows, py::arg("logits"), py::arg("labels"), py::arg("row_scale"),
-        py::arg("loss"), py::arg("gradient"), py::arg("threads"));
+  fastdistil::define_terms(m);
   fastdistil::define_topk(m);
   fastdistil::define_attention(m);
   define_logit<logit_cpu, true>(m, "logit_fwd", "logit_bwd", "threads");

@@ -14,7 +14,22 @@ def pool_available() -> bool: ...
 def pool_held() -> int: ...
 def pool_release() -> None: ...
 def cross_entropy_rows(
-    logits: Tensor, labels: int, row_scale: Tensor, loss: Tensor, gradient: Tensor | None, threads: int
+    logits: Tensor,
+    labels: int,
+    row_scale: Tensor,
+    loss: Tensor,
+    gradient: Tensor | None,
+    lse: Tensor | None,
+    threads: int,
+) -> None: ...
+def row_moments(
+    student: Tensor,
+    teacher: Tensor,
+    row_scale: Tensor,
+    moments: Tensor,
+    student_temperature: float,
+    teacher_temperature: float,
+    threads: int,
 ) -> None: ...
 def hidden_rows(
     student: Tensor,

@@ -99,12 +99,66 @@ def check(rank: int, world: int) -> None:
             close(mine.gradients[1], whole.gradients[1][part], f"{divergence} heads weight", 1e-5)
             close(mine.gradients[2], whole.gradients[2][part], f"{divergence} heads bias", 1e-5)
     distributed_tensors(world)
+    terms(rank, world)
     student, teacher = logits("usual")
-    labels = torch.zeros(ROWS, dtype=torch.int64)
-    with pytest.raises(ValueError, match="labels came with a group, expected one or the other"):
-        fd.logit_loss(student, teacher, labels=labels, label_weight=0.5, group=group)
+    labels = torch.full((ROWS,), COLUMNS)
+    with pytest.raises(ValueError, match="labels has 203, expected 0 to 202, through the columns of all ranks"):
+        fd.logit_loss(student[:, part], teacher[:, part], labels=labels, label_weight=0.5, group=group)
     with pytest.raises(ValueError, match="backend 'reference' has no part of a vocabulary"):
         fd.logit_loss(student, teacher, backend="reference", group=group)
+
+
+def terms(rank: int, world: int) -> None:
+    """Labels, a map, statistics and logits that may be overwritten, alone and together, against one process in float64:
+    each rank maps into its own part of another vocabulary."""
+    sizes, own = PARTS[world], [60, 3, 101, 49][:world]
+    ends, own_ends = ([sum(x[:i]) for i in range(world + 1)] for x in (sizes, own))
+    part, teacher_part = slice(*ends[rank : rank + 2]), slice(*own_ends[rank : rank + 2])
+    generator = torch.Generator().manual_seed(7)
+    maps = [torch.arange(n) % m for n, m in zip(sizes, own, strict=True)]
+    for i, x in enumerate(maps):
+        x[torch.rand(len(x), generator=generator) < 0.3] = -1
+        if i == 1:
+            x.fill_(-1)  # a rank without a single partner
+    mapped = torch.cat([torch.where(x < 0, x, x + begin) for x, begin in zip(maps, own_ends, strict=False)])
+    student, teacher = logits("usual")
+    other = 4 * torch.randn(ROWS, sum(own), generator=generator)
+    labels = torch.tensor([3, -100, 7, COLUMNS - 1, 120])
+    for divergence in ("forward_kl", "jsd", "mse"):
+        for with_map in (False, True):
+            for with_labels in (False, True):
+                options: dict[str, Any] = {"divergence": divergence, "return_stats": True, "temperature": 2.0}
+                if with_labels:
+                    options |= {"labels": labels, "label_weight": 0.3}
+                t = other if with_map else teacher
+                whole, here = ({"vocab_map": x} if with_map else {} for x in (mapped, maps[rank]))
+
+                def run(s: torch.Tensor, t: torch.Tensor, inplace: bool = False, **more: Any) -> tuple[Outcome, Any]:
+                    leaf = s.clone().requires_grad_()
+                    z = leaf * 1 if inplace else leaf
+                    value, stats = fd.logit_loss(
+                        z, t, weight=torch.tensor([1.0, 2.0, 0.0, 0.5, 1.0]), inplace_backward=inplace, **more
+                    )
+                    return Outcome(value.detach(), torch.autograd.grad(value, leaf)), torch.stack(stats)
+
+                truth, stats = run(student.double(), t.double(), **options, **whole)
+                alone, _ = run(student, t, **options, **whole)
+                columns = teacher_part if with_map else part
+                for inplace in (False, True):
+                    name = f"{divergence}, map {with_map}, labels {with_labels}, in place {inplace}"
+                    mine, found = run(
+                        student[:, part], t[:, columns], inplace, group=dist.group.WORLD, **options, **here
+                    )
+                    close(mine.value, truth.value, f"{name}: value", 2 * error(alone.value, truth.value) + 1e-6)
+                    wanted = truth.gradients[0][:, part]
+                    allowed = 2 * error(alone.gradients[0][:, part], wanted) + 2e-6
+                    close(mine.gradients[0], wanted, f"{name}: gradient", allowed)
+                    close(found, stats, f"{name}: statistics", 2e-6)
+    heads_options: dict[str, Any] = {"labels": labels, "label_weight": 0.3, "weight": torch.tensor([1.0, 2, 0, 0.5, 1])}
+    whole_heads, mine = two_heads(**heads_options), two_heads(part, group=dist.group.WORLD, **heads_options)
+    close(mine.value, whole_heads.value, "labelled heads value", 1e-5)
+    close(mine.gradients[0], whole_heads.gradients[0], "labelled heads hidden", 1e-5)
+    close(mine.gradients[1], whole_heads.gradients[1][part], "labelled heads weight", 1e-5)
 
 
 def distributed_tensors(world: int) -> None:

@@ -1,6 +1,9 @@
 // Cross entropy of rows of logits with their labels, added to what another loss has left (docs/losses.md, section 1).
 //
 // Bytes: the logits are read three times, from the cache where a row fits, and the gradient is read and written once.
+//
+// With args.lse a row's other columns are elsewhere: a label outside [0, V) is not here, the gradient is relative to
+// the given logsumexp, and the loss gets the label's logit alone.
 #include "../rules/cross_entropy_args.h"
 
 #include <cmath>
@@ -14,11 +17,13 @@ namespace {
 constexpr int64_t kBlock = 4096;  // columns whose sum stays in a float
 
 template <class T>
-void row(const CrossEntropyArgs& args, int64_t r) {
-  const T scale = static_cast<const T*>(args.row_scale)[r];
-  if (scale == T(0)) return;
-  const T* logits = static_cast<const T*>(args.logits) + r * args.logits_stride;
-  const int64_t columns = args.columns, label = static_cast<const int64_t*>(args.labels)[r];
+struct Softmax {
+  T max;
+  double sum;  // of exp(z - max)
+};
+
+template <class T>
+Softmax<T> softmax(const T* logits, int64_t columns) {
   T max = -INFINITY;
 #pragma omp simd reduction(max : max)
   for (int64_t i = 0; i < columns; ++i) max = logits[i] > max ? logits[i] : max;
@@ -30,13 +35,28 @@ void row(const CrossEntropyArgs& args, int64_t r) {
     for (int64_t i = begin; i < end; ++i) part += math::exp_nonpositive(logits[i] - max);
     sum += part;
   }
-  static_cast<T*>(args.loss)[r] += static_cast<T>(scale * (std::log(sum) + (max - logits[label])));
+  return {max, sum};
+}
+
+template <class T>
+void row(const CrossEntropyArgs& args, int64_t r) {
+  const T scale = static_cast<const T*>(args.row_scale)[r];
+  if (scale == T(0)) return;
+  const T* logits = static_cast<const T*>(args.logits) + r * args.logits_stride;
+  const int64_t columns = args.columns, label = static_cast<const int64_t*>(args.labels)[r];
+  const bool part = args.lse != nullptr, here = !part || (label >= 0 && label < columns);
+  const Softmax<T> own = part ? Softmax<T>{static_cast<const T*>(args.lse)[r], 1.0} : softmax(logits, columns);
+  T& loss = static_cast<T*>(args.loss)[r];
+  if (part)
+    loss -= here ? scale * logits[label] : T(0);
+  else
+    loss += static_cast<T>(scale * (std::log(own.sum) + (own.max - logits[label])));
   if (!args.gradient) return;
   T* gradient = static_cast<T*>(args.gradient) + r * args.gradient_stride;
-  const T factor = static_cast<T>(scale / sum);
+  const T factor = static_cast<T>(scale / own.sum);
 #pragma omp simd
-  for (int64_t i = 0; i < columns; ++i) gradient[i] += factor * math::exp_nonpositive(logits[i] - max);
-  gradient[label] -= scale;
+  for (int64_t i = 0; i < columns; ++i) gradient[i] += factor * math::exp_nonpositive(logits[i] - own.max);
+  if (here) gradient[label] -= scale;
 }
 
 template <class T>

@@ -7,6 +7,7 @@ namespace fastdistil {
 #if defined(FD_X86)
 namespace avx512 {
 void cross_entropy(const CrossEntropyArgs&, int);
+void row_moments(const RowMomentsArgs&, int);
 void logit(const LogitArgs&, int);
 void hidden(const HiddenArgs&, int);
 void topk(const TopkArgs&, int);
@@ -15,6 +16,7 @@ void attention_low_rank(const AttentionArgs&, int);
 }  // namespace avx512
 namespace avx2 {
 void cross_entropy(const CrossEntropyArgs&, int);
+void row_moments(const RowMomentsArgs&, int);
 void logit(const LogitArgs&, int);
 void hidden(const HiddenArgs&, int);
 void topk(const TopkArgs&, int);
@@ -24,6 +26,7 @@ void attention_low_rank(const AttentionArgs&, int);
 #endif
 namespace generic {
 void cross_entropy(const CrossEntropyArgs&, int);
+void row_moments(const RowMomentsArgs&, int);
 void logit(const LogitArgs&, int);
 void hidden(const HiddenArgs&, int);
 void topk(const TopkArgs&, int);
@@ -39,6 +42,7 @@ struct Isa {
   void (*logit)(const LogitArgs&, int);
   void (*hidden)(const HiddenArgs&, int);
   void (*cross_entropy)(const CrossEntropyArgs&, int);
+  void (*row_moments)(const RowMomentsArgs&, int);
   void (*topk)(const TopkArgs&, int);
   void (*attention)(const AttentionArgs&, int);
   void (*attention_low_rank)(const AttentionArgs&, int);
@@ -55,14 +59,14 @@ std::vector<Isa> runnable() {
                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                   __builtin_cpu_supports("avx512vl");
   if (v4)
-    found.push_back({"avx512", avx512::logit, avx512::hidden, avx512::cross_entropy, avx512::topk, avx512::attention,
-                     avx512::attention_low_rank});
+    found.push_back({"avx512", avx512::logit, avx512::hidden, avx512::cross_entropy, avx512::row_moments, avx512::topk,
+                     avx512::attention, avx512::attention_low_rank});
   if (v3)
-    found.push_back({"avx2", avx2::logit, avx2::hidden, avx2::cross_entropy, avx2::topk, avx2::attention,
-                     avx2::attention_low_rank});
+    found.push_back({"avx2", avx2::logit, avx2::hidden, avx2::cross_entropy, avx2::row_moments, avx2::topk,
+                     avx2::attention, avx2::attention_low_rank});
 #endif
-  found.push_back({"generic", generic::logit, generic::hidden, generic::cross_entropy, generic::topk,
-                   generic::attention, generic::attention_low_rank});
+  found.push_back({"generic", generic::logit, generic::hidden, generic::cross_entropy, generic::row_moments,
+                   generic::topk, generic::attention, generic::attention_low_rank});
   return found;
 }
 
@@ -91,6 +95,7 @@ void use_isa(const std::string& name) {
 void logit(const LogitArgs& args, int threads) { chosen->logit(args, threads); }
 void hidden(const HiddenArgs& args, int threads) { chosen->hidden(args, threads); }
 void cross_entropy(const CrossEntropyArgs& args, int threads) { chosen->cross_entropy(args, threads); }
+void row_moments(const RowMomentsArgs& args, int threads) { chosen->row_moments(args, threads); }
 void topk(const TopkArgs& args, int threads) { chosen->topk(args, threads); }
 
 void attention(const AttentionArgs& args, int threads) { chosen->attention(args, threads); }

@@ -7,6 +7,7 @@
 #include "../rules/cross_entropy_args.h"
 #include "../rules/hidden_args.h"
 #include "../rules/logit_args.h"
+#include "../rules/row_moments_args.h"
 #include "../rules/topk_args.h"
 #include "attention_args.h"
 
@@ -24,6 +25,8 @@ void logit(const LogitArgs& args, int threads);
 void hidden(const HiddenArgs& args, int threads);
 
 void cross_entropy(const CrossEntropyArgs& args, int threads);
+
+void row_moments(const RowMomentsArgs& args, int threads);
 
 // As logit.
 void topk(const TopkArgs& args, int threads);

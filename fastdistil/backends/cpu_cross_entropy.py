@@ -9,8 +9,14 @@ from fastdistil import _C
 
 
 def cross_entropy_rows(
-    logits: Tensor, labels: Tensor, row_scale: Tensor, loss: Tensor, gradient: Tensor | None
+    logits: Tensor,
+    labels: Tensor,
+    row_scale: Tensor,
+    loss: Tensor,
+    gradient: Tensor | None,
+    lse: Tensor | None = None,
 ) -> None:
     """As fastdistil.reference.cross_entropy.cross_entropy_rows."""
     labels = labels.contiguous()
-    _C.cross_entropy_rows(logits, labels.data_ptr(), row_scale, loss, gradient, threads=torch.get_num_threads())
+    threads = torch.get_num_threads()
+    _C.cross_entropy_rows(logits, labels.data_ptr(), row_scale, loss, gradient, lse, threads=threads)

@@ -24,8 +24,11 @@ def row_stats(found: Tensor, rows: torch.Size) -> LogitStats:
     return LogitStats(*(x.reshape(rows) for x in found.unbind(-1)))
 
 
-def vocab_map(function: str, value: object, columns: int, teacher_columns: int, device: torch.device) -> Tensor:
-    """The checked map as int64. Its entries are looked at on a CPU alone: a GPU would have to be waited for."""
+def vocab_map(
+    function: str, value: object, columns: int, teacher_columns: int, device: torch.device, part: bool
+) -> Tensor:
+    """The checked map as int64, which may be empty where it is a rank's `part`. Its entries are looked at on a CPU
+    alone: a GPU would have to be waited for."""
     found = _integers(function, "vocab_map", value, torch.Size((columns,)), device)
     if found.device.type == "cpu" and not torch.compiler.is_compiling():
         low, high = int(found.min()), int(found.max())
@@ -34,14 +37,9 @@ def vocab_map(function: str, value: object, columns: int, teacher_columns: int, 
                 f"{function}: vocab_map has entries from {low} to {high}, expected -1 (no partner) to "
                 f"{teacher_columns - 1}, the teacher's last column"
             )
-        if high < 0:
+        if high < 0 and not part:
             raise ValueError(f"{function}: vocab_map maps no column, expected at least one")
     return found
-
-
-def over_partners(scale: Tensor, partners: Tensor) -> Tensor:
-    """The mse's kernels divide by V_s: the mean is over the columns that have a partner."""
-    return scale * (len(partners) / (partners >= 0).sum().to(scale.dtype))
 
 
 def labels(
@@ -50,10 +48,11 @@ def labels(
     label_weight: object,
     ignore_index: int,
     rows: torch.Size,
-    columns: int,
+    columns: int | None,
     device: torch.device,
 ) -> tuple[Tensor | None, Tensor | None, float]:
-    """Flat labels int64 and which of them count, both (N,), and the checked label_weight; None where that is 0."""
+    """Flat labels int64 and which of them count, both (N,), and the checked label_weight; None where that is 0.
+    columns: None where they lie on several ranks, which check together."""
     alpha = _check.number(function, "label_weight", label_weight)
     if not 0 <= alpha <= 1:
         raise ValueError(f"{function}: label_weight is {alpha}, expected 0 to 1")
@@ -63,7 +62,7 @@ def labels(
         return None, None, 0.0
     found = _integers(function, "labels", value, rows, device).reshape(-1)
     counted = found != ignore_index
-    if device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU would have to be waited for
+    if columns is not None and device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU would have to wait
         wrong = found[counted & ((found < 0) | (found >= columns))]
         if len(wrong):
             raise ValueError(
@@ -91,15 +90,12 @@ def scales(
     return scale * (1 - alpha), _check.row_scale(function, rows, labelled, reduction, num_items, device, dtype) * alpha
 
 
-def group_name(function: str, group: object, **refused: bool) -> str:
-    """The process group's name for the ops, "" for None; what does not go with it is refused."""
+def group_name(function: str, group: object) -> str:
+    """The process group's name for the ops, "" for None."""
     if group is None:
         return ""
     if not isinstance(group, torch.distributed.ProcessGroup):
         raise TypeError(f"{function}: group is {type(group).__name__}, expected a torch.distributed.ProcessGroup")
-    for name, given in refused.items():
-        if given:
-            raise ValueError(f"{function}: {name} came with a group, expected one or the other")
     found: str = group.group_name
     return found
 

@@ -94,10 +94,12 @@ def linear_logit_loss(  # type: ignore[misc] # the overloads need not repeat wha
             cap * tanh(z / cap) (Gemma 2, arXiv 2408.00118), before anything else is made of them.
         weight: (...,) one number or bool a row. Rows of weight 0 are dropped before the products: 15% of the rows cost
             15%. On a GPU, finding them waits for it once a call; without a weight nothing waits.
-        group: a process group over whose ranks the vocabulary is split: each rank passes its own rows of both heads and
-            the whole hidden states, and gets the whole loss, the whole gradient of the hidden states and its rows' of
-            the head. DTensor heads, sharded by rows over one mesh dimension, bring their group with them. Statistics
-            are merged, logits never gathered. Not with labels, vocab_map, return_stats or backend="reference".
+        group: a process group over whose ranks the vocabulary is split, in the order of ranks: each passes its own
+            rows of both heads and the whole hidden states, and gets the whole loss, the whole gradient of the hidden
+            states and its rows' of the head. DTensor heads, sharded by rows over one mesh dimension, bring their group
+            with them. Statistics are merged, logits never gathered. labels, the same on every rank, count through the
+            rows of all ranks; a vocab_map has this rank's rows and points to this rank's teacher rows. Not with
+            backend="reference".
         backend: "auto", "reference", "cpu", "triton" or "cuda", for the rows; the products are torch's.
 
     Returns:
@@ -131,17 +133,13 @@ def linear_logit_loss(  # type: ignore[misc] # the overloads need not repeat wha
     dtype = torch.float64 if wide else torch.float32
     w = None if weight is None else _check.row_weight(_NAME, weight, rows, device, dtype)
     columns = student_weight.shape[0]
-    partners = None
+    name, partners = _terms.group_name(_NAME, group), None
     if vocab_map is not None:
-        partners = _terms.vocab_map(_NAME, vocab_map, columns, teacher_weight.shape[0], device)
-    label, counted, alpha = _terms.labels(_NAME, labels, label_weight, ignore_index, rows, columns, device)
+        partners = _terms.vocab_map(_NAME, vocab_map, columns, teacher_weight.shape[0], device, bool(name))
+    columns_here = None if name else columns
+    label, counted, alpha = _terms.labels(_NAME, labels, label_weight, ignore_index, rows, columns_here, device)
     caps = _terms.caps(_NAME, student_logit_scale, student_softcap, teacher_logit_scale, teacher_softcap)
-    name = _terms.group_name(
-        _NAME, group, labels=label is not None, vocab_map=partners is not None, return_stats=return_stats
-    )
     scale, label_scale = _terms.scales(_NAME, rows.numel(), w, counted, alpha, reduction, num_items, device, dtype)
-    if partners is not None and divergence == "mse":
-        scale = _terms.over_partners(scale, partners)
     hidden, matrix, bias, *teacher = heads
     assert hidden is not None and matrix is not None and teacher[0] is not None
     arguments = (

@@ -11,9 +11,10 @@ from fastdistil.backends import choose
 from fastdistil.losses import _check, _terms
 from fastdistil.losses._terms import LogitStats
 from fastdistil.ops import logit as ops
-from fastdistil.ops.logit_rows import logit_rows, logit_total
+from fastdistil.ops.logit_rows import logit_rows, logit_rows_overwrite_, logit_total
 from fastdistil.ops.logit_rule import DIVERGENCES
 from fastdistil.ops.logit_terms import pack
+from fastdistil.ops.row_statistics import row_statistics
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -86,13 +87,13 @@ def logit_loss(  # type: ignore[misc] # the overloads need not repeat what is wr
         num_items: replaces sum(w) in "mean": a number or a tensor of one entry (gradient accumulation, data parallel).
         inplace_backward: lets the gradient overwrite student_logits, which must not be read after this call and cannot
             be a leaf; a second backward is then an error, and an incoming gradient other than 1 costs 16-bit logits a
-            second rounding. torch.compile, which plans memory itself, ignores it, and so do labels, vocab_map and
-            return_stats, which go through buffers.
+            second rounding. torch.compile, which plans memory itself, ignores it.
         return_stats: return (loss, LogitStats) with the entropies of student and teacher, their cross entropy and
             whether their most likely columns agree, a number a row, detached.
-        group: a process group over whose ranks the vocabulary is split: each rank passes its own columns of both sides
-            and gets the whole loss and its columns' gradient. Statistics are merged, logits never gathered. Not with
-            labels, vocab_map, return_stats or backend="reference".
+        group: a process group over whose ranks the vocabulary is split, in the order of ranks: each passes its own
+            columns of both sides and gets the whole loss and its columns' gradient. Statistics are merged, logits never
+            gathered. labels, the same on every rank, count through the columns of all ranks; a vocab_map has this
+            rank's columns and points to this rank's teacher columns. Not with backend="reference".
         backend: "auto", "reference", "cpu", "triton" or "cuda"; see fastdistil.backends().
 
     Returns:
@@ -117,46 +118,34 @@ def logit_loss(  # type: ignore[misc] # the overloads need not repeat what is wr
     rows = student.shape[:-1]
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     w = None if weight is None else _check.row_weight(_NAME, weight, rows, device, dtype)
-    partners = None if vocab_map is None else _terms.vocab_map(_NAME, vocab_map, *columns, device)
-    label, counted, alpha = _terms.labels(_NAME, labels, label_weight, ignore_index, rows, columns[0], device)
+    name = _terms.group_name(_NAME, group)
+    partners = None if vocab_map is None else _terms.vocab_map(_NAME, vocab_map, *columns, device, bool(name))
+    columns_here = None if name else columns[0]
+    label, counted, alpha = _terms.labels(_NAME, labels, label_weight, ignore_index, rows, columns_here, device)
     scale, label_scale = _terms.scales(_NAME, rows.numel(), w, counted, alpha, reduction, num_items, device, dtype)
     matrices = (matrix(student), matrix(teacher))
-    name = _terms.group_name(
-        _NAME, group, labels=label is not None, vocab_map=partners is not None, return_stats=return_stats
-    )
-    if label is not None or partners is not None or return_stats or name:
-        if partners is not None and divergence == "mse":
-            scale = _terms.over_partners(scale, partners)
-        tensors = (*matrices, scale, label, label_scale, partners)
-        return _with_terms(tensors, rows, rule, reduction, return_stats, backend, name)
     # The gradient ahead of its time, but not where torch.compile plans the memory.
     ahead = student.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if inplace_backward and ahead:
-        loss = ops.Overwrite.apply(*matrices, scale, *rule, backend)  # type: ignore[no-untyped-call]
-    else:  # "none" is rarely followed by a gradient of ones
-        loss, _, _ = ops.logit(*matrices, scale, *rule, ahead and reduction != "none", backend)
-    total: Tensor = loss.reshape(rows) if reduction == "none" else loss.sum()
-    return total
-
-
-def _with_terms(
-    tensors: tuple[Tensor | None, ...],
-    rows: torch.Size,
-    rule: tuple[float, ...],
-    reduction: str,
-    return_stats: bool,
-    backend: str,
-    group: str,
-) -> Tensor | tuple[Tensor, LogitStats]:
-    constants = pack(rule, (1.0, 0.0, 1.0, 0.0))
-    arguments = (*tensors, constants, return_stats, backend, group)
-    student = tensors[0]
-    if reduction != "none" and student is not None and student.requires_grad and torch.is_grad_enabled():
-        loss, each, _ = logit_total(*arguments)
+    each = None
+    if label is not None or partners is not None or name:
+        tensors = (*matrices, scale, label, label_scale, partners)
+        arguments = (*tensors, pack(rule, (1.0, 0.0, 1.0, 0.0)), return_stats, backend, name)
+        if inplace_backward and ahead:
+            loss, each = ops.Overwrite.apply(logit_rows_overwrite_, *arguments)  # type: ignore[no-untyped-call]
+        elif reduction != "none" and student.requires_grad and torch.is_grad_enabled():
+            loss, each, _ = logit_total(*arguments)
+        else:
+            loss, each = logit_rows(*arguments)
     else:
-        losses, each = logit_rows(*arguments)
-        loss = losses.reshape(rows) if reduction == "none" else losses.sum()
-    return (loss, _terms.row_stats(each, rows)) if return_stats else loss
+        if return_stats:
+            detached = (matrices[0].detach(), matrices[1])
+            each = row_statistics(*detached, scale, rule[2], rule[3], backend)
+        if inplace_backward and ahead:
+            loss = ops.Overwrite.apply(ops.logit_overwrite_, *matrices, scale, *rule, backend)  # type: ignore[no-untyped-call]
+        else:  # "none" is rarely followed by a gradient of ones
+            loss, _, _ = ops.logit(*matrices, scale, *rule, ahead and reduction != "none", backend)
+    total: Tensor = loss.reshape(rows) if reduction == "none" else loss.sum()
+    return (total, _terms.row_stats(each, rows)) if return_stats and each is not None else total
 
 
 def matrix(x: Tensor) -> Tensor:

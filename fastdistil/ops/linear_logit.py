@@ -17,9 +17,10 @@ from fastdistil.backends.memory import new_empty
 from fastdistil.ops import linear_mse, vocab_parallel
 from fastdistil.ops.gradients import hand_out, refuse_double_backward
 from fastdistil.ops.logit_rule import DIVERGENCES
-from fastdistil.ops.logit_terms import ROW_STATISTICS, Terms, run, unpack
+from fastdistil.ops.logit_terms import Terms, run, unpack
 from fastdistil.ops.precision import without_autocast
 from fastdistil.ops.products import add_product, product, product_back
+from fastdistil.ops.row_statistics import ROW_STATISTICS
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # in student hidden, weight and bias
 Flags = tuple[bool, bool, bool]

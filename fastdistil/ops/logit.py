@@ -159,13 +159,16 @@ def _(
 
 
 class Overwrite(torch.autograd.Function):
-    """logit_overwrite_ with its gradient. Custom ops that write to an input cannot carry autograd themselves."""
+    """An op that leaves the gradient of its rows' sum in `student` and returns the rows (N,) first, as a function.
+    Custom ops that write to an input cannot carry autograd themselves."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, *rest: Any) -> Tensor:
-        ctx.gradient = student.detach()
-        loss: Tensor = logit_overwrite_(ctx.gradient, *rest)
-        return loss
+    def forward(ctx: Any, op: Callable[..., Any], student: Tensor, *rest: Any) -> Any:
+        ctx.gradient, ctx.inputs = student.detach(), 2 + len(rest)
+        found = op(ctx.gradient, *rest)
+        if not isinstance(found, Tensor):
+            ctx.mark_non_differentiable(*found[1:])
+        return found
 
     @staticmethod
     def backward(ctx: Any, *dloss: Tensor) -> tuple[Tensor | None, ...]:
@@ -177,7 +180,7 @@ class Overwrite(torch.autograd.Function):
             )
         if gradient.device.type != "cpu" or not bool((dloss[0] == 1).all()):
             gradient *= dloss[0][:, None].to(gradient.dtype)
-        return (gradient, *(None,) * 8)
+        return (None, gradient, *(None,) * (ctx.inputs - 2))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Custom ops of logit_loss with labels, a vocabulary map or statistics: rows in memory, a chunk at a time.
+"""Custom ops of logit_loss with labels, a vocabulary map or a group: rows in memory, a chunk at a time.
 
 Without any of these `fastdistil::logit` reads the rows where they are. Here a chunk of them is brought into float32
 buffers, the teacher's in the order of the student's columns, and the gradient is rounded once on its way out.
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from fastdistil.backends.memory import new_empty
 from fastdistil.ops.gradients import hand_out, refuse_double_backward
-from fastdistil.ops.logit_terms import ROW_STATISTICS, Terms, run, unpack
+from fastdistil.ops.logit_terms import Terms, run, unpack
 from fastdistil.ops.precision import without_autocast
+from fastdistil.ops.row_statistics import ROW_STATISTICS
 
 # Bytes of the two buffers: on a CPU what a level 3 cache may hold, on a GPU enough rows to fill it (not yet tuned).
 CHUNK_BYTES = {"cpu": 16 << 20, "gpu": 1 << 30}
@@ -23,11 +24,11 @@ CHUNK_BYTES = {"cpu": 16 << 20, "gpu": 1 << 30}
 class _Source:
     """Rows of logits in memory."""
 
-    def __init__(self, student: Tensor, teacher: Tensor, vocab_map: Tensor | None, need_gradient: bool) -> None:
+    def __init__(self, student: Tensor, teacher: Tensor, vocab_map: Tensor | None, gradient: Tensor | None) -> None:
         self.student, self.teacher = student, teacher
         self.partners = None if vocab_map is None else vocab_map.clamp(min=0)
         self.columns = student.shape[1]
-        self.gradient = new_empty(student, student.shape) if need_gradient else None
+        self.gradient = gradient  # may be the student itself: a chunk has been read before it is written
 
     def fill(self, rows: slice, student: Tensor, teacher: Tensor) -> None:
         student.copy_(self.student[rows])
@@ -51,16 +52,16 @@ def _compute(
     statistics: bool,
     backend: str,
     group: str,
-    need_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    gradient: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Rows and statistics; the gradient of the rows' sum is written where one is wanted."""
     if backend == "triton" and row_scale.dtype == torch.float64:
         raise ValueError("logit_loss: backend 'triton' has no float64 kernel, expected backend='reference'")
     rule, caps = unpack(constants)
     terms = Terms(labels, label_scale, vocab_map, *caps, statistics)
-    source = _Source(student, teacher, vocab_map, need_gradient)
+    source = _Source(student, teacher, vocab_map, gradient)
     chunk_bytes = CHUNK_BYTES["cpu" if student.device.type == "cpu" else "gpu"]
-    rows, each = run(source, row_scale, rule, terms, chunk_bytes, backend, need_gradient, group)
-    return rows, each, source.gradient
+    return run(source, row_scale, rule, terms, chunk_bytes, backend, gradient is not None, group)
 
 
 @torch.library.custom_op("fastdistil::logit_rows", mutates_args=())
@@ -80,7 +81,7 @@ def logit_rows(
     label_scale (N,) as row_scale, vocab_map (V_s,) int64, `constants` of logit_terms.pack -> rows (N,) times their
     scales, and statistics (N, ROW_STATISTICS), or none of them."""
     options = (row_scale, labels, label_scale, vocab_map, constants, statistics, backend, group)
-    return _compute(student, teacher, *options, need_gradient=False)[:2]
+    return _compute(student, teacher, *options, gradient=None)
 
 
 @torch.library.custom_op("fastdistil::logit_total", mutates_args=())
@@ -98,12 +99,31 @@ def logit_total(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `logit_rows` -> the rows' sum (), statistics, and the sum's gradient in the student's dtype."""
     options = (row_scale, labels, label_scale, vocab_map, constants, statistics, backend, group)
-    rows, each, gradient = _compute(student, teacher, *options, need_gradient=True)
-    assert gradient is not None
+    gradient = new_empty(student, student.shape)
+    rows, each = _compute(student, teacher, *options, gradient=gradient)
     return rows.sum(), each, gradient
 
 
+@torch.library.custom_op("fastdistil::logit_rows_overwrite_", mutates_args={"student"})
+def logit_rows_overwrite_(
+    student: Tensor,  # (N, V_s): becomes the gradient of the rows' sum
+    teacher: Tensor,
+    row_scale: Tensor,
+    labels: Tensor | None,
+    label_scale: Tensor | None,
+    vocab_map: Tensor | None,
+    constants: list[float],
+    statistics: bool,
+    backend: str,
+    group: str,
+) -> tuple[Tensor, Tensor]:
+    """As `logit_rows`; the gradient is written over the student's logits."""
+    options = (row_scale, labels, label_scale, vocab_map, constants, statistics, backend, group)
+    return _compute(student, teacher, *options, gradient=student)
+
+
 @logit_rows.register_fake
+@logit_rows_overwrite_.register_fake
 def _(student: Tensor, teacher: Tensor, row_scale: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return row_scale.new_empty(row_scale.shape), row_scale.new_empty(len(row_scale) if rest[4] else 0, ROW_STATISTICS)
 

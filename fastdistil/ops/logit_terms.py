@@ -18,14 +18,12 @@ from torch import Tensor
 
 from fastdistil.backends import choose, get
 from fastdistil.backends.memory import new_empty
-from fastdistil.ops import vocab_parallel
-from fastdistil.ops.logit_rule import STATS, LogitRule
+from fastdistil.ops import row_statistics, vocab_parallel
+from fastdistil.ops.logit_rule import DIVERGENCES, STATS, LogitRule
+from fastdistil.ops.row_statistics import ROW_STATISTICS
 
 # Columns that rows of logits are padded to, so that every row of an odd vocabulary begins at 64 bytes.
 ALIGNED_COLUMNS = 16
-# Entries of the temporaries that the statistics need at a time, besides the chunk's own buffers.
-STATISTICS_ELEMENTS = {"cpu": 1 << 19, "gpu": 1 << 26}
-ROW_STATISTICS = 4  # student entropy, teacher entropy, cross entropy, whether both have the same top column
 
 
 @dataclass(frozen=True)
@@ -111,17 +109,19 @@ def run(
     """Rows (N,) times their scales, and statistics (N, ROW_STATISTICS), (0, ROW_STATISTICS) where not asked for.
 
     scale (N,) is float32 or float64; so are the buffers. group: the name of the process group over whose ranks the
-    columns are split, or ""; labels, maps and statistics are then refused at the door."""
+    columns are split, in the order of their ranks, or ""; labels then count through all of them, and a map is this
+    rank's columns to this rank's teacher columns."""
     count, dtype, device = len(scale), scale.dtype, scale.device
-    rows, statistics = (
-        torch.empty_like(scale),
-        scale.new_zeros(count if terms.statistics else 0, ROW_STATISTICS),
-    )
+    statistics = scale.new_zeros(count if terms.statistics else 0, ROW_STATISTICS)
+    rows = torch.empty_like(scale)
     if count == 0:
         return rows, statistics
+    ranks = vocab_parallel.Ranks(group, source.columns, device) if group else None
+    if terms.vocab_map is not None and rule["divergence"] == DIVERGENCES.index("mse"):
+        scale = scale * _per_partner(terms.vocab_map, ranks, dtype)
     name = choose(backend, device)
-    name = "reference" if name == "triton" and dtype == torch.float64 else name
-    logit = get("logit", name, device)
+    logit = get("logit", "reference" if name == "triton" and dtype == torch.float64 else name, device)
+    fused = partial(logit.logit_fwd, **rule) if ranks is None else ranks.forward(logit, rule)
     step = chunk_rows(count, source.columns, scale.element_size(), chunk_bytes)
     padded = -(-source.columns // ALIGNED_COLUMNS) * ALIGNED_COLUMNS
     buffers = new_empty(scale, (2, step, padded))[:, :, : source.columns]
@@ -141,22 +141,32 @@ def run(
             student.index_fill_(1, alone, float("-inf"))
             teacher.index_fill_(1, alone, float("-inf"))
         if terms.statistics:
-            _statistics(student, teacher, scale[chunk], rule, statistics[chunk])
+            temperatures = (rule["student_temperature"], rule["teacher_temperature"])
+            found = row_statistics.moments(student, teacher, scale[chunk], temperatures, backend)
+            found = found if ranks is None else ranks.merge_moments(found)
+            statistics[chunk] = row_statistics.statistics(found, scale[chunk])
         gradient = None if not need_gradient else teacher if again else student
         value = rows[chunk]
-        fused = vocab_parallel.forward(logit, rule, group) if group else partial(logit.logit_fwd, **rule)
         fused(student, teacher, scale[chunk], value, row_stats[: len(value)], gradient)
         if terms.labels is not None and terms.label_scale is not None:
             if kept is not None and alone is not None:
                 student.index_copy_(1, alone, kept)
-            entropy = get("cross_entropy", "triton" if name == "cuda" else name, device)
-            entropy.cross_entropy_rows(student, terms.labels[chunk], terms.label_scale[chunk], value, gradient)
+            entropy = row_statistics.kernels("cross_entropy", backend, scale).cross_entropy_rows
+            entropy = entropy if ranks is None else ranks.cross_entropy(entropy, backend)
+            entropy(student, terms.labels[chunk], terms.label_scale[chunk], value, gradient)
         if gradient is not None:
             _cap_back(gradient, student, *terms.caps[:2])
             if alone is not None and terms.labels is None:
                 gradient.index_fill_(1, alone, 0.0)  # capping back made NaN of what was -inf
             source.back(chunk, gradient)
     return rows, statistics
+
+
+def _per_partner(vocab_map: Tensor, ranks: vocab_parallel.Ranks | None, dtype: torch.dtype) -> Tensor:
+    """The mse's kernels divide by the columns: the mean is over those of them that have a partner."""
+    columns = torch.stack((vocab_map.new_tensor(len(vocab_map)), (vocab_map >= 0).sum()))
+    columns = columns if ranks is None else ranks.sum(columns)
+    return columns[0].to(dtype) / columns[1]
 
 
 def _cap(logits: Tensor, scale: float, cap: float) -> None:
@@ -172,21 +182,3 @@ def _cap_back(gradient: Tensor, capped: Tensor, scale: float, cap: float) -> Non
         gradient.addcmul_(gradient, capped.div_(cap).square_(), value=-1)
     if scale != 1:
         gradient *= scale
-
-
-def _statistics(student: Tensor, teacher: Tensor, scale: Tensor, rule: LogitRule, out: Tensor) -> None:
-    """Of the tempered distributions of each row; 0 for rows of scale 0."""
-    elements = STATISTICS_ELEMENTS["cpu" if student.device.type == "cpu" else "gpu"]
-    step = max(1, elements // student.shape[1])
-    for start in range(0, len(student), step):
-        part = slice(start, start + step)
-        log_p = (student[part] / rule["student_temperature"]).log_softmax(-1)
-        log_q = (teacher[part] / rule["teacher_temperature"]).log_softmax(-1)
-        p, q = log_p.exp(), log_q.exp()
-        found = (
-            -torch.where(p > 0, p * log_p, 0.0).sum(-1),
-            -torch.where(q > 0, q * log_q, 0.0).sum(-1),
-            -torch.where(q > 0, q * log_p, 0.0).sum(-1),
-            (log_p.argmax(-1) == log_q.argmax(-1)).to(p.dtype),
-        )
-        out[part] = torch.where((scale[part] != 0)[:, None], torch.stack(found, -1), 0.0)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastdistil.ops import row_statistics
 from fastdistil.ops.logit_rule import DIVERGENCES, PHASE_STATISTICS, PHASE_VALUE, LogitRule
 
 DIRECT = ("forward_kl", "mse")  # rules whose gradient needs no sum over the row (csrc/rules/divergence.h: not centred)
@@ -26,9 +27,51 @@ def resolve(name: str) -> dist.ProcessGroup:
     return found
 
 
-def forward(module: ModuleType, rule: LogitRule, name: str) -> Callable[..., None]:
-    """`_rows` with everything but its tensors."""
-    return partial(_rows, module, rule, resolve(name))
+class Ranks:
+    """The ranks of the group of that name, this one with so many columns; the others' follow in the order of ranks."""
+
+    def __init__(self, name: str, columns: int, device: torch.device) -> None:
+        self.group = resolve(name)
+        own = torch.tensor([columns], device=device)
+        parts = [torch.empty_like(own) for _ in range(self.group.size())]
+        dist.all_gather(parts, own, group=self.group)
+        self.widths = torch.cat(parts)
+        self.begin = self.widths[: self.group.rank()].sum()
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Over the ranks, in place."""
+        dist.all_reduce(x, group=self.group)
+        return x
+
+    def forward(self, module: ModuleType, rule: LogitRule) -> Callable[..., None]:
+        """`_rows` with everything but its tensors."""
+        return partial(_rows, module, rule, self.group)
+
+    def merge_moments(self, moments: Tensor) -> Tensor:
+        """Of the whole rows (n, MOMENTS) from those of this rank's columns."""
+        return row_statistics.merged(_gather(moments, self.group), self.widths).to(moments.dtype)
+
+    def cross_entropy(self, kernel: Callable[..., None], backend: str) -> Callable[..., None]:
+        """A backend's cross_entropy_rows, for this rank's columns of rows and labels that count through all ranks'."""
+
+        def rows(student: Tensor, labels: Tensor, scale: Tensor, loss: Tensor, gradient: Tensor | None) -> None:
+            if student.device.type == "cpu":  # a GPU would have to be waited for
+                self._check(labels[scale != 0])
+            own = row_statistics.moments(student, student, scale, (1.0, 1.0), backend)
+            whole = self.merge_moments(own)
+            lse = whole[:, 0] + whole[:, 1].log()
+            share = torch.zeros_like(loss)
+            kernel(student, labels - self.begin, scale, share, gradient, lse)
+            loss += self.sum(share) + torch.where(scale == 0, 0.0, scale * lse)
+
+        return rows
+
+    def _check(self, labels: Tensor) -> None:
+        wrong, columns = (labels < 0) | (labels >= self.widths.sum()), int(self.widths.sum())
+        if wrong.any():
+            raise ValueError(
+                f"labels has {int(labels[wrong][0])}, expected 0 to {columns - 1}, through the columns of all ranks"
+            )
 
 
 def _rows(

@@ -12,37 +12,51 @@ from torch import Tensor
 
 
 @triton.jit
+def _softmax(z_ptr, V, BLOCK: tl.constexpr):
+    """The row's maximum and its sum of exp(z - maximum)."""
+    lanes = tl.arange(0, BLOCK)
+    largest = tl.full((BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for begin in range(0, V, BLOCK):
+        columns = begin + lanes
+        z = tl.load(z_ptr + columns, mask=columns < V, other=float("-inf"))
+        new = tl.maximum(largest, z)
+        unit = tl.where(new == float("-inf"), 0.0, new)
+        total = total * tl.exp(tl.where(largest == float("-inf"), 0.0, largest) - unit) + tl.exp(z - unit)
+        largest = new
+    top = tl.max(largest, 0)
+    unit = tl.where(largest == float("-inf"), 0.0, largest)
+    total = tl.where(largest == float("-inf"), 0.0, total * tl.exp(unit - top))
+    return top, tl.sum(total, 0)
+
+
+@triton.jit
 def cross_entropy_kernel(
-    logits_ptr, labels_ptr, scale_ptr, loss_ptr, gradient_ptr, V, logits_stride, gradient_stride,
-    GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    logits_ptr, labels_ptr, scale_ptr, loss_ptr, gradient_ptr, lse_ptr, V, logits_stride, gradient_stride,
+    GRADIENT: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """loss (N,) and, with GRADIENT, gradient (N, V) += scale times the row's cross entropy and its gradient."""
+    """loss (N,) and, with GRADIENT, gradient (N, V) += scale times the row's cross entropy and its gradient; PART: the
+    columns of a row that has others elsewhere, with their common logsumexp at lse_ptr."""
     row = tl.program_id(0).to(tl.int64)
     scale = tl.load(scale_ptr + row)
     if scale != 0.0:
         z_ptr = logits_ptr + row * logits_stride
-        lanes = tl.arange(0, BLOCK)
-        largest = tl.full((BLOCK,), float("-inf"), tl.float32)
-        total = tl.zeros((BLOCK,), tl.float32)
-        for begin in range(0, V, BLOCK):
-            columns = begin + lanes
-            z = tl.load(z_ptr + columns, mask=columns < V, other=float("-inf"))
-            new = tl.maximum(largest, z)
-            unit = tl.where(new == float("-inf"), 0.0, new)
-            total = total * tl.exp(tl.where(largest == float("-inf"), 0.0, largest) - unit) + tl.exp(z - unit)
-            largest = new
-        top = tl.max(largest, 0)
-        unit = tl.where(largest == float("-inf"), 0.0, largest)
-        total = tl.where(largest == float("-inf"), 0.0, total * tl.exp(unit - top))
-        mass = tl.sum(total, 0)
+        if PART:
+            top = tl.load(lse_ptr + row)
+            mass = 1.0
+        else:
+            top, mass = _softmax(z_ptr, V, BLOCK)
         label = tl.load(labels_ptr + row)
-        # A label that is no column shows as NaN: reading there would not be allowed.
         exists = (label >= 0) & (label < V)
-        at_label = tl.load(z_ptr + label, mask=exists, other=float("nan"))
-        tl.store(loss_ptr + row, tl.load(loss_ptr + row) + scale * (tl.log(mass) + (top - at_label)))
+        if PART:
+            share = -tl.load(z_ptr + label, mask=exists, other=0.0)
+        else:  # a label that is no column shows as NaN: reading there would not be allowed
+            share = tl.log(mass) + (top - tl.load(z_ptr + label, mask=exists, other=float("nan")))
+        tl.store(loss_ptr + row, tl.load(loss_ptr + row) + scale * share)
         if GRADIENT:
             g_ptr = gradient_ptr + row * gradient_stride
             factor = scale / mass
+            lanes = tl.arange(0, BLOCK)
             for begin in range(0, V, BLOCK):
                 columns = begin + lanes
                 z = tl.load(z_ptr + columns, mask=columns < V, other=float("-inf"))
@@ -58,16 +72,22 @@ def cross_entropy_config(columns: int) -> tuple[int, dict[str, int]]:
 
 
 def cross_entropy_rows(
-    logits: Tensor, labels: Tensor, row_scale: Tensor, loss: Tensor, gradient: Tensor | None
+    logits: Tensor,
+    labels: Tensor,
+    row_scale: Tensor,
+    loss: Tensor,
+    gradient: Tensor | None,
+    lse: Tensor | None = None,
 ) -> None:
     """As fastdistil.reference.cross_entropy.cross_entropy_rows, for float32."""
     rows, columns = logits.shape
     block, options = cross_entropy_config(columns)
     if rows:
         cross_entropy_kernel[(rows,)](
-            logits, labels.contiguous(), row_scale, loss, logits if gradient is None else gradient, columns,
+            logits, labels.contiguous(), row_scale, loss, logits if gradient is None else gradient,
+            row_scale if lse is None else lse, columns,
             logits.stride(0), logits.stride(0) if gradient is None else gradient.stride(0),
-            GRADIENT=gradient is not None, BLOCK=block, **options,
+            GRADIENT=gradient is not None, PART=lse is not None, BLOCK=block, **options,
         )  # fmt: skip
 
 
@@ -79,15 +99,16 @@ def aot_cases() -> list[dict[str, object]]:
         "scale_ptr": "*fp32",
         "loss_ptr": "*fp32",
         "gradient_ptr": "*fp32",
+        "lse_ptr": "*fp32",
     }
     return [
         {
-            "name": f"cross_entropy_kernel{'' if gradient else '-forward'}",
+            "name": f"cross_entropy_kernel{'' if gradient else '-forward'}{'-part' * part}",
             "kernel": cross_entropy_kernel,
             "signature": pointers | {"V": "i32", "logits_stride": "i32", "gradient_stride": "i32"},
-            "constants": {"GRADIENT": gradient, "BLOCK": block},
+            "constants": {"GRADIENT": gradient, "PART": part, "BLOCK": block},
             "options": options,
             "divisible": [*pointers, "logits_stride", "gradient_stride"],
         }
-        for gradient in (True, False)
+        for gradient, part in ((True, False), (False, False), (True, True))
     ]

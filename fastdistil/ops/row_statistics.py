@@ -1,0 +1,87 @@
+"""What return_stats returns: entropies, cross entropy and agreement of two rows of logits (docs/losses.md, section 1).
+
+A backend's ``row_moments`` leaves a few numbers a row; those of a vocabulary split over ranks merge into the whole's.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdistil.backends import choose, get
+
+MOMENTS = 9  # enum RowMoment of csrc/rules/row_moments_args.h
+ROW_STATISTICS = 4  # student entropy, teacher entropy, cross entropy, whether both have the same top column
+
+
+def kernels(stem: str, backend: str, scale: Tensor) -> ModuleType:
+    """The module of a stem that has no CUDA C++ kernel: Triton's then, and for float64 on a GPU the reference's."""
+    name = choose(backend, scale.device)
+    name = "triton" if name == "cuda" else name
+    name = "reference" if name == "triton" and scale.dtype == torch.float64 else name
+    return get(stem, name, scale.device)
+
+
+def moments(student: Tensor, teacher: Tensor, scale: Tensor, temperatures: tuple[float, float], backend: str) -> Tensor:
+    """(N, MOMENTS) of student and teacher (N, V), in the dtype of scale (N,); 0 in rows of scale 0."""
+    found = scale.new_empty(len(scale), MOMENTS)
+    kernels("row_moments", backend, scale).row_moments(student, teacher, scale, found, *temperatures)
+    return found
+
+
+def statistics(moments: Tensor, scale: Tensor) -> Tensor:
+    """(N, ROW_STATISTICS) in nats, 0 in rows of scale 0."""
+    _, sum_a, first_a, _, sum_b, first_b, cross, top_a, top_b = moments.unbind(-1)
+    log_a, log_b = sum_a.log(), sum_b.log()
+    found = (log_a - first_a / sum_a, log_b - first_b / sum_b, log_a - cross / sum_b, (top_a == top_b).to(scale.dtype))
+    return torch.where((scale != 0)[:, None], torch.stack(found, -1), 0.0)
+
+
+def merged(parts: Tensor, widths: Tensor) -> Tensor:
+    """The moments (n, MOMENTS) of rows whose columns lie in R parts (R, n, MOMENTS), of widths (R,) columns each.
+
+    With w the factor e^(max of a part - max of all), a part's first moment moves by its sum times (max of the part -
+    max of all); the cross moment likewise, with the teacher's factor and the student's distance."""
+    parts = parts.double()
+    offsets = (widths.cumsum(0) - widths).to(parts)[:, None]
+    max_a, sum_a, first_a, max_b, sum_b, first_b, cross, top_a, top_b = parts.unbind(-1)
+
+    def over(largest: Tensor, top: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        whole, rank = largest.max(0)  # the first rank where several have it
+        seen = largest > -torch.inf
+        moved = torch.where(seen, largest - torch.where(whole > -torch.inf, whole, 0.0), 0.0)
+        column = (top + offsets).gather(0, rank[None])[0]
+        return whole, moved, torch.where(seen, moved.exp(), 0.0), column
+
+    whole_a, moved_a, factor_a, column_a = over(max_a, top_a)
+    whole_b, moved_b, factor_b, column_b = over(max_b, top_b)
+    # Where a part has no student mass but some of the teacher's, its cross moment is -inf already.
+    distance = torch.where(max_a > -torch.inf, moved_a, 0.0)
+    found = (
+        whole_a, (factor_a * sum_a).sum(0), (factor_a * (first_a + moved_a * sum_a)).sum(0),
+        whole_b, (factor_b * sum_b).sum(0), (factor_b * (first_b + moved_b * sum_b)).sum(0),
+        torch.where(factor_b == 0, 0.0, factor_b * (cross + distance * sum_b)).sum(0), column_a, column_b,
+    )  # fmt: skip
+    return torch.stack(found, -1)
+
+
+@torch.library.custom_op("fastdistil::row_statistics", mutates_args=())
+def row_statistics(
+    student: Tensor,
+    teacher: Tensor,
+    row_scale: Tensor,
+    student_temperature: float,
+    teacher_temperature: float,
+    backend: str,
+) -> Tensor:
+    """student, teacher (N, V), row_scale (N,) float32 (float64 for float64 logits) -> (N, ROW_STATISTICS)."""
+    found = moments(student, teacher, row_scale, (student_temperature, teacher_temperature), backend)
+    return statistics(found, row_scale)
+
+
+@row_statistics.register_fake
+def _(student: Tensor, teacher: Tensor, row_scale: Tensor, *rest: Any) -> Tensor:
+    return row_scale.new_empty(len(row_scale), ROW_STATISTICS)
