@@ -341,7 +341,7 @@ def test_opcheck() -> None:
     torch.library.opcheck(logit_total, (*arguments, False, "auto", ""))
     torch.library.opcheck(logit_rows_overwrite_, (x["student"].detach().clone(), *arguments[1:], True, "auto", ""))
     torch.library.opcheck(
-        row_statistics.row_statistics, (x["student"], x["teacher"][:, :COLUMNS], x["weight"], 2.0, 2.0, "auto")
+        row_statistics.row_statistics, (x["student"].detach(), x["teacher"][:, :COLUMNS], x["weight"], 2.0, 2.0, "auto")
     )
 
 
