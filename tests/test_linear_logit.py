@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import DEVICE, available
-from judge import SLACK, Outcome, error, judge, judge_exact
+from judge import EXACT_VALUE, SLACK, Outcome, error, judge, judge_exact
 from test_logit import textbook
 from torch import Tensor
 from torch.nn import functional
@@ -155,6 +155,20 @@ def test_mse_without_logits_is_exact(biased: bool, widths: tuple[int, int], nois
     assert linear_mse.pays(inputs[0], inputs[1], teacher["teacher_hidden"], (True, True, biased))
     truth = outcome(partial(plain, **widened(options)), [x.double() for x in inputs])
     judge_exact(outcome(partial(ours, **options), inputs), truth, torch.float32)
+
+
+def test_mse_of_heads_of_inference_mode() -> None:
+    """They have no version that would tell of a change: nothing of them is kept."""
+    inputs, teacher = draw((50, 16, 16, 400, True), torch.float32)
+    linear_mse.forget()
+    for factor in (1.0, 2.0):
+        with torch.inference_mode():
+            heads = [x * factor for x in inputs]
+            options = {name: x * factor for name, x in teacher.items()} | {"divergence": "mse"}
+            found = ours(*heads, **options)
+        truth = plain(*(x.double() for x in heads), **widened(options))
+        assert error(found, truth) <= EXACT_VALUE
+    assert heads[1] not in linear_mse._frozen
 
 
 def test_mse_of_frozen_heads_keeps_the_gram_matrices() -> None:
@@ -352,6 +366,27 @@ BAD = [
         ValueError,
         r"teacher_weight has shape \(9, 5\), expected \(8, D_t\) to match student_weight",
     ),
+    (
+        1,
+        torch.zeros(9, 3, device="meta"),
+        {},
+        ValueError,
+        "student_weight is on meta, expected .* to match student_hid",
+    ),
+    (
+        2,
+        torch.zeros(4, 5, device="meta"),
+        {},
+        ValueError,
+        "teacher_weight is on .*, expected meta to match teacher_hid",
+    ),
+    (
+        3,
+        torch.zeros(9, 5, device="meta"),
+        {},
+        ValueError,
+        "teacher_weight is on meta, expected .* to match teacher_hid",
+    ),
     (2, torch.zeros(2, 2, 5), {}, ValueError, r"teacher_hidden has shape \(2, 2, 5\), expected \(4, D_t\)"),
     (3, torch.zeros(9, 5, requires_grad=True), {}, ValueError, "teacher_weight requires grad, expected a constant"),
     (0, None, {"student_bias": torch.zeros(8)}, ValueError, r"student_bias has shape \(8,\), expected \(9,\)"),
@@ -370,6 +405,7 @@ BAD = [
 def test_bad_calls(position: int, value: Any, options: dict[str, Any], kind: type[Exception], message: str) -> None:
     heads: list[Any] = [x.to(DEVICE) for x in HEADS]
     if value is not None:
-        heads[position] = value.to(DEVICE) if isinstance(value, Tensor) else value
+        moves = isinstance(value, Tensor) and value.device.type != "meta"
+        heads[position] = value.to(DEVICE) if moves else value
     with pytest.raises(kind, match=message):
         fd.linear_logit_loss(*heads, **options)

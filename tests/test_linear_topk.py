@@ -119,6 +119,17 @@ def test_opcheck() -> None:
     torch.library.opcheck(linear_topk_total, (*tensors, *options, [True, False, True]))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiles_without_a_graph_break(reduction: str) -> None:
+    inputs, x = draw()
+
+    def function(*heads: Tensor) -> Tensor:
+        return ours(*heads, reduction=reduction, **x).sum()
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    judge_exact(outcome(compiled, inputs), outcome(function, inputs), torch.float32)
+
+
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"student_weight": torch.zeros(5, 4)}, ValueError, r"student_weight has shape \(5, 4\), expected \(V, 3\)"),
     ({"student_bias": torch.zeros(4)}, ValueError, r"student_bias has shape \(4,\), expected \(5,\)"),
@@ -136,6 +147,16 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"tail": "rest"}, ValueError, "tail is 'rest'"),
     ({"tail": "zero", "divergence": "jsd"}, ValueError, "divergence is 'jsd' with tail='zero'"),
     ({"chunk_bytes": 0}, ValueError, "chunk_bytes is 0"),
+    (
+        {"student_weight": torch.zeros(5, 3, device="meta")},
+        ValueError,
+        "student_weight is on meta, expected cpu to match student_hidden",
+    ),
+    (
+        {"teacher_values": torch.zeros(2, 2, device="meta")},
+        ValueError,
+        "teacher_values is on meta, expected cpu to match the student",
+    ),
 ]
 
 
@@ -148,5 +169,5 @@ def test_bad_calls(options: dict[str, Any], kind: type[Exception], message: str)
         "teacher_values": torch.full((2, 2), -2.0),
         "teacher_indices": torch.tensor([[0, 1], [2, 3]]),
     }
-    with pytest.raises(kind, match=message):
+    with pytest.raises(kind, match=f"^linear_topk_logit_loss: {message}"):
         fd.linear_topk_logit_loss(**(good | options))

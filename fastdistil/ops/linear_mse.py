@@ -132,7 +132,8 @@ def _block(heads: tuple[Head, Head], part: slice, biased: bool, dtype: torch.dty
 
 
 def _grams(heads: tuple[Head, Head], biased: bool, dtype: torch.dtype, block: int, frozen: bool) -> _Grams:
-    if not frozen:
+    # Tensors of inference mode have no version that would tell of a change.
+    if not frozen or any(x is not None and x.is_inference() for head in heads for x in head):
         return _accumulate(heads, biased, dtype, block)
     state = (dtype, *(_state(x) for head in heads for x in head))
     known = _frozen.get(heads[0][0])

@@ -53,7 +53,8 @@ def _compute(
     else:
         kept, scale = None, row_scale
     head = StudentHead(hidden, weight, bias, scale, wanted)
-    rows = _chunks(head, canonical(values, indices, scale, head.columns, rule["tail"]), scale, rule, chunk_bytes, name)
+    teacher = canonical("linear_topk_logit_loss", values, indices, scale, head.columns, rule["tail"])
+    rows = _chunks(head, teacher, scale, rule, chunk_bytes, name)
     found = head.gradients
     if kept is None:
         return rows, found

@@ -53,7 +53,7 @@ def topk(
         "value_factor": value_factor,
     }
     module = _module(backend, student)
-    u, columns = canonical(values, indices, row_scale, student.shape[1], tail)
+    u, columns = canonical("topk_logit_loss", values, indices, row_scale, student.shape[1], tail)
     loss, _, stats, gradient = _outputs(student, values, row_scale, with_gradient, new_empty)
     module.topk_fwd(student, u, columns, row_scale, loss, stats, gradient if with_gradient else None, **rule)
     return loss, columns, stats, gradient

@@ -7,8 +7,6 @@ from typing import NoReturn, TypedDict
 import torch
 from torch import Tensor
 
-_AT = "topk_logit_loss:"
-
 # The order is the enum Tail of csrc/rules/topk_args.h.
 TAILS = ("bucket", "renormalize", "zero")
 BUCKET, RENORMALIZE, ZERO = range(3)
@@ -30,8 +28,8 @@ class TopkRule(TypedDict):
 
 
 def canonical(
-    values: Tensor, indices: Tensor, row_scale: Tensor, columns: int, tail: int
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    function: str, values: Tensor, indices: Tensor, row_scale: Tensor, columns: int, tail: int
+) -> tuple[Tensor, Tensor]:
     """values (N, K) as float64 and indices (N, K) as int32, sorted by column; entries that are not there, and all of
     rows that do not count, are (-inf, `columns`) and come last.
 
@@ -51,23 +49,25 @@ def canonical(
     u[:, 1:].masked_fill_(again, torch.nan)
     if values.device.type == "cpu":
         if bool(outside.any()):
-            _refuse_index(indices, outside, columns)
+            _refuse_index(function, indices, outside, columns)
         if bool(again.any()):
             row, entry = again.nonzero()[0].tolist()
             column = int(key[row, entry])
-            raise ValueError(f"{_AT} teacher_indices holds {column} twice in row {row}, expected each column once")
+            raise ValueError(
+                f"{function}: teacher_indices holds {column} twice in row {row}, expected each column once"
+            )
         if bool(heavy.any()):
             row = int(heavy.nonzero()[0])
             raise ValueError(
-                f"{_AT} teacher_values has probabilities that sum to {float(mass[row]):.4g} in row {row}, expected "
+                f"{function}: teacher_values has probabilities that sum to {float(mass[row]):.4g} in row {row}, expected "
                 f"log-probabilities (at most 1 in all) with tail={TAILS[tail]!r}; tail='renormalize' takes any scores"
             )
     return u.contiguous(), key.contiguous()
 
 
-def _refuse_index(indices: Tensor, outside: Tensor, columns: int) -> NoReturn:
+def _refuse_index(function: str, indices: Tensor, outside: Tensor, columns: int) -> NoReturn:
     row, entry = outside.nonzero()[0].tolist()
     raise ValueError(
-        f"{_AT} teacher_indices holds {int(indices[row, entry])} in row {row}, entry {entry}, "
+        f"{function}: teacher_indices holds {int(indices[row, entry])} in row {row}, entry {entry}, "
         f"expected 0 to {columns - 1}"
     )
