@@ -59,8 +59,9 @@ def canonical(
         if bool(heavy.any()):
             row = int(heavy.nonzero()[0])
             raise ValueError(
-                f"{function}: teacher_values has probabilities that sum to {float(mass[row]):.4g} in row {row}, expected "
-                f"log-probabilities (at most 1 in all) with tail={TAILS[tail]!r}; tail='renormalize' takes any scores"
+                f"{function}: teacher_values has probabilities that sum to {float(mass[row]):.4g} in row {row}, "
+                f"expected log-probabilities (at most 1 in all) with tail={TAILS[tail]!r}; tail='renormalize' takes "
+                "any scores"
             )
     return u.contiguous(), key.contiguous()
 
