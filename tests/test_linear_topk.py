@@ -86,6 +86,39 @@ def test_reductions_and_dropped_rows(backend: str) -> None:
         assert error(loss(*inputs, **x), mean.value) <= 1e-6
 
 
+@pytest.mark.parametrize("tail", ["bucket", "renormalize", "zero"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_labels_and_a_softcap(backend: str, reduction: str, tail: str) -> None:
+    """Against the formula by autograd, a row a chunk; labels on some rows, also on one whose weight is 0."""
+    inputs, x = draw()
+    labels = torch.randint(COLUMNS, (ROWS,), device=DEVICE)
+    labels[1::3] = -100
+    options: dict[str, Any] = {
+        "labels": labels,
+        "label_weight": 0.3,
+        "student_logit_scale": 1.5,
+        "student_softcap": 4.0,
+    }
+
+    def whole(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        z = 4.0 * torch.tanh(functional.linear(h, w, b) * 1.5 / 4.0)
+        weight = x["weight"].to(z.dtype)
+        rows = 4.0 * formula(z, x["teacher_values"], x["teacher_indices"], tail, "forward_kl", t=2.0)
+        entropy = functional.cross_entropy(z, labels, reduction="none")
+        if reduction == "none":
+            return weight * (0.7 * rows + 0.3 * entropy)
+        counts = weight * (labels != -100)
+        return 0.7 * (weight * rows).sum() / weight.sum() + 0.3 * (counts * entropy).sum() / counts.sum()
+
+    truth = outcome(whole, [y.double() for y in inputs])
+    found = outcome(
+        partial(ours, tail=tail, temperature=2.0, reduction=reduction, chunk_bytes=1, backend=backend, **x, **options),
+        inputs,
+    )
+    judge(found, truth, outcome(whole, inputs), torch.float32)
+
+
 def test_equals_topk_logit_loss_of_the_logits() -> None:
     inputs, x = draw()
     whole = fd.topk_logit_loss(functional.linear(*inputs), **x)
@@ -114,7 +147,8 @@ def test_gradcheck(tail: str, reduction: str) -> None:
 def test_opcheck() -> None:
     inputs, x = draw()
     tensors = (*(y.requires_grad_() for y in inputs), x["teacher_values"], x["teacher_indices"], x["weight"])
-    options = ([0.0, 0.5, 0.0, 2.0, 4.0], 5000, "auto", False)
+    labels = (torch.randint(COLUMNS, (ROWS,), device=DEVICE), x["weight"])
+    options = (*labels, [0.0, 0.5, 0.0, 2.0, 4.0, 1.5, 3.0], 5000, "auto", False)
     torch.library.opcheck(linear_topk_rows, (*tensors, *options))
     torch.library.opcheck(linear_topk_total, (*tensors, *options, [True, False, True]))
 

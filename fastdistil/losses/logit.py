@@ -108,10 +108,7 @@ def logit_loss(  # type: ignore[misc] # the overloads need not repeat what is wr
     device, columns = student.device, _check_pair(student, teacher, vocab_map is not None)
     rule = rule_of(_NAME, divergence, beta, temperature, teacher_temperature, scale_by_t2)
     _check.one_of(_NAME, "reduction", reduction, _check.REDUCTIONS)
-    if inplace_backward and student.is_leaf and student.requires_grad:
-        raise ValueError(
-            f"{_NAME}: inplace_backward came with student_logits that are a leaf, expected a model's output"
-        )
+    check_not_leaf(_NAME, student, inplace_backward)
     if not torch.compiler.is_compiling():
         choose(backend, device)
 
@@ -131,7 +128,7 @@ def logit_loss(  # type: ignore[misc] # the overloads need not repeat what is wr
         tensors = (*matrices, scale, label, label_scale, partners)
         arguments = (*tensors, pack(rule, (1.0, 0.0, 1.0, 0.0)), return_stats, backend, name)
         if inplace_backward and ahead:
-            loss, each = ops.Overwrite.apply(logit_rows_overwrite_, *arguments)  # type: ignore[no-untyped-call]
+            loss, each = ops.Overwrite.apply(_NAME, logit_rows_overwrite_, *arguments)  # type: ignore[no-untyped-call]
         elif reduction != "none" and student.requires_grad and torch.is_grad_enabled():
             loss, each, _ = logit_total(*arguments)
         else:
@@ -141,11 +138,18 @@ def logit_loss(  # type: ignore[misc] # the overloads need not repeat what is wr
             detached = (matrices[0].detach(), matrices[1])
             each = row_statistics(*detached, scale, rule[2], rule[3], backend)
         if inplace_backward and ahead:
-            loss = ops.Overwrite.apply(ops.logit_overwrite_, *matrices, scale, *rule, backend)  # type: ignore[no-untyped-call]
+            loss = ops.Overwrite.apply(_NAME, ops.logit_overwrite_, *matrices, scale, *rule, backend)  # type: ignore[no-untyped-call]
         else:  # "none" is rarely followed by a gradient of ones
             loss, _, _ = ops.logit(*matrices, scale, *rule, ahead and reduction != "none", backend)
     total: Tensor = loss.reshape(rows) if reduction == "none" else loss.sum()
     return (total, _terms.row_stats(each, rows)) if return_stats and each is not None else total
+
+
+def check_not_leaf(function: str, student: Tensor, inplace_backward: bool) -> None:
+    if inplace_backward and student.is_leaf and student.requires_grad:
+        raise ValueError(
+            f"{function}: inplace_backward came with student_logits that are a leaf, expected a model's output"
+        )
 
 
 def matrix(x: Tensor) -> Tensor:

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from fastdistil.backends import choose
-from fastdistil.losses import _check
-from fastdistil.losses.logit import matrix, rule_of
+from fastdistil.losses import _check, _terms
+from fastdistil.losses.logit import check_not_leaf, matrix, rule_of
 from fastdistil.ops import topk as ops
+from fastdistil.ops.logit import Overwrite
+from fastdistil.ops.topk_rows import topk_rows, topk_rows_overwrite_, topk_total
 from fastdistil.ops.topk_rule import TAILS
 
 _NAME = "topk_logit_loss"
@@ -25,8 +27,12 @@ def topk_logit_loss(
     temperature: float = 1.0,
     scale_by_t2: bool = True,
     weight: Tensor | None = None,
+    labels: Tensor | None = None,
+    label_weight: float = 0.0,
+    ignore_index: int = -100,
     reduction: str = "mean",
     num_items: float | Tensor | None = None,
+    inplace_backward: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Divergence of the student's distribution from a teacher's known in K columns (docs/losses.md, section 1a).
@@ -55,8 +61,10 @@ def topk_logit_loss(
         temperature: T > 0, of the student's logits alone.
         scale_by_t2: multiply by T^2 (Hinton et al. 2015).
         weight: (...,) one number or bool a row; a row of weight 0 contributes exactly 0 and is not read.
+        labels, label_weight, ignore_index: a second term, the cross entropy with (...,) int64 labels, as in logit_loss.
         reduction: "mean" is sum(w * loss) / sum(w), "sum" is sum(w * loss), "none" is w * loss, one entry a row.
         num_items: replaces sum(w) in "mean": a number or a tensor of one entry.
+        inplace_backward: lets the gradient overwrite student_logits, as in logit_loss.
         backend: "auto", "reference", "cpu" or "triton"; see fastdistil.backends().
 
     Returns:
@@ -78,18 +86,34 @@ def topk_logit_loss(
     index, mixture, t, _, factor = rule_of(_NAME, divergence, beta, temperature, None, scale_by_t2)
     _check.one_of(_NAME, "reduction", reduction, _check.REDUCTIONS)
     check_defined(_NAME, tail, divergence, mixture)
+    check_not_leaf(_NAME, student, inplace_backward)
     if not torch.compiler.is_compiling():
         choose(backend, student.device)
 
     rows = student.shape[:-1]
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     w = None if weight is None else _check.row_weight(_NAME, weight, rows, student.device, dtype)
-    scale = _check.row_scale(_NAME, rows.numel(), w, reduction, num_items, student.device, dtype)
+    label, counted, alpha = _terms.labels(
+        _NAME, labels, label_weight, ignore_index, rows, student.shape[-1], student.device
+    )
+    scale, label_scale = _terms.scales(
+        _NAME, rows.numel(), w, counted, alpha, reduction, num_items, student.device, dtype
+    )
     rule = (index, mixture, TAILS.index(tail), t, factor)
     k = values.shape[-1]
     teacher = (values.reshape(-1, k), teacher_indices.reshape(-1, k))
     ahead = student.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    loss, *_ = ops.topk(matrix(student), *teacher, scale, *rule, ahead and reduction != "none", backend)
+    if label is not None or (inplace_backward and ahead):
+        constants = [float(x) for x in (*rule, 1.0, 0.0)]
+        arguments = (matrix(student), *teacher, scale, label, label_scale, constants, backend)
+        if inplace_backward and ahead:
+            loss = Overwrite.apply(_NAME, topk_rows_overwrite_, *arguments)  # type: ignore[no-untyped-call]
+        elif student.requires_grad and torch.is_grad_enabled() and reduction != "none":
+            loss, _ = topk_total(*arguments)
+        else:
+            loss = topk_rows(*arguments)
+    else:
+        loss, *_ = ops.topk(matrix(student), *teacher, scale, *rule, ahead and reduction != "none", backend)
     total: Tensor = loss.reshape(rows) if reduction == "none" else loss.sum()
     return total
 

@@ -1,11 +1,12 @@
 """Custom ops of linear_topk_logit_loss: a top-k teacher against the logits of a head, one chunk of rows at a time.
 
-The loop of linear_logit.py with the row op of topk_logit_loss: a product into float32, the row op, two products back.
+The loop of linear_logit.py with the row op of topk_logit_loss: a product into float32, the row op, the cross entropy
+with labels where there are any, two products back. ops/topk_rows.py runs it over rows in memory.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,9 +15,43 @@ from fastdistil.backends import choose, get
 from fastdistil.backends.memory import new_empty
 from fastdistil.ops.gradients import hand_out, refuse_double_backward
 from fastdistil.ops.linear_logit import Flags, Gradients, StudentHead
-from fastdistil.ops.logit_terms import ALIGNED_COLUMNS, chunk_rows
+from fastdistil.ops.logit_terms import ALIGNED_COLUMNS, Terms, cap, cap_back, chunk_rows
 from fastdistil.ops.precision import without_autocast
+from fastdistil.ops.row_statistics import kernels
 from fastdistil.ops.topk_rule import STATS, TopkRule, canonical
+
+
+class Source(Protocol):
+    columns: int  # V
+
+    def logits(self, rows: slice, out: Tensor) -> None:
+        """Writes the logits of `rows` (n, V)."""
+
+    def back(self, rows: slice, gradient: Tensor) -> None:
+        """Takes the gradient of those logits (n, V)."""
+
+
+def unpack(constants: list[float]) -> tuple[TopkRule, tuple[float, float]]:
+    """The rule, and the student's logit scale and softcap (0 for none)."""
+    divergence, beta, tail, temperature, factor, scale, softcap = constants
+    rule: TopkRule = {
+        "divergence": int(divergence),
+        "beta": beta,
+        "tail": int(tail),
+        "temperature": temperature,
+        "value_factor": factor,
+    }
+    return rule, (scale, softcap)
+
+
+def backend_of(function: str, backend: str, scale: Tensor) -> str:
+    """The backend's name for these rows: on a GPU the reference serves float64."""
+    name = choose(backend, scale.device)
+    if name == "triton" and scale.dtype == torch.float64:
+        if backend == "triton":
+            raise ValueError(f"{function}: backend 'triton' has no float64 kernel, expected backend='reference'")
+        name = "reference"
+    return name
 
 
 @without_autocast
@@ -27,6 +62,8 @@ def _compute(
     values: Tensor,
     indices: Tensor,
     row_scale: Tensor,
+    labels: Tensor | None,
+    label_scale: Tensor | None,
     constants: list[float],
     chunk_bytes: int,
     backend: str,
@@ -34,27 +71,18 @@ def _compute(
     wanted: Flags,
 ) -> tuple[Tensor, Gradients]:
     """Rows (N,) times their scales and the gradients of their sum that are `wanted`, in row_scale's dtype."""
-    name = choose(backend, hidden.device)
-    if name == "triton" and row_scale.dtype == torch.float64:
-        if backend == "triton":
-            raise ValueError("linear_topk_logit_loss: backend 'triton' has no float64 kernel, expected 'reference'")
-        name = "reference"
-    divergence, beta, tail, temperature, factor = constants
-    rule: TopkRule = {
-        "divergence": int(divergence),
-        "beta": beta,
-        "tail": int(tail),
-        "temperature": temperature,
-        "value_factor": factor,
-    }
-    kept = None if dense else row_scale.nonzero()[:, 0]
+    name = backend_of("linear_topk_logit_loss", backend, row_scale)
+    rule, caps = unpack(constants)
+    terms = Terms(labels, label_scale, None, *caps)
+    kept = None if dense else terms.counts(row_scale).nonzero()[:, 0]
     if kept is not None and len(kept) < len(row_scale):
         hidden, values, indices, scale = hidden[kept], values[kept], indices[kept], row_scale[kept]
+        terms = terms.rows(kept)
     else:
         kept, scale = None, row_scale
     head = StudentHead(hidden, weight, bias, scale, wanted)
     teacher = canonical("linear_topk_logit_loss", values, indices, scale, head.columns, rule["tail"])
-    rows = _chunks(head, teacher, scale, rule, chunk_bytes, name)
+    rows = run(head, teacher, scale, rule, terms, chunk_bytes, name, any(wanted))
     found = head.gradients
     if kept is None:
         return rows, found
@@ -65,27 +93,42 @@ def _compute(
     return spread(rows), (None if found[0] is None else spread(found[0]), *found[1:])
 
 
-def _chunks(
-    head: StudentHead, teacher: tuple[Tensor, Tensor], scale: Tensor, rule: TopkRule, chunk_bytes: int, name: str
+def run(
+    source: Source,
+    teacher: tuple[Tensor, Tensor],
+    scale: Tensor,
+    rule: TopkRule,
+    terms: Terms,
+    chunk_bytes: int,
+    name: str,
+    need: bool,
 ) -> Tensor:
-    rows, count, need = torch.empty_like(scale), len(scale), any(x is not None for x in head.gradients)
+    """Rows (N,) times their scales, in scale's dtype, as the buffers are; of the terms, labels and the student's caps.
+
+    teacher: what `canonical` returns. need: whether the source is to get gradients."""
+    rows, count = torch.empty_like(scale), len(scale)
     if count == 0:
         return rows
     u, columns = teacher
     module = get("topk", name, scale.device)
-    step = chunk_rows(count, head.columns, scale.element_size(), chunk_bytes)
-    padded = -(-head.columns // ALIGNED_COLUMNS) * ALIGNED_COLUMNS
-    buffers = new_empty(scale, (1 + need, step, padded))[:, :, : head.columns]
+    step = chunk_rows(count, source.columns, scale.element_size(), chunk_bytes)
+    padded = -(-source.columns // ALIGNED_COLUMNS) * ALIGNED_COLUMNS
+    buffers = new_empty(scale, (1 + need, step, padded))[:, :, : source.columns]
     stats = scale.new_empty((step, STATS + u.shape[1]), dtype=torch.float64)
     for start in range(0, count, step):
         chunk = slice(start, min(start + step, count))
         n = chunk.stop - start
         logits, gradient = buffers[0, :n], buffers[1, :n] if need else None
-        head.logits(chunk, logits)
+        source.logits(chunk, logits)
+        cap(logits, *terms.caps[:2])
         part = (u[chunk], columns[chunk], scale[chunk], rows[chunk], stats[:n])
         module.topk_fwd(logits, *part, gradient, **rule)
+        if terms.labels is not None and terms.label_scale is not None:
+            entropy = kernels("cross_entropy", name, scale)
+            entropy.cross_entropy_rows(logits, terms.labels[chunk], terms.label_scale[chunk], rows[chunk], gradient)
         if gradient is not None:
-            head.back(chunk, gradient)
+            cap_back(gradient, logits, *terms.caps[:2])
+            source.back(chunk, gradient)
     return rows
 
 
@@ -97,14 +140,17 @@ def linear_topk_rows(
     values: Tensor,
     indices: Tensor,
     row_scale: Tensor,
+    labels: Tensor | None,
+    label_scale: Tensor | None,
     constants: list[float],
     chunk_bytes: int,
     backend: str,
     dense: bool,
 ) -> Tensor:
     """hidden (N, D), weight (V, D), bias (V,), values (N, K), indices (N, K) int32 or int64, row_scale (N,) float32
-    (float64 for float64 inputs), `constants` of TopkRule in its order -> rows (N,) times their scales."""
-    options = (row_scale, constants, chunk_bytes, backend, dense)
+    (float64 for float64 inputs), labels (N,) int64, label_scale (N,) as row_scale, `constants` of TopkRule in its
+    order, then logit scale and softcap -> rows (N,) times their scales."""
+    options = (row_scale, labels, label_scale, constants, chunk_bytes, backend, dense)
     return _compute(hidden, weight, bias, values, indices, *options, (False, False, False))[0]
 
 
@@ -116,6 +162,8 @@ def linear_topk_total(
     values: Tensor,
     indices: Tensor,
     row_scale: Tensor,
+    labels: Tensor | None,
+    label_scale: Tensor | None,
     constants: list[float],
     chunk_bytes: int,
     backend: str,
@@ -124,7 +172,8 @@ def linear_topk_total(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `linear_topk_rows` -> the rows' sum () and its gradients in hidden, weight and bias in row_scale's dtype,
     empty where not `wanted`."""
-    options, flags = (row_scale, constants, chunk_bytes, backend, dense), (wanted[0], wanted[1], wanted[2])
+    options = (row_scale, labels, label_scale, constants, chunk_bytes, backend, dense)
+    flags = (wanted[0], wanted[1], wanted[2])
     rows, found = _compute(hidden, weight, bias, values, indices, *options, flags)
     dhidden, dweight, dbias = (row_scale.new_empty(0) if g is None else g for g in found)
     return rows.sum(), dhidden, dweight, dbias
@@ -138,38 +187,38 @@ def _(*args: Any) -> Tensor:
 
 @linear_topk_total.register_fake
 def _(*args: Any) -> tuple[Tensor, ...]:
-    scale, wanted = args[5], args[10]
+    scale, wanted = args[5], args[12]
     shapes = (x.shape if want and x is not None else 0 for x, want in zip(args[:3], wanted, strict=True))
     return scale.new_empty(()), *(scale.new_empty(shape) for shape in shapes)
 
 
 def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:6])
-    ctx.options = inputs[6:]
+    ctx.save_for_backward(*inputs[:8])
+    ctx.options = inputs[8:]
 
 
 def _backward_rows(ctx: Any, drows: Tensor) -> tuple[Tensor | None, ...]:
     refuse_double_backward("linear_topk_logit_loss")
-    *tensors, row_scale = ctx.saved_tensors
+    *tensors, row_scale, labels, label_scale = ctx.saved_tensors
     wanted = list(ctx.needs_input_grad[:3])
-    scale = torch.where(row_scale == 0, 0.0, row_scale * drows)
-    _, *found = linear_topk_total(*tensors, scale, *ctx.options, wanted)
+    scale, label_scale = (None if x is None else torch.where(x == 0, 0.0, x * drows) for x in (row_scale, label_scale))
+    _, *found = linear_topk_total(*tensors, scale, labels, label_scale, *ctx.options, wanted)
     each = zip(found, tensors[:3], wanted, strict=True)
-    return *(g.to(x.dtype) if want else None for g, x, want in each), *[None] * 7
+    return *(g.to(x.dtype) if want else None for g, x, want in each), *[None] * 9
 
 
 def _setup_total(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:6])
-    ctx.options = inputs[6:]
+    ctx.save_for_backward(*inputs[:8])
+    ctx.options = inputs[8:]
     ctx.kept = output[1:]
 
 
 def _backward_total(ctx: Any, dtotal: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     refuse_double_backward("linear_topk_logit_loss")
     if dtotal is None:
-        return (None,) * 11
+        return (None,) * 13
     tensors = ctx.saved_tensors
 
     def again() -> tuple[Tensor, ...]:
@@ -177,7 +226,7 @@ def _backward_total(ctx: Any, dtotal: Tensor | None, *_: Any) -> tuple[Tensor | 
         return found[1:]
 
     each = zip(hand_out(ctx, dtotal, again), tensors[:3], ctx.options[-1], strict=True)
-    return *(g.to(x.dtype) if want else None for g, x, want in each), *[None] * 8
+    return *(g.to(x.dtype) if want else None for g, x, want in each), *[None] * 10
 
 
 linear_topk_rows.register_autograd(_backward_rows, setup_context=_setup_rows)

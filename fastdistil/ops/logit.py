@@ -163,8 +163,8 @@ class Overwrite(torch.autograd.Function):
     Custom ops that write to an input cannot carry autograd themselves."""
 
     @staticmethod
-    def forward(ctx: Any, op: Callable[..., Any], student: Tensor, *rest: Any) -> Any:
-        ctx.gradient, ctx.inputs = student.detach(), 2 + len(rest)
+    def forward(ctx: Any, function: str, op: Callable[..., Any], student: Tensor, *rest: Any) -> Any:
+        ctx.function, ctx.gradient, ctx.inputs = function, student.detach(), 3 + len(rest)
         found = op(ctx.gradient, *rest)
         if not isinstance(found, Tensor):
             ctx.mark_non_differentiable(*found[1:])
@@ -175,12 +175,12 @@ class Overwrite(torch.autograd.Function):
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:
             raise RuntimeError(
-                "logit_loss: a second backward came through inplace_backward=True, expected one: the gradient has been "
-                "given away and the logits are gone"
+                f"{ctx.function}: a second backward came through inplace_backward=True, expected one: the gradient has "
+                "been given away and the logits are gone"
             )
         if gradient.device.type != "cpu" or not bool((dloss[0] == 1).all()):
             gradient *= dloss[0][:, None].to(gradient.dtype)
-        return (None, gradient, *(None,) * (ctx.inputs - 2))
+        return (None, None, gradient, *(None,) * (ctx.inputs - 3))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

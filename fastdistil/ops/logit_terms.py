@@ -133,8 +133,8 @@ def run(
         chunk = slice(start, min(start + step, count))
         student, teacher = buffers[:, : chunk.stop - start]
         source.fill(chunk, student, teacher)
-        _cap(student, *terms.caps[:2])
-        _cap(teacher, *terms.caps[2:])
+        cap(student, *terms.caps[:2])
+        cap(teacher, *terms.caps[2:])
         kept = None
         if alone is not None:
             kept = student[:, alone] if terms.labels is not None else None
@@ -155,7 +155,7 @@ def run(
             entropy = entropy if ranks is None else ranks.cross_entropy(entropy, backend)
             entropy(student, terms.labels[chunk], terms.label_scale[chunk], value, gradient)
         if gradient is not None:
-            _cap_back(gradient, student, *terms.caps[:2])
+            cap_back(gradient, student, *terms.caps[:2])
             if alone is not None and terms.labels is None:
                 gradient.index_fill_(1, alone, 0.0)  # capping back made NaN of what was -inf
             source.back(chunk, gradient)
@@ -169,14 +169,14 @@ def _per_partner(vocab_map: Tensor, ranks: vocab_parallel.Ranks | None, dtype: t
     return columns[0].to(dtype) / columns[1]
 
 
-def _cap(logits: Tensor, scale: float, cap: float) -> None:
+def cap(logits: Tensor, scale: float, cap: float) -> None:
     if scale != 1:
         logits *= scale
     if cap != 0:
         logits.div_(cap).tanh_().mul_(cap)
 
 
-def _cap_back(gradient: Tensor, capped: Tensor, scale: float, cap: float) -> None:
+def cap_back(gradient: Tensor, capped: Tensor, scale: float, cap: float) -> None:
     """The gradient in the logits from that in the capped ones, in place; `capped` is overwritten."""
     if cap != 0:
         gradient.addcmul_(gradient, capped.div_(cap).square_(), value=-1)
