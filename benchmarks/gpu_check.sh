@@ -57,6 +57,7 @@ step() {
     failed=$((failed + 1))
     return 1
   fi
+  [ -z "$gpu" ] && limit=$((3 * limit)) # a dry run, on few cores perhaps
   { [ "$limit" -gt "$left" ] || [ -n "$only" ]; } && limit=$left
   say "== $name (at most $limit s): $*"
   timeout --signal=INT --kill-after=5 "$limit" "$@" >>"$log" 2>&1

@@ -52,7 +52,7 @@ def draw(records: list[Record], images: Path, prefix: str = "") -> list[Path]:
     for op in OPS:
         own = [r for r in timed if r["op"] == op]
         if own:
-            drawn.append(figures.times(own, images / f"{prefix}{op}-time.png"))
+            drawn += figures.times(own, images / f"{prefix}{op}-time.png")
         axis = {"logits": "V", "attention": "S"}.get(op)
         line = _comparable(own, axis) if axis else []
         if axis and line:
@@ -63,7 +63,7 @@ def draw(records: list[Record], images: Path, prefix: str = "") -> list[Path]:
 
 
 def _comparable(records: list[Record], axis: str) -> list[Record]:
-    """The largest set of records that differ in `axis` alone, where it has three sizes or more."""
+    """The largest set of records that differ in `axis` alone, where it has three sizes or more; of equals the first."""
     groups: dict[str, list[Record]] = {}
     for record in records:
         rest = {a: n for a, n in record["shape"].items() if a != axis}
