@@ -12,7 +12,15 @@ import torch
 from fastdistil.benchmarks import exactness, sharing, sparse, steps
 from fastdistil.benchmarks.cases import OPS, Case, operations, select, traffic_bytes
 from fastdistil.benchmarks.contenders import Contender, Unavailable, build
-from fastdistil.benchmarks.measure import OtherLoad, floor_of, machine_rates, peak_here_mib, peak_mib, time_interleaved
+from fastdistil.benchmarks.measure import (
+    OtherLoad,
+    floor_of,
+    machine_rates,
+    peak_here_mib,
+    peak_mib,
+    quantiles,
+    time_interleaved,
+)
 from fastdistil.benchmarks.problems import errors, make, truth
 from fastdistil.benchmarks.record import (
     Record,
@@ -130,7 +138,8 @@ def run_case(case: Case, device: str, rates: dict[str, float], say: Say = print,
     del contenders, right, problem
     gc.collect()
     for name, passes in times.items():
-        records[name] |= {"time_us": passes, "repetitions": case.repetitions, "other_load_cores": other.cores}
+        found = {what: quantiles(samples) for what, samples in passes.items()}
+        records[name] |= {"time_us": found, "repetitions": len(passes["both"]), "other_load_cores": other.cores}
         if case.memory:
             records[name]["peak_mem_mib"] = peak_mib(case, name, device, lambda n=name: peak_here_mib(here[n], device))  # type: ignore[misc]
     _compare(case, records, rates)

@@ -71,12 +71,13 @@ class Step:
             "intermediate_size": 4 * sizes.width, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
             "attn_implementation": "eager" if contender == "eager" else "sdpa",
         }  # fmt: skip
-        self.teacher, self.student = (
-            BertModel(BertConfig(num_hidden_layers=count, **options), add_pooling_layer=False).to(device)
-            for count in (sizes.blocks, sizes.blocks // 2)
-        )
+        with torch.device(device):
+            self.teacher, self.student = (
+                BertModel(BertConfig(num_hidden_layers=count, **options), add_pooling_layer=False)
+                for count in (sizes.blocks, sizes.blocks // 2)
+            )
         self.student.embeddings.word_embeddings.weight.requires_grad_(False)  # as LightMBERT has it
-        self.tokens = torch.randint(sizes.vocabulary, (sizes.batch, sizes.length)).to(device)
+        self.tokens = torch.randint(sizes.vocabulary, (sizes.batch, sizes.length), device=device)
 
     def loss(self) -> Tensor:
         with torch.autocast(self.device, torch.bfloat16, enabled=self.half):
