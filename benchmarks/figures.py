@@ -98,19 +98,22 @@ def _merged(series: Series) -> Iterator[tuple[list[str], np.ndarray, np.ndarray]
         rest = {name: points for name, points in rest.items() if name not in alike}
 
 
-def _spread(positions: list[float], gap: float) -> list[float]:
-    """The positions (decades), moved apart so that neighbours keep `gap`, their middle where it was."""
-    order = np.argsort(positions)
-    placed = np.array(positions, dtype=float)[order]
+def _spread(positions: list[float], sizes: list[float]) -> list[float]:
+    """The positions (decades), moved apart so that labels of these sizes do not touch, their middle where it was."""
+    order = np.argsort(positions, kind="stable")
+    placed, size = np.array(positions, dtype=float)[order], np.array(sizes)[order]
     for _ in range(200):
         for i in range(len(placed) - 1):
-            lack = gap - (placed[i + 1] - placed[i])
+            lack = (size[i] + size[i + 1]) / 2 - (placed[i + 1] - placed[i])
             if lack > 1e-6:
                 placed[i] -= lack / 2
                 placed[i + 1] += lack / 2
     result = np.empty_like(placed)
     result[order] = placed
     return [float(p) for p in result]
+
+
+RANGE = (5e-10, 5e3)  # of relative errors that are shown
 
 
 def exactness(records: list[Record], path: Path) -> Path:
@@ -147,12 +150,12 @@ def _error_panel(axes: Any, series: Series) -> None:
     for names, x, y in _merged(series):
         ours = names[0].startswith("fastdistil")
         axes.plot(x, y, "-o", color=color(names[-1 if ours else 0]), linewidth=2.2 if ours else 1.8, markersize=5)
-        ends.append(float(np.log10(y[0])))  # the smallest KL
+        ends.append(float(np.log10(np.clip(y[0], *RANGE))))  # the smallest KL
         texts.append("\n".join(label(n) for n in names) if not ours else _joined(names))
         colors.append(color(names[-1 if ours else 0]))
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_ylim(5e-10, 5e3)
+    axes.set_ylim(*RANGE)
     left, right = min(float(x.min()) for x, _ in series.values()), max(float(x.max()) for x, _ in series.values())
     axes.set_xlim(right * 2, left / (right / left) ** 0.45)  # falls to the right; room for the labels
     _plain(axes)
@@ -162,7 +165,8 @@ def _error_panel(axes: Any, series: Series) -> None:
     axes.set_xticks([], minor=True)
     axes.spines["bottom"].set_bounds(right * 2, left / 1.3)
     axes.text(right * 1.7, 1.3, "100%: nothing is right", fontsize=8.5, color="#777777")
-    for text, y, shade in zip(texts, _spread(ends, 0.62), colors, strict=True):
+    sizes = [0.58 * (1 + text.count("\n")) for text in texts]  # decades
+    for text, y, shade in zip(texts, _spread(ends, sizes), colors, strict=True):
         axes.text(left / 1.6, 10**y, text, color=shade, fontsize=9, va="center", linespacing=1.1)
 
 
@@ -223,6 +227,11 @@ def _case_title(record: Record) -> str:
     return f"{record['case']}  ({', '.join(f'{a} {n:,}' for a, n in record['shape'].items())})"
 
 
+def _decades(series: Series) -> tuple[float, float]:
+    values = np.log10(np.concatenate([y for _, y in series.values()])) if series else np.zeros(1)
+    return float(values.min()), float(values.max())
+
+
 def scaling(records: list[Record], axis: str, path: Path) -> Path:
     """Time and extra memory against V or S."""
     quantities = {
@@ -233,7 +242,8 @@ def scaling(records: list[Record], axis: str, path: Path) -> Path:
     for axes, (title, read) in zip(grid, quantities.items(), strict=True):
         found = [{"contender": r["contender"], "x": r["shape"][axis], "y": read(r)} for r in records if read(r)]
         series = _series(found, "x", "y") if found else {}
-        ends = _spread([float(np.log10(y[-1])) for _, y in series.values()], 0.09)
+        low, high = _decades(series)
+        ends = _spread([float(np.log10(y[-1])) for _, y in series.values()], [0.045 * (high - low)] * len(series))
         for (name, (x, y)), end in zip(series.items(), ends, strict=True):
             axes.plot(x, y, marker="o", color=color(name), linestyle="--" if name.endswith("inplace") else "-")
             axes.text(x[-1] * 1.06, 10**end, label(name), color=color(name), fontsize=8.5, va="center")

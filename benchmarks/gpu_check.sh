@@ -47,7 +47,7 @@ unset TRITON_INTERPRET
 
 say() { echo "$*" | tee -a "$log"; }
 
-# step LIMIT_SECONDS NAME COMMAND... (an interrupt lets pytest say how far it came)
+# step LIMIT_SECONDS NAME COMMAND...
 step() {
   local limit=$1 name=$2 left=$((deadline - SECONDS)) start=$SECONDS
   shift 2
@@ -60,7 +60,7 @@ step() {
   [ -z "$gpu" ] && limit=$((3 * limit)) # a dry run, on few cores perhaps
   { [ "$limit" -gt "$left" ] || [ -n "$only" ]; } && limit=$left
   say "== $name (at most $limit s): $*"
-  timeout --signal=INT --kill-after=5 "$limit" "$@" >>"$log" 2>&1
+  limit=$limit timeout --signal=INT --kill-after=5 "$limit" "$@" >>"$log" 2>&1
   local code=$?
   if [ $code -eq 0 ]; then
     say "ok      $name: $((SECONDS - start)) s"
@@ -119,13 +119,14 @@ build() { # for this GPU alone; where there is none, without kernels for any
 # working directory.
 clean='import sys; sys.path[:] = [p for p in sys.path if p]'
 bench() { "$python" -c "$clean; from fastdistil.cli import main; main()" "$@"; }
-run_tests() { # MARKS
-  local workers=$(($(nproc) - 2)) parallel=()
+run_tests() { # MARKS; stops in time to say how far it came
+  local workers=$(($(nproc) - 2)) options=()
   [ "$workers" -gt 14 ] && workers=14
-  [ "$workers" -ge 2 ] && have xdist && parallel=(-n "$workers")
+  [ "$workers" -ge 2 ] && have xdist && options+=(-n "$workers")
+  have pytest_timeout && options+=(--session-timeout="$((limit > 30 ? limit - 12 : limit / 2))")
   local files=(tests)
   [ -n "$small" ] && files=(tests/test_bench.py tests/test_sparse_gpu.py tests/test_cli.py)
-  "$python" -c "$clean; import pytest; sys.exit(pytest.main(sys.argv[1:]))" "${files[@]}" "${parallel[@]}" \
+  "$python" -c "$clean; import pytest; sys.exit(pytest.main(sys.argv[1:]))" "${files[@]}" "${options[@]}" \
     -q --tb=short --maxfail=50 -m "$1" -p no:cacheprovider
 }
 sanitize() { # TOOL

@@ -110,7 +110,8 @@ def _orda(case: Case, device: torch.device) -> Loss:
 def _fla(case: Case, device: torch.device) -> Loss:
     module = _module("fla.modules.fused_kl_div", "flash-linear-attention")
     _needs_gpu("flash-linear-attention", device)
-    _forward_kl_of_heads(case, "flash-linear-attention")
+    if case.op != "linear" or case.options["divergence"] != "forward_kl" or case.options["temperature"] != 1:
+        raise Unavailable("flash-linear-attention has the forward KL of two heads at temperature 1 alone")
     loss = module.FusedKLDivLoss()
     return lambda x: loss(x["student_hidden"], x["teacher_hidden"], x["student_weight"], x["teacher_weight"])
 
@@ -119,20 +120,17 @@ def _linear_cross_entropy(case: Case, device: torch.device) -> Loss:
     function = getattr(F, "linear_cross_entropy", None)
     if function is None:
         raise Unavailable(f"torch {torch.__version__} has no F.linear_cross_entropy, expected 2.13 or later")
-    _forward_kl_of_heads(case, "F.linear_cross_entropy")
+    if case.op != "linear" or case.options["divergence"] != "forward_kl":
+        raise Unavailable("F.linear_cross_entropy has the forward KL of two heads alone")
+    temperature = case.options["temperature"]
 
     def loss(x: Tensors) -> Tensor:
-        target = F.linear(x["teacher_hidden"], x["teacher_weight"]).softmax(-1)
+        target = F.linear(x["teacher_hidden"] / temperature, x["teacher_weight"]).softmax(-1)
         entropy = -torch.xlogy(target, target).sum(-1).mean()
-        found: Tensor = function(x["student_hidden"], x["student_weight"], target) - entropy
-        return found
+        found: Tensor = function(x["student_hidden"] / temperature, x["student_weight"], target) - entropy
+        return found * temperature**2
 
     return loss
-
-
-def _forward_kl_of_heads(case: Case, who: str) -> None:
-    if case.op != "linear" or case.options["divergence"] != "forward_kl" or case.options["temperature"] != 1:
-        raise Unavailable(f"{who} has the forward KL of two heads at temperature 1 alone")
 
 
 PEERS: dict[str, Callable[[Case, torch.device], Loss]] = {

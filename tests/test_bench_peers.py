@@ -24,7 +24,8 @@ PEER_CASES = [(name, op, kind) for op, kinds, names in (
 def test_peers_compute_the_same_loss(name: str, op: str, kind: str) -> None:
     """On a CPU in Triton's interpreter; orda-kernel has plain PyTorch there."""
     shape = {"N": 5, "V": 131, "D_s": 16, "D_t": 24}
-    case = Case(op, "tiny", shape, (name,), options={"divergence": kind, "temperature": 1.0})
+    temperature = 1.0 if name in ("fla_kl", "liger_jsd") and op == "linear" else 2.0
+    case = Case(op, "tiny", shape, (name,), options={"divergence": kind, "temperature": temperature})
     problem = run.make(case, DEVICE, 1.0)
     try:
         contender = contenders.build(name, case, problem)
@@ -37,7 +38,7 @@ def test_peers_have_no_other_loss_than_theirs() -> None:
     case = Case("linear", "tiny", {"N": 2, "V": 7, "D_s": 3, "D_t": 3}, (), options={"divergence": "mse", "temperature": 2.0})  # fmt: skip
     problem = run.make(case, DEVICE, 1.0)
     for name in peers.PEERS:
-        with pytest.raises(contenders.Unavailable, match="is not installed|has no|at temperature 1 alone|cannot be"):
+        with pytest.raises(contenders.Unavailable, match="is not installed|has no|alone$|cannot be"):
             contenders.build(name, case, problem)
 
 
