@@ -90,12 +90,17 @@ def _linear_operations(case: Case, gradient: bool) -> int:
 
 VOCABULARIES = {"mbert": 119_547, "llama3": 128_256, "xlmr": 250_002, "llama2": 32_000}  # columns of the logits
 
-_CPU_LOGITS = ("eager", "eager_common", "compile", "fastdistil:cpu", "fastdistil:cpu:inplace")
+_CPU_LOGITS = (
+    "eager", "eager_common", "compile", "fastdistil:reference", "fastdistil:cpu", "fastdistil:cpu:inplace",
+)  # fmt: skip
 _CPU_TOPK = ("eager", "compile", "fastdistil:cpu")
 _CPU_OTHER = ("eager", "compile", "fastdistil:reference", "fastdistil:cpu")
-_CPU_LINEAR = ("products", "eager", "compile", "fastdistil:cpu")
-_GPU_LINEAR = ("products", "eager", "eager_upcast", "compile", "liger_jsd", "fastdistil:triton", "fastdistil:cuda")
-_CPU_BF16 = ("eager", "eager_upcast", "compile", "fastdistil:cpu", "fastdistil:cpu:inplace")
+_CPU_LINEAR = ("products", "eager", "compile", "linear_cross_entropy", "fastdistil:cpu")
+_GPU_LINEAR = (
+    "products", "eager", "eager_upcast", "compile", "liger_jsd", "orda", "fla_kl", "linear_cross_entropy",
+    "fastdistil:triton", "fastdistil:cuda",
+)  # fmt: skip
+_CPU_BF16 = ("eager", "eager_upcast", "compile", "fastdistil:reference", "fastdistil:cpu", "fastdistil:cpu:inplace")
 _GPU_LOGITS = (
     "eager", "eager_common", "eager_upcast", "compile", "liger_kl", "liger_jsd", "fastdistil:triton", "fastdistil:cuda",
     "fastdistil:triton:inplace", "fastdistil:cuda:inplace",
@@ -218,11 +223,22 @@ def cpu_cases() -> list[Case]:
     return [*logits, *topk, *linear, *hidden, *attention]
 
 
+_FORWARD_KL = ("eager_common", "liger_kl", "fla_kl", "linear_cross_entropy")
+
+
 def _same_work(name: str, dtype: str, options: dict[str, Any]) -> bool:
     """These contenders exist for 16-bit logits, or for the forward KL, alone."""
     if name == "eager_upcast":
         return dtype != "float32"
-    return name not in ("eager_common", "liger_kl") or options["divergence"] == "forward_kl"
+    return name not in _FORWARD_KL or options["divergence"] == "forward_kl"
+
+
+_SLOW = ("eager_upcast", "compile")  # to run in float32, to compile: for the first heads alone
+HEADS = ((384, 768), (768, 768), (768, 1024), (2048, 4096))  # widths of student and teacher
+_FIRST_HEADS = [
+    ("mbert", (768, 1024)), ("llama3", (2048, 4096)), ("mbert", (384, 768)), ("mbert", (768, 768)),
+    ("xlmr", (768, 1024)),
+]  # fmt: skip
 
 
 def gpu_cases() -> list[Case]:
@@ -236,12 +252,16 @@ def gpu_cases() -> list[Case]:
     ]
     plain = {"divergence": "forward_kl", "temperature": 1.0}
     linear = [
-        _linear(model, 8192, sizes, "bfloat16", options, _GPU_LINEAR, **more)
-        for model, sizes in (
-            ("mbert", (768, 1024)), ("llama3", (2048, 4096)), ("mbert", (384, 768)), ("mbert", (768, 768)),
-            ("xlmr", (768, 1024)),
+        _linear(
+            model, 8192, sizes, "bfloat16", options,
+            tuple(n for n in _GPU_LINEAR if _same_work(n, "bfloat16", options) and (slow or n not in _SLOW)), **more,
         )
-        for options in (plain, _JSD)
+        for slow, options, heads in (
+            (True, plain, _FIRST_HEADS),
+            (False, _JSD, _FIRST_HEADS),
+            (False, plain, [(v, d) for d in HEADS for v in VOCABULARIES if (v, d) not in _FIRST_HEADS]),
+        )
+        for model, sizes in heads
     ]  # fmt: skip
     hidden = [
         _hidden("minilm-mbert-mse", 8192, 384, 12, _GPU_OTHER, "bfloat16", **more),

@@ -6,15 +6,12 @@ eager_common        kl_div(log_softmax, softmax), as most training scripts write
 eager_upcast        eager after .float(), as careful scripts do with 16-bit logits
 compile             torch.compile of eager's formula
 fastdistil:<backend>[:inplace]
-liger_kl, liger_jsd Liger-Kernel's losses over torch's log_softmax, as its documentation uses them; for two heads its
-                    fused linear JSD, whose beta 0 is the forward KL
+liger_kl, liger_jsd, orda, fla_kl, linear_cross_entropy   other people's, in peers.py
 products            no loss: the matrix products of two heads alone, in one piece, which nothing that multiplies beats
 """
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,17 +19,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from fastdistil.benchmarks.cases import Case
+from fastdistil.benchmarks.peers import PEERS, Loss, Unavailable, peer
 from fastdistil.benchmarks.problems import Outcome, Problem, Tensors, layers, sample, textbook
 from torch import Tensor
 
 import fastdistil
-from fastdistil.backends import choose, interpreting
-
-Loss = Callable[[Tensors], Tensor]
-
-
-class Unavailable(Exception):
-    """Why a contender cannot run here."""
+from fastdistil.backends import choose
 
 
 class _Output(torch.autograd.Function):
@@ -85,7 +77,7 @@ class Contender:
         value = self.forward()
         found = dict(zip(self.problem.wanted, self.backward(value), strict=True))
         index = sample(self.problem).to(value.device)
-        kept = {n: (g if n in self.problem.shared else g[index]).double().cpu() for n, g in found.items()}
+        kept = {n: (g if n in self.problem.shared else g[index]).double() for n, g in found.items()}
         return Outcome(value.item(), kept)
 
 
@@ -110,8 +102,8 @@ def build(name: str, case: Case, problem: Problem) -> Contender:
         return Contender(name, _fastdistil(case, backend, bool(rest)), problem, inplace=bool(rest))
     if name == "products":
         return Contender(name, _products(case), problem)
-    if name in ("liger_kl", "liger_jsd"):
-        return Contender(name, _liger(name, case, device), problem)
+    if name in PEERS:
+        return Contender(name, peer(name, case, device), problem)
     raise ValueError(f"contender is {name!r}, expected one of those that benchmarks/contenders.py lists")
 
 
@@ -157,44 +149,6 @@ def _fastdistil(case: Case, backend: str, inplace: bool) -> Loss:
         )
 
     return hidden
-
-
-def _liger(name: str, case: Case, device: torch.device) -> Loss:
-    if importlib.util.find_spec("liger_kernel") is None:
-        raise Unavailable("liger-kernel is not installed (pip install liger-kernel)")
-    if device.type == "cpu" and not interpreting():
-        raise Unavailable("liger-kernel needs a GPU, or Triton's interpreter (TRITON_INTERPRET=1)")
-    if case.op == "linear":
-        return _liger_linear(case)
-    if case.op != "logits" or (name == "liger_kl" and case.options["divergence"] != "forward_kl"):
-        raise Unavailable("liger-kernel has no such loss")
-    temperature = case.options["temperature"]
-    module: Any
-    if name == "liger_kl":
-        from liger_kernel.transformers import LigerKLDIVLoss
-
-        module = LigerKLDIVLoss(reduction="batchmean", log_target=True)
-    else:
-        from liger_kernel.transformers import LigerJSD
-
-        module = LigerJSD(beta=0.0 if case.options["divergence"] == "forward_kl" else 0.5)
-
-    def loss(x: Tensors) -> Tensor:
-        p, q = (F.log_softmax(x[w] / temperature, -1) for w in ("student", "teacher"))
-        found: Tensor = module(p, q) * temperature**2
-        return found
-
-    return loss
-
-
-def _liger_linear(case: Case) -> Loss:
-    if case.options["divergence"] not in ("forward_kl", "jsd") or case.options["temperature"] != 1:
-        raise Unavailable("liger-kernel's fused linear JSD has no such loss, or another factor for it")
-    from liger_kernel.transformers import LigerFusedLinearJSD
-
-    module = LigerFusedLinearJSD(jsd_beta=0.0 if case.options["divergence"] == "forward_kl" else 0.5)
-    names = ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight")
-    return lambda x: module(*(x[name] for name in names), None)
 
 
 def _products(case: Case) -> Loss:

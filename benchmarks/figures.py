@@ -22,11 +22,15 @@ LABELS = {
     "products": "the products alone",
     "liger_kl": "Liger KL",
     "liger_jsd": "Liger JSD",
+    "orda": "orda-kernel",
+    "fla_kl": "flash-linear-attention",
+    "linear_cross_entropy": "F.linear_cross_entropy",
 }
 COLORS = {
     "eager": "#b3413a", "eager_common": "#d98a5b", "eager_upcast": "#8c6d46", "compile": "#7a5ca8",
     "liger_kl": "#4d8a4a", "liger_jsd": "#86a83c", "fastdistil:cpu": "#0b5fa5", "fastdistil:triton": "#2c9bd6",
-    "fastdistil:cuda": "#10395e", "fastdistil:reference": "#8fb8d8",
+    "fastdistil:cuda": "#10395e", "fastdistil:reference": "#8fb8d8", "orda": "#c29a2b", "fla_kl": "#c06a9b",
+    "linear_cross_entropy": "#5a5f66", "products": "#bbbbbb",
 }  # fmt: skip
 
 
@@ -94,19 +98,22 @@ def _merged(series: Series) -> Iterator[tuple[list[str], np.ndarray, np.ndarray]
         rest = {name: points for name, points in rest.items() if name not in alike}
 
 
-def _spread(positions: list[float], gap: float) -> list[float]:
-    """The positions (decades), moved apart so that neighbours keep `gap`, their middle where it was."""
-    order = np.argsort(positions)
-    placed = np.array(positions, dtype=float)[order]
+def _spread(positions: list[float], sizes: list[float]) -> list[float]:
+    """The positions (decades), moved apart so that labels of these sizes do not touch, their middle where it was."""
+    order = np.argsort(positions, kind="stable")
+    placed, size = np.array(positions, dtype=float)[order], np.array(sizes)[order]
     for _ in range(200):
         for i in range(len(placed) - 1):
-            lack = gap - (placed[i + 1] - placed[i])
+            lack = (size[i] + size[i + 1]) / 2 - (placed[i + 1] - placed[i])
             if lack > 1e-6:
                 placed[i] -= lack / 2
                 placed[i + 1] += lack / 2
     result = np.empty_like(placed)
     result[order] = placed
     return [float(p) for p in result]
+
+
+RANGE = (5e-10, 5e3)  # of relative errors that are shown
 
 
 def exactness(records: list[Record], path: Path) -> Path:
@@ -143,12 +150,12 @@ def _error_panel(axes: Any, series: Series) -> None:
     for names, x, y in _merged(series):
         ours = names[0].startswith("fastdistil")
         axes.plot(x, y, "-o", color=color(names[-1 if ours else 0]), linewidth=2.2 if ours else 1.8, markersize=5)
-        ends.append(float(np.log10(y[0])))  # the smallest KL
+        ends.append(float(np.log10(np.clip(y[0], *RANGE))))  # the smallest KL
         texts.append("\n".join(label(n) for n in names) if not ours else _joined(names))
         colors.append(color(names[-1 if ours else 0]))
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_ylim(5e-10, 5e3)
+    axes.set_ylim(*RANGE)
     left, right = min(float(x.min()) for x, _ in series.values()), max(float(x.max()) for x, _ in series.values())
     axes.set_xlim(right * 2, left / (right / left) ** 0.45)  # falls to the right; room for the labels
     _plain(axes)
@@ -158,48 +165,71 @@ def _error_panel(axes: Any, series: Series) -> None:
     axes.set_xticks([], minor=True)
     axes.spines["bottom"].set_bounds(right * 2, left / 1.3)
     axes.text(right * 1.7, 1.3, "100%: nothing is right", fontsize=8.5, color="#777777")
-    for text, y, shade in zip(texts, _spread(ends, 0.62), colors, strict=True):
+    sizes = [0.58 * (1 + text.count("\n")) for text in texts]  # decades
+    for text, y, shade in zip(texts, _spread(ends, sizes), colors, strict=True):
         axes.text(left / 1.6, 10**y, text, color=shade, fontsize=9, va="center", linespacing=1.1)
 
 
-def times(records: list[Record], path: Path) -> Path:
-    """Forward + backward of every case, as multiples of the floor, and who needs them."""
+CASES_A_PICTURE = 10
+
+
+def times(records: list[Record], path: Path) -> list[Path]:
+    """Forward + backward of every case, as multiples of the floor, and by whom; many cases fill several pictures."""
     cases = list(dict.fromkeys(r["case"] for r in records))
-    heights = [1 + sum(r["case"] == case for r in records) for case in cases]
+    pictures = math.ceil(len(cases) / CASES_A_PICTURE)
+    size = math.ceil(len(cases) / pictures)
+    drawn = []
+    for number in range(pictures):
+        chosen = cases[number * size : (number + 1) * size]
+        name = path if number == 0 else path.with_stem(f"{path.stem}-{number + 1}")
+        drawn.append(_times([r for r in records if r["case"] in chosen], chosen, name))
+    return drawn
+
+
+def _times(records: list[Record], cases: list[str], path: Path) -> Path:
+    columns = 1 if len(cases) < 4 else 2
+    rows = [cases[i : i + columns] for i in range(0, len(cases), columns)]
+    heights = [1.4 + max(sum(r["case"] == case for r in records) for case in row) for row in rows]
+    height = 0.9 + 0.26 * sum(heights)
     figure, grid = plt.subplots(
-        len(cases), 1, figsize=(9.5, 0.9 + 0.29 * sum(heights)), squeeze=False, height_ratios=heights
+        len(rows), columns, figsize=(9.5 * columns, height), squeeze=False, height_ratios=heights
     )
-    for axes, case in zip(grid[:, 0], cases, strict=True):
-        chosen = [r for r in records if r["case"] == case]
-        slowest = max(r["time_us"]["both"]["p50"] for r in chosen)
-        for i, record in enumerate(reversed(chosen)):
-            time, eager = record["time_us"]["both"]["p50"], record["ratios"]["both"].get("eager_over_this")
-            axes.barh(i, time / slowest, color=color(record["contender"]), height=0.72)
-            note = f"{record['ratios']['both']['this_over_floor']:.1f}× floor"
-            note += (
-                ""
-                if eager is None
-                else f", {eager:.2g}× eager's speed"
-                if eager < 100
-                else f", {eager:.0f}× eager's speed"
-            )
-            axes.text(time / slowest + 0.01, i, note, va="center", fontsize=8.5)
-        axes.set_yticks(range(len(chosen)), [label(r["contender"]) for r in reversed(chosen)], fontsize=8.5)
-        axes.set_xlim(0, 1.42)
-        axes.set_xticks([])
-        axes.spines[["top", "right", "bottom"]].set_visible(False)
-        axes.set_title(_case_title(chosen[0]), loc="left", fontsize=10, fontweight="bold")
-    figure.suptitle(
-        "Forward + backward, median time (bars: relative, shorter is better)", x=0.012, ha="left", fontsize=13
-    )
+    for axes in grid.flat[len(cases) :]:
+        axes.set_axis_off()
+    for axes, case in zip(grid.flat, cases, strict=False):
+        _bars(axes, [r for r in records if r["case"] == case])
+    title = "Forward + backward, median time (bars: relative, shorter is better)"
+    figure.suptitle(title, x=0.012, y=1 - 0.12 / height, ha="left", va="top", fontsize=13)
     _footer(figure, records)
-    height = figure.get_size_inches()[1]
-    figure.tight_layout(rect=(0, 0.3 / height, 1, 1 - 0.05 / height))
+    figure.tight_layout(rect=(0, 0.3 / height, 1, 1 - 0.3 / height))
     return _save(figure, path)
+
+
+def _bars(axes: Any, records: list[Record]) -> None:
+    slowest = max(r["time_us"]["both"]["p50"] for r in records)
+    for i, record in enumerate(reversed(records)):
+        share, ratios = record["time_us"]["both"]["p50"] / slowest, record["ratios"]["both"]
+        axes.barh(i, share, color=color(record["contender"]), height=0.72)
+        notes = [] if record["device"] == "cpu" else [f"{record['time_us']['both']['p50'] / 1e3:.3g} ms"]
+        notes.append(f"{ratios['this_over_floor']:.1f}× floor")
+        eager = ratios.get("eager_over_this")
+        if eager is not None and record["contender"] != "eager":
+            notes.append(f"{eager:.2g}× eager's speed" if eager < 100 else f"{eager:.0f}× eager's speed")
+        axes.text(share + 0.01, i, ", ".join(notes), va="center", fontsize=8.5)
+    axes.set_yticks(range(len(records)), [label(r["contender"]) for r in reversed(records)], fontsize=8.5)
+    axes.set_xlim(0, 1.46)
+    axes.set_xticks([])
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+    axes.set_title(_case_title(records[0]), loc="left", fontsize=10, fontweight="bold")
 
 
 def _case_title(record: Record) -> str:
     return f"{record['case']}  ({', '.join(f'{a} {n:,}' for a, n in record['shape'].items())})"
+
+
+def _decades(series: Series) -> tuple[float, float]:
+    values = np.log10(np.concatenate([y for _, y in series.values()])) if series else np.zeros(1)
+    return float(values.min()), float(values.max())
 
 
 def scaling(records: list[Record], axis: str, path: Path) -> Path:
@@ -212,18 +242,27 @@ def scaling(records: list[Record], axis: str, path: Path) -> Path:
     for axes, (title, read) in zip(grid, quantities.items(), strict=True):
         found = [{"contender": r["contender"], "x": r["shape"][axis], "y": read(r)} for r in records if read(r)]
         series = _series(found, "x", "y") if found else {}
-        ends = _spread([float(np.log10(y[-1])) for _, y in series.values()], 0.09)
+        low, high = _decades(series)
+        ends = _spread([float(np.log10(y[-1])) for _, y in series.values()], [0.045 * (high - low)] * len(series))
         for (name, (x, y)), end in zip(series.items(), ends, strict=True):
             axes.plot(x, y, marker="o", color=color(name), linestyle="--" if name.endswith("inplace") else "-")
             axes.text(x[-1] * 1.06, 10**end, label(name), color=color(name), fontsize=8.5, va="center")
         axes.set_xscale("log")
         axes.set_yscale("log")
+        sizes = sorted({r["shape"][axis] for r in records})
+        apart = [n for n, before in zip(sizes, (0, *sizes), strict=False) if n > 1.3 * before]  # room for their labels
+        axes.set_xticks(apart, [f"{n:,}" for n in apart])
+        axes.set_xticks([], minor=True)
         axes.set_xlabel({"V": "vocabulary V", "S": "sequence length S"}[axis])
         axes.set_title(title, loc="left", fontsize=11)
         _plain(axes)
         low, high = axes.get_xlim()
         axes.set_xlim(low, high * (high / low) ** 0.55)
-    figure.suptitle(f"Forward + backward against {axis}", x=0.012, ha="left", fontsize=13)
+    first = records[0]
+    kind = first["options"].get("divergence") or first["options"].get("kind")
+    rest = ", ".join(f"{a} {n:,}" for a, n in first["shape"].items() if a != axis)
+    title = f"Forward + backward against {axis}: {kind}, {first['dtype']}, {rest}"
+    figure.suptitle(title, x=0.012, ha="left", fontsize=13)
     _footer(figure, records)
     figure.tight_layout(rect=(0, 0.04, 1, 1))
     return _save(figure, path)
@@ -233,24 +272,23 @@ def roofline(records: list[Record], path: Path) -> Path:
     """Rate of useful operations against operations a byte, under what the machine was measured to reach."""
     rates = records[0]["rates"]
     figure, axes = plt.subplots(figsize=(9, 5.6))
-    intensity = np.logspace(-1, 4, 200)
-    roof = np.minimum(intensity * rates["copy_gb_s"], rates["matrix_gflop_s"])
+    unit, scale = ("T", 1e3) if rates["matrix_gflop_s"] > 1e4 else ("G", 1.0)
+    intensity = np.logspace(-0.3, 4.5, 200)
+    roof = np.minimum(intensity * rates["copy_gb_s"], rates["matrix_gflop_s"]) / scale
     axes.plot(intensity, roof, color="#333333", linewidth=1.5)
     names = dict.fromkeys(r["contender"] for r in records)
     for name in names:
         chosen = [r for r in records if r["contender"] == name]
         x = [r["flops"]["both"] / r["bytes"]["both"] for r in chosen]
-        y = [r["flops"]["both"] / r["time_us"]["both"]["p50"] / 1e3 for r in chosen]
+        y = [r["flops"]["both"] / r["time_us"]["both"]["p50"] / 1e3 / scale for r in chosen]
         fill = "none" if name.endswith("inplace") else color(name)
         axes.scatter(x, y, s=32, facecolors=fill, edgecolors=color(name), label=label(name))
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("useful operations a byte moved (by formula)")
-    axes.set_ylabel("useful Gop/s, forward + backward")
-    axes.set_title(
-        f"Roof: {rates['copy_gb_s']:,.0f} GB/s copy, {rates['matrix_gflop_s']:,.0f} GFLOP/s matrix product, same run",
-        loc="left", fontsize=11,
-    )  # fmt: skip
+    axes.set_ylabel(f"useful {unit}op/s, forward + backward")
+    peak = f"{rates['matrix_gflop_s'] / scale:,.0f} {unit}FLOP/s"
+    axes.set_title(f"Roof: {rates['copy_gb_s']:,.0f} GB/s copy, {peak} matrix product", loc="left", fontsize=11)
     axes.legend(fontsize=8.5, frameon=False, loc="lower right")
     _plain(axes)
     _footer(figure, records)

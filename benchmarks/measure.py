@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -24,6 +25,8 @@ import fastdistil
 
 PASSES = ("forward", "forward_grad", "backward", "both")  # forward: no_grad; forward_grad: with the graph kept
 MIB = 1 << 20
+BUDGET_US, FEWEST = 1e6, 5  # a GPU's time is short: a contender that needs more than a second has few repetitions
+FLUSHED_BYTES = 256 * MIB  # several times the cache of any GPU
 
 
 class Clock:
@@ -31,6 +34,11 @@ class Clock:
 
     def __init__(self, device: str) -> None:
         self.cuda = device == "cuda"
+        self.scratch = torch.empty(FLUSHED_BYTES if self.cuda else 0, dtype=torch.int8, device=device)
+
+    def flush(self) -> None:
+        """Inputs that fit in a GPU's cache are read from memory in every run, as in training."""
+        self.scratch.zero_()
 
     def mark(self) -> Any:
         if not self.cuda:
@@ -49,11 +57,13 @@ class Clock:
 def time_once(contender: Contender, clock: Clock) -> dict[str, float]:
     """Microseconds of each pass. "backward" and "both" are of the same run as "forward_grad"."""
     contender.prepare()
+    clock.flush()
     with torch.no_grad():
         start = clock.mark()
         contender.forward()
         forward = clock.between_us(start, clock.mark())
     contender.prepare()
+    clock.flush()
     start = clock.mark()
     value = contender.forward()
     middle = clock.mark()
@@ -72,19 +82,20 @@ def quantiles(samples: list[float]) -> dict[str, float]:
     return {"p20": fifths[0], "p50": statistics.median(samples), "p80": fifths[3]}
 
 
-def time_interleaved(
-    contenders: list[Contender], repetitions: int, device: str
-) -> dict[str, dict[str, dict[str, float]]]:
-    """Contender -> pass -> quantiles in microseconds; each repetition runs every contender once."""
-    clock = Clock(device)
+def time_interleaved(contenders: list[Contender], repetitions: int, device: str) -> dict[str, dict[str, list[float]]]:
+    """Contender -> pass -> microseconds; each repetition runs every contender once. On a GPU a slow one stops early."""
+    clock, budget_us = Clock(device), BUDGET_US if device == "cuda" else math.inf
     samples: dict[str, dict[str, list[float]]] = {c.name: {p: [] for p in PASSES} for c in contenders}
     for contender in contenders:  # warm-up
         time_once(contender, clock)
     for _ in range(repetitions):
         for contender in contenders:
+            own = samples[contender.name]
+            if len(own["both"]) >= FEWEST and sum(own["forward"]) + sum(own["both"]) > budget_us:
+                continue
             for name, duration in time_once(contender, clock).items():
-                samples[contender.name][name].append(duration)
-    return {name: {p: quantiles(s) for p, s in passes.items()} for name, passes in samples.items()}
+                own[name].append(duration)
+    return samples
 
 
 class OtherLoad:
@@ -118,16 +129,8 @@ def peak_here_mib(contender: Contender, device: str) -> float:
     """Memory at the peak of forward + backward, the gradient included, beyond the inputs; MiB."""
     contender.outcome()  # warm-up: whatever is compiled or cached
     contender.prepare()
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        kept = contender.backward(contender.forward())
-        torch.cuda.synchronize()
-        del kept
-        return (torch.cuda.max_memory_allocated() - before) / MIB
-    return peak_of_mib(lambda: contender.backward(contender.forward()))
+    peak = peak_of_cuda_mib if device == "cuda" else peak_of_mib
+    return peak(lambda: contender.backward(contender.forward()))
 
 
 def peak_of_mib(work: Callable[[], object]) -> float:
@@ -168,12 +171,29 @@ def child(task: str, arguments: dict[str, Any], interpret: bool = False) -> dict
     return found
 
 
+def floor_of(moved_bytes: float, operations: float, rates: dict[str, float]) -> float:
+    """Microseconds: nothing is faster than its memory traffic at copy speed, or its products at the matrix rate."""
+    return max(moved_bytes / rates["copy_gb_s"], operations / rates["matrix_gflop_s"]) / 1e3
+
+
+def peak_of_cuda_mib(work: Callable[[], object]) -> float:
+    """torch.cuda.max_memory_allocated during `work`, beyond what is allocated before; MiB."""
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    kept = work()
+    torch.cuda.synchronize()
+    del kept
+    return (torch.cuda.max_memory_allocated() - before) / MIB
+
+
 def machine_rates(device: str) -> dict[str, float]:
     """What the floors are computed from: copy bandwidth (bytes read and written) and matrix rate."""
     size, side = (1 << 28, 8192) if device == "cuda" else (1 << 25, 1536)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    source = torch.ones(size, device=device)
-    target, matrix = torch.ones_like(source), torch.ones(side, side, device=device, dtype=dtype)
+    source = torch.randn(size, device=device)  # ones and zeros would be multiplied faster
+    target, matrix = torch.empty_like(source), torch.randn(side, side, device=device).to(dtype)
     clock = Clock(device)
 
     def best_us(work: Callable[[], object]) -> float:

@@ -52,7 +52,7 @@ def draw(records: list[Record], images: Path, prefix: str = "") -> list[Path]:
     for op in OPS:
         own = [r for r in timed if r["op"] == op]
         if own:
-            drawn.append(figures.times(own, images / f"{prefix}{op}-time.png"))
+            drawn += figures.times(own, images / f"{prefix}{op}-time.png")
         axis = {"logits": "V", "attention": "S"}.get(op)
         line = _comparable(own, axis) if axis else []
         if axis and line:
@@ -63,7 +63,7 @@ def draw(records: list[Record], images: Path, prefix: str = "") -> list[Path]:
 
 
 def _comparable(records: list[Record], axis: str) -> list[Record]:
-    """The largest set of records that differ in `axis` alone, where it has three sizes or more."""
+    """The largest set of records that differ in `axis` alone, where it has three sizes or more; of equals the first."""
     groups: dict[str, list[Record]] = {}
     for record in records:
         rest = {a: n for a, n in record["shape"].items() if a != axis}
@@ -145,7 +145,6 @@ def _number(value: float | None, pattern: str) -> str:
 
 def _times(records: list[Record]) -> str:
     """On a GPU with milliseconds, on a CPU with ratios alone."""
-    gpu = records[0]["device"] != "cpu"
     header = [
         "case",
         "contender",
@@ -155,7 +154,7 @@ def _times(records: list[Record]) -> str:
         "time / best",
         "time / floor",
     ]
-    header += ["ms p20", "p50", "p80"] if gpu else []
+    header += _milliseconds_header(records)
     header += ["extra MiB", "gradient error", "near convergence", ""]
     rows = []
     for record in records:
@@ -163,9 +162,7 @@ def _times(records: list[Record]) -> str:
         row = [f"{record['case']}", figures.label(record["contender"])]
         row += [_number(forward.get("eager_over_this"), ".2f"), _number(both.get("eager_over_this"), ".2f")]
         row += [_number(both.get(key), ".2f") for key in ("compile_over_this", "this_over_best", "this_over_floor")]
-        if gpu:
-            time = record["time_us"]["both"] if "time_us" in record else {}
-            row += [_number(time[p] / 1e3 if time else None, ".3f") for p in ("p20", "p50", "p80")]
+        row += _milliseconds(record)
         row.append(_number(record.get("peak_mem_mib"), ",.0f"))
         row += [_number(record.get(key), ".1e") for key in ("gradient_error", "near_gradient_error")]
         rows.append([*row, marks(record)])
@@ -180,6 +177,18 @@ def _threads(record: Record) -> str:
     ).strip()
 
 
+def _milliseconds(record: Record) -> list[str]:
+    """Medians of a GPU alone: on a CPU only ratios carry over."""
+    if record["device"] == "cpu":
+        return []
+    times = record.get("time_us", {}).get("both", {})
+    return [_number(times[p] / 1e3 if times else None, ".3f") for p in ("p20", "p50", "p80")]
+
+
+def _milliseconds_header(records: list[Record]) -> list[str]:
+    return [] if records[0]["device"] == "cpu" else ["ms p20", "p50", "p80"]
+
+
 def _sparse(records: list[Record]) -> str:
     """Each case's times over ours, which is its first record."""
     rows = []
@@ -187,9 +196,12 @@ def _sparse(records: list[Record]) -> str:
         own = next(r for r in records if r["case"] == record["case"])
         ratio = record["time_us"]["both"]["p50"] / own["time_us"]["both"]["p50"] if "time_us" in record else None
         memory = [_number(record.get(key), ",.0f") for key in ("peak_mem_mib", "state_mib")]
+        floor = _number(record.get("ratios", {}).get("both", {}).get("this_over_floor"), ".2f")
         name = figures.label(record["contender"])
-        rows.append([record["case"], name, _number(ratio, ".2f"), *memory, marks(record)])
-    return _markdown(["case", "contender", "time / fastdistil", "extra MiB", "state MiB", ""], rows)
+        times = [_number(ratio, ".2f"), floor, *_milliseconds(record)]
+        rows.append([record["case"], name, *times, *memory, marks(record)])
+    times = ["time / fastdistil", "time / floor", *_milliseconds_header(records)]
+    return _markdown(["case", "contender", *times, "extra MiB", "state MiB", ""], rows)
 
 
 def _steps(records: list[Record]) -> str:
@@ -197,16 +209,14 @@ def _steps(records: list[Record]) -> str:
     eager = {r["case"]: r for r in records if r["contender"] == "eager"}
     rows = []
     for r in records:
-        base = eager[r["case"]]
-        speed = base["time_us"]["both"]["p50"] / r["time_us"]["both"]["p50"]
-        memory = r.get("peak_mem_mib")
+        speed = eager[r["case"]]["time_us"]["both"]["p50"] / r["time_us"]["both"]["p50"]
         shape = ", ".join(f"{axis} {size}" for axis, size in r["shape"].items())
         rows.append([
-            r["case"], shape, figures.label(r["contender"]), f"{speed:.2f}", _number(memory, ",.0f"),
-            f"{r['gradient_error']:.1e}", marks(r),
+            r["case"], f"{shape}, {r['dtype']}", figures.label(r["contender"]), f"{speed:.2f}", *_milliseconds(r),
+            _number(r.get("peak_mem_mib"), ",.0f"), f"{r['gradient_error']:.1e}", marks(r),
         ])  # fmt: skip
-    header = ["recipe", "shape", "contender", "speed / eager", "MiB beyond the models", "gradient from eager's", ""]
-    return _markdown(header, rows)
+    times = ["speed / eager", *_milliseconds_header(records)]
+    return _markdown(["recipe", "shape", "contender", *times, "MiB beyond the models", "gradient error", ""], rows)
 
 
 def _exactness(records: list[Record]) -> str:

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 from collections.abc import Iterable
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,13 @@ import torch
 STEMS = {  # parts of the names of an op's own files
     "logits": ("logit",), "linear": ("logit", "linear", "products"), "hidden": ("hidden",), "attention": ("attention",),
     "topk": ("logit", "topk"), "exactness": ("logit",), "threads": ("logit",), "sparse": ("sparse",),
-    "steps": ("attention",),
+    "steps": ("attention", "hidden"),
 }  # fmt: skip
 SOURCE_FOLDERS = ("csrc", "kernels", "fastdistil/backends", "fastdistil/ops", "fastdistil/sparse")
 SOURCE_SUFFIXES = {".cpp", ".h", ".cu", ".cuh", ".py"}
-PACKAGES = ("fastdistil", "torch", "triton", "liger-kernel", "numpy")
+PACKAGES = (
+    "fastdistil", "torch", "triton", "numpy", "transformers", "liger-kernel", "orda-kernel", "flash-linear-attention",
+)  # fmt: skip
 
 Record = dict[str, Any]
 
@@ -99,12 +102,32 @@ def versions() -> dict[str, str]:
     return found
 
 
+def _nvidia_smi(query: str) -> str:
+    return _output("nvidia-smi", "--format=csv,noheader", "--id=0", f"--query-gpu={query}")
+
+
+@cache
+def driver(device: str) -> str:
+    return _nvidia_smi("driver_version") if device == "cuda" else ""
+
+
+def clock_mhz(device: str) -> str:
+    """Of the multiprocessors and of the memory, at this moment."""
+    return _nvidia_smi("clocks.sm,clocks.mem") if device == "cuda" else ""
+
+
+@cache
+def commit() -> str:
+    """Of the checkout; where git does not know it, what FASTDISTIL_COMMIT says (a copy without .git)."""
+    root = source_root()
+    found = _output("git", "rev-parse", "--short=12", "HEAD", cwd=root) if root else "unknown"
+    return os.environ.get("FASTDISTIL_COMMIT", found) if found == "unknown" else found
+
+
 def environment(op: str, device: str) -> Record:
     """The fields that every record of a run shares."""
     from fastdistil import _C
 
-    root = source_root()
-    query = ("nvidia-smi", "--format=csv,noheader", "--id=0")
     return {
         "device": device,
         "device_name": device_name(device),
@@ -112,10 +135,10 @@ def environment(op: str, device: str) -> Record:
         "cpu_isa": _C.isa(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "driver": _output(*query, "--query-gpu=driver_version") if device == "cuda" else "",
-        "clock_mhz": _output(*query, "--query-gpu=clocks.sm,clocks.mem") if device == "cuda" else "",
+        "driver": driver(device),
+        "clock_mhz": clock_mhz(device),
         "versions": versions(),
-        "commit": _output("git", "rev-parse", "--short=12", "HEAD", cwd=root) if root else "unknown",
+        "commit": commit(),
         "kernel_hash": kernel_hash(op),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
     }
@@ -129,9 +152,9 @@ def write_records(path: Path, records: Iterable[Record]) -> None:
     os.replace(temporary, path)
 
 
-def read_records(folder: Path) -> list[Record]:
-    """Every record of a folder's *.jsonl."""
-    lines = [(p, i, x) for p in sorted(folder.glob("*.jsonl")) for i, x in enumerate(p.read_text().splitlines(), 1)]
+def read_records(folder: Path, pattern: str = "*.jsonl") -> list[Record]:
+    """Every record of a folder's files."""
+    lines = [(p, i, x) for p in sorted(folder.glob(pattern)) for i, x in enumerate(p.read_text().splitlines(), 1)]
     return [_parse(*line) for line in lines]
 
 

@@ -12,9 +12,26 @@ import torch
 from fastdistil.benchmarks import exactness, sharing, sparse, steps
 from fastdistil.benchmarks.cases import OPS, Case, operations, select, traffic_bytes
 from fastdistil.benchmarks.contenders import Contender, Unavailable, build
-from fastdistil.benchmarks.measure import OtherLoad, machine_rates, peak_here_mib, peak_mib, time_interleaved
+from fastdistil.benchmarks.measure import (
+    OtherLoad,
+    floor_of,
+    machine_rates,
+    peak_here_mib,
+    peak_mib,
+    quantiles,
+    time_interleaved,
+)
 from fastdistil.benchmarks.problems import errors, make, truth
-from fastdistil.benchmarks.record import Record, device_folder, environment, source_root, write_records
+from fastdistil.benchmarks.record import (
+    Record,
+    clock_mhz,
+    device_folder,
+    environment,
+    is_stale,
+    read_records,
+    source_root,
+    write_records,
+)
 
 NOISE, NEAR = 1.0, 1e-3  # student = teacher + noise: what is timed, and what near convergence means
 
@@ -37,8 +54,11 @@ def default_out(op: str, device: str, tiny: bool) -> Path:
     return root / "benchmarks/results" / device_folder(device) / f"{op}.jsonl"
 
 
-def run(what: str, *, tiny: bool = False, out: Path | None = None, say: Say = print) -> list[Path]:
-    """Measures an op, "steps", "exactness", "sparse" or "all" on the best device here; returns the files written."""
+def run(
+    what: str, *, tiny: bool = False, out: Path | None = None, resume: bool = False, say: Say = print
+) -> list[Path]:
+    """Measures an op, "steps", "exactness", "sparse" or "all" on the best device here; returns the files written. With
+    `resume` a file's records are kept, and only the cases that it lacks are measured."""
     known = (*OPS, "steps", "exactness", "sparse")
     wanted = known if what == "all" else (what,)
     if what not in (*known, "all"):
@@ -47,28 +67,52 @@ def run(what: str, *, tiny: bool = False, out: Path | None = None, say: Say = pr
     rates = machine_rates(device)
     for op in wanted:
         path = default_out(op, device, tiny) if out is None else out
-        records = files.setdefault(path, [])
-        for more in _measurements(op, device, rates, tiny, say):
+        records = files.setdefault(path, _kept(path) if resume else [])
+        done = {r["case"] for r in records}
+        for more in _measurements(op, device, rates, tiny, done, say):
             records += more
             write_records(path, records)
     return list(files)
 
 
-def _measurements(op: str, device: str, rates: dict[str, float], tiny: bool, say: Say) -> Iterator[list[Record]]:
+def _kept(path: Path) -> list[Record]:
+    """The file's records, but for those of kernels that have changed since."""
+    return [r for r in read_records(path.parent, path.name) if not is_stale(r)] if path.exists() else []
+
+
+def _measurements(
+    op: str, device: str, rates: dict[str, float], tiny: bool, done: set[str], say: Say
+) -> Iterator[list[Record]]:
     if op == "exactness":
-        yield exactness.run(device, tiny, say)
-        return
-    if op == "sparse":
-        yield from sparse.run(device, tiny, say)
-        return
-    if op == "steps":
-        if device == "cpu":
-            yield from (steps.run(recipe, tiny, say) for recipe in ("lightmbert", "bistil"))
-        return
-    for case in select(device, (op,), tiny):
-        yield run_case(case, device, rates, say, tiny)
-    if op == "logits" and device == "cpu":
-        yield [sharing.run(tiny, say)]
+        if not done:
+            yield exactness.run(device, tiny, say)
+    elif op == "sparse":
+        yield from sparse.run(device, tiny, rates, done, say)
+    elif op == "steps":
+        yield from (steps.run(r, device, tiny, rates, say) for r in ("lightmbert", "bistil") if r not in done)
+    else:
+        for case in select(device, (op,), tiny):
+            if case.name in done:
+                continue
+            try:
+                yield run_case(case, device, rates, say, tiny)
+            except torch.OutOfMemoryError as error:  # of the truth or of eager, without which there is no record
+                say(f"  not measured: {str(error).splitlines()[0]}")
+            if device == "cuda":
+                gc.collect()
+                torch.cuda.empty_cache()
+        if op == "logits" and device == "cpu" and sharing.CASE not in done:
+            yield [sharing.run(tiny, say)]
+
+
+def wrong(paths: list[Path]) -> list[str]:
+    """What of fastdistil itself was refused or failed, one line each."""
+    records = [r for path in paths for r in read_records(path.parent, path.name)]
+    return [
+        f"{r['op']} {r['case']}: {r['contender']} {r['status']}, {r['reason']}"
+        for r in records
+        if r["contender"].startswith("fastdistil") and r.get("status") in ("refused", "failed")
+    ]
 
 
 def run_case(case: Case, device: str, rates: dict[str, float], say: Say = print, tiny: bool = False) -> list[Record]:
@@ -87,13 +131,15 @@ def run_case(case: Case, device: str, rates: dict[str, float], say: Say = print,
         return [{**shared, **record} for record in records.values()]
     with OtherLoad() as other:
         times = time_interleaved(right, case.repetitions, device)
+    shared["clock_mhz"] = clock_mhz(device)  # of the GPU at work
     if device == "cpu" and other.cores > 0.1:
         say(f"  other processes kept {other.cores} cores busy meanwhile: these times are void")
     here = {c.name: c for c in right} if device == "cuda" else {}
     del contenders, right, problem
     gc.collect()
     for name, passes in times.items():
-        records[name] |= {"time_us": passes, "repetitions": case.repetitions, "other_load_cores": other.cores}
+        found = {what: quantiles(samples) for what, samples in passes.items()}
+        records[name] |= {"time_us": found, "repetitions": len(passes["both"]), "other_load_cores": other.cores}
         if case.memory:
             records[name]["peak_mem_mib"] = peak_mib(case, name, device, lambda n=name: peak_here_mib(here[n], device))  # type: ignore[misc]
     _compare(case, records, rates)
@@ -106,36 +152,41 @@ def _checked(case: Case, problem: Any, device: str, say: Say) -> tuple[list[Cont
     """Every contender that can run, with its errors; eager's own are the measure of the others."""
     near = make(case, device, NEAR)
     true, near_true = truth(case, problem), truth(case, near)
-    value, gradient = errors(build("eager", case, problem).outcome(), true)
-    allowed = 2 * value + VALUE_SLACK, 2 * gradient + GRADIENT_SLACK[case.dtype]
+    eager = errors(build("eager", case, problem).outcome(), true)
+    allowed = 2 * eager[0] + VALUE_SLACK, 2 * eager[1] + GRADIENT_SLACK[case.dtype]
     contenders, records = [], {}
     for name in case.contenders:
         record: Record = {"contender": name, "status": "ok"}
         records[name] = record
         try:
             contender = build(name, case, problem)
+            with torch.no_grad():
+                contender.prepare()
+                contender.forward()
             if name == "products":  # no loss, so nothing to be right about
                 contenders.append(contender)
                 continue
-            found = errors(contender.outcome(), true)
+            found = eager if name == "eager" else errors(contender.outcome(), true)
             found_near = errors(replace(contender, problem=near).outcome(), near_true)
-        except (Unavailable, torch.OutOfMemoryError) as reason:
-            record |= {"status": "unavailable", "reason": str(reason).splitlines()[0]}
-            say(f"  {name}: unavailable, {record['reason']}")
+        except Unavailable as reason:
+            record |= {"status": "unavailable", "reason": str(reason)}
+        except Exception as reason:  # one that crashes ends neither the run nor the others' case
+            record |= {"status": "failed", "reason": f"{type(reason).__name__}: {reason}".splitlines()[0][:300]}
+        if record["status"] != "ok":
+            say(f"  {name}: {record['status']}, {record['reason']}")
             continue
         record |= dict(zip(("value_error", "gradient_error"), found, strict=True))
         record |= dict(zip(("near_value_error", "near_gradient_error"), found_near, strict=True)) | {"near_noise": NEAR}
-        for what, error, limit in zip(("value", "gradient"), found, allowed, strict=True):
-            if error > limit:
-                record |= {"status": "refused", "reason": f"its {what} is {error:.1e} off, at most {limit:.1e} allowed"}
+        for what, off, limit in zip(("value", "gradient"), found, allowed, strict=True):
+            if off > limit:
+                record |= {"status": "refused", "reason": f"its {what} is {off:.1e} off, at most {limit:.1e} allowed"}
                 say(f"  {name}: not timed, {record['reason']}")
         contenders.append(contender)
     return contenders, records
 
 
 def floor_us(case: Case, what: str, rates: dict[str, float]) -> float:
-    """No implementation is faster than its memory traffic at copy speed, or its products at the matrix rate."""
-    return max(traffic_bytes(case, what) / rates["copy_gb_s"], operations(case, what) / rates["matrix_gflop_s"]) / 1e3
+    return floor_of(traffic_bytes(case, what), operations(case, what), rates)
 
 
 def _compare(case: Case, records: dict[str, Record], rates: dict[str, float]) -> None:

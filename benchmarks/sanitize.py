@@ -11,6 +11,7 @@ import fastdistil
 from fastdistil.ops.logit_rule import DIVERGENCES
 
 SHAPES = ((3, 1), (3, 7), (2, 1024), (2, 2049), (1, 32_003))
+ALL_DTYPES = 2049  # columns at which every dtype runs: a launch under the sanitizer takes a hundred times as long
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -21,7 +22,7 @@ def main() -> int:
         return 0
     runs = 0
     for rows, columns in SHAPES:
-        for dtype in DTYPES:
+        for dtype in DTYPES if columns == ALL_DTYPES else DTYPES[:1]:
             wide = torch.randn(2, rows, columns + 3, device="cuda", dtype=dtype)
             for divergence in DIVERGENCES:
                 for view in (wide[..., :columns].contiguous(), wide[..., 1 : columns + 1]):

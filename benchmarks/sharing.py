@@ -11,6 +11,8 @@ from fastdistil.benchmarks.record import Record, environment
 
 import fastdistil
 
+CASE = "mm-and-loss"
+
 
 def run(tiny: bool, say: Callable[[str], None]) -> Record:
     """The time of torch.mm and logit_loss in turns, over the sum of each alone: 1 where nothing is lost."""
@@ -41,7 +43,7 @@ def run(tiny: bool, say: Callable[[str], None]) -> Record:
     found = {name: quantiles(times) for name, times in samples.items()}
     ratio = found["turns"]["p50"] / (found["mm"]["p50"] + found["loss"]["p50"])
     return {
-        "op": "threads", "case": "mm-and-loss", "shape": {"N": rows, "V": columns, "side": side}, "dtype": "float32",
+        "op": "threads", "case": CASE, "shape": {"N": rows, "V": columns, "side": side}, "dtype": "float32",
         "contender": "fastdistil:cpu", "status": "ok", "time_us": found, "turns_over_sum": ratio, "small": tiny,
         "other_load_cores": other.cores, **environment("threads", "cpu"),
     }  # fmt: skip

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from fastdistil.benchmarks.measure import OtherLoad, child, quantiles
+from fastdistil.benchmarks.measure import OtherLoad, child, floor_of, peak_of_cuda_mib, quantiles
 from fastdistil.benchmarks.record import Record, environment
 from fastdistil.benchmarks.sparse_contenders import (
     BERT,
@@ -35,21 +35,26 @@ from fastdistil.sparse import SparseAdamW, SparseMask, random_mask, select_topk
 
 MIB = 1 << 20
 SELECT_BARS = {"composable": 10.0, "topk": 3.0}  # how many times as fast as these
+SELECT, BACKWARD = "mbert-select", "bert-backward"
+STEP = {"cpu": ("bert-step", BERT), "cuda": ("mbert-step", MBERT)}
+STEP_BYTES = 4 + 4 + 2 * (4 + 4 + 4)  # an entry: position and gradient read; value and both moments read and written
 STEP_BARS = {"fused:bool": 6.0, "fused:float": 2.5}
 MEMORY_BAR_MIB = 64  # of a selection, beyond its result
 STATE_BAR = 7.0  # dense AdamW's state over ours, positions included
 TENTH = 10
 
 Say = Callable[[str], None]
+Rates = dict[str, float]
 Runs = dict[str, tuple[Callable[[], object], int, float]]  # name -> what runs, how often, factor of its time
 
 
-def select(device: str, tiny: bool, say: Say) -> list[Record]:
+def select(device: str, tiny: bool, rates: Rates, say: Say) -> list[Record]:
     shapes = bert_shapes(MBERT, tiny)
     count = parameters(shapes)
     k = round(DENSITY * count)
-    shared = shared_fields("mbert-select", {"parameters": count, "tensors": len(shapes), "k": k}, device, tiny)
-    say(f"sparse mbert-select: {count:,} parameters, k {k:,}")
+    moved = count * (4 + 4) + k * 4  # both models read once, positions written
+    shared = shared_fields(SELECT, {"parameters": count, "tensors": len(shapes), "k": k}, moved, rates, device, tiny)
+    say(f"sparse {SELECT}: {count:,} parameters, k {k:,}")
     with OtherLoad() as other:
         times, tenth, error = selection_times(shapes, k, device)
     shared |= {"other_load_cores": other.cores, "chosen_error": error, "status": "ok"}
@@ -59,6 +64,10 @@ def select(device: str, tiny: bool, say: Say) -> list[Record]:
     records = [{**shared, "contender": n, "time_us": {"both": t}} for n, t in times.items()]
     records[-1]["scaled_from_parameters"] = tenth
     add_bars(records, SELECT_BARS)
+    if device == "cuda":
+        tuned, base = models(shapes, device)
+        records[0]["peak_mem_mib"] = peak_of_cuda_mib(lambda: select_topk(tuned, base, k=k))
+        records[1]["peak_mem_mib"] = peak_of_cuda_mib(lambda: topk(tuned, base, k))
     if device == "cpu" and Path("/proc/self/clear_refs").exists():
         for record in records[:2]:
             task = {"what": "select", "contender": record["contender"], "tiny": tiny}
@@ -89,11 +98,13 @@ def selection_times(shapes: Shapes, k: int, device: str) -> tuple[dict[str, dict
     return interleaved(runs, device), tenth, error
 
 
-def step(device: str, tiny: bool, say: Say) -> list[Record]:
-    shapes = bert_shapes(BERT, tiny)
+def step(device: str, tiny: bool, rates: Rates, say: Say) -> list[Record]:
+    case, vocabulary = STEP[device]
+    shapes = bert_shapes(vocabulary, tiny)
     count = parameters(shapes)
-    shared = shared_fields("bert-step", {"parameters": count, "tensors": len(shapes)}, device, tiny)
-    say(f"sparse bert-step: {count:,} parameters, density {DENSITY}")
+    moved = round(DENSITY * count) * STEP_BYTES
+    shared = shared_fields(case, {"parameters": count, "tensors": len(shapes)}, moved, rates, device, tiny)
+    say(f"sparse {case}: {count:,} parameters, density {DENSITY}")
     named, gradients = models(shapes, device)
     mask = random_mask(named, density=DENSITY)
     if device != "cpu":
@@ -117,9 +128,12 @@ def step(device: str, tiny: bool, say: Say) -> list[Record]:
     }
     with OtherLoad() as other:
         times = interleaved(runs, device)
-    records = [
+    records: list[Record] = [
         {**record, "contender": n, "time_us": {"both": t}, "other_load_cores": other.cores} for n, t in times.items()
     ]
+    if device == "cuda":
+        for found, (run, *_) in zip(records, runs.values(), strict=True):
+            found["peak_mem_mib"] = peak_of_cuda_mib(run)
     add_bars(records, STEP_BARS)
     dense_bytes, own_bytes = state_bytes(fused), state_bytes(own) + sum(index.nbytes for index in mask.values())
     for found in records:
@@ -146,7 +160,7 @@ def trajectory_error(named: dict[str, Tensor], gradients: dict[str, Tensor], mas
     return worst
 
 
-def backward(device: str, tiny: bool, say: Say) -> list[Record]:
+def backward(device: str, tiny: bool, rates: Rates, say: Say) -> list[Record]:
     """Memory in a child process each, time side by side here."""
     if device != "cpu":
         return []
@@ -157,8 +171,8 @@ def backward(device: str, tiny: bool, say: Say) -> list[Record]:
     with OtherLoad() as other:
         times = interleaved(runs, device)
     shape = {"parameters": gradient_bytes // 4, "batch": 2, "tokens": 64}
-    shared = shared_fields("bert-backward", shape, device, tiny)
-    say(f"sparse bert-backward: {shape['parameters']:,} parameters, gradients of {gradient_bytes / MIB:,.0f} MiB")
+    shared = shared_fields(BACKWARD, shape, 0, rates, device, tiny)
+    say(f"sparse {BACKWARD}: {shape['parameters']:,} parameters, gradients of {gradient_bytes / MIB:,.0f} MiB")
     records = []
     for name, time_us in times.items():
         task = {"what": "backward", "contender": name, "tiny": tiny}
@@ -177,10 +191,12 @@ def ours(device: str) -> str:
     return f"fastdistil:{'cpu' if device == 'cpu' else 'auto'}"
 
 
-def shared_fields(case: str, shape: dict[str, int], device: str, tiny: bool) -> Record:
+def shared_fields(case: str, shape: dict[str, int], moved: int, rates: Rates, device: str, tiny: bool) -> Record:
+    """`moved`: bytes that any implementation must move; 0 where no formula says."""
     options = {"density": DENSITY}
     return {
         "op": "sparse", "case": case, "shape": shape, "dtype": "float32", "options": options, "small": tiny,
+        "rates": rates, "bytes": {"both": moved}, "flops": {"both": 0},
         **environment("sparse", device),
     }  # fmt: skip
 
@@ -215,18 +231,24 @@ def bar(against: str, quantity: str, wanted: float, found: float, reached: bool)
 def add_bars(records: list[Record], bars: dict[str, float]) -> None:
     """Ratios of medians to the first record, ours, and the bars that it must reach."""
     medians = {record["contender"]: record["time_us"]["both"]["p50"] for record in records}
-    own = records[0]["contender"]
+    own, best = records[0]["contender"], min(medians.values())
     for record in records:
-        record["ratios"] = {"both": {f"{n}_over_this": t / medians[record["contender"]] for n, t in medians.items()}}
+        median = medians[record["contender"]]
+        ratios = {f"{n}_over_this": t / median for n, t in medians.items()}
+        floor = floor_of(record["bytes"]["both"], 0, record["rates"])
+        record["ratios"] = {"both": {**ratios, "this_over_best": median / best, "this_over_floor": median / floor}}
         record["bars"] = []
     for against, at_least in bars.items():
         found = medians[against] / medians[own]
         records[0]["bars"].append(bar(against, "time", at_least, found, found >= at_least))
 
 
-def run(device: str, tiny: bool, say: Say) -> Iterator[list[Record]]:
-    for measure in (select, step, backward):
-        records = measure(device, tiny, say)
+def run(device: str, tiny: bool, rates: Rates, done: set[str], say: Say) -> Iterator[list[Record]]:
+    """A list of records a case, but for those that are `done`."""
+    for case, measure in ((SELECT, select), (STEP[device][0], step), (BACKWARD, backward)):
+        if case in done:
+            continue
+        records = measure(device, tiny, rates, say)
         for record in records:
             record["bars"] = [] if tiny else record.get("bars", [])
             if record["status"] != "ok":

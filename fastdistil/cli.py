@@ -111,14 +111,20 @@ def bench(
     report: Annotated[
         bool, typer.Option("--report", help="Turn the records into a page with tables and figures.")
     ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep the file's records, measure only the cases that it lacks.")
+    ] = False,
 ) -> None:
-    """Measure time, memory and error against PyTorch and its peers, on the GPU where there is one, else on the CPU."""
+    """Measure time, memory and error against PyTorch and its peers, on the GPU where there is one, else on the CPU.
+
+    The exit code is 1 where a kernel of fastdistil's own gave a wrong answer or crashed.
+    """
     if out is not None and out.suffix != ".jsonl":
         raise typer.BadParameter(f"is {str(out)!r}, expected a file that ends in .jsonl", param_hint="--out")
     runner = _needs("bench", "fastdistil.benchmarks.run")
     written: list[Path] = []
     if what is not None or not report:
-        written = runner.run((what or What.all).value, tiny=small, out=out, say=typer.echo)
+        written = runner.run((what or What.all).value, tiny=small, out=out, resume=resume, say=typer.echo)
         for path in written:
             typer.echo(f"records: {path}")
     if report or what in (What.exactness, What.all):
@@ -129,6 +135,9 @@ def bench(
                 typer.echo(f"report: {path}")
         except ValueError as error:
             raise _fail(str(error)) from error
+    wrong = runner.wrong(written)
+    if wrong:
+        raise _fail("\n".join(wrong))
 
 
 Parts = Annotated[list[str] | None, typer.Option(help="Parts of tensor names; may be given several times.")]

@@ -44,6 +44,14 @@ def poison() -> Iterator[None]:
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests of modules that use DEVICE, and lets them run first: on a GPU they are the ones that prove it."""
+    for item in items:
+        if getattr(getattr(item, "module", None), "DEVICE", None) is not None:
+            item.add_marker(pytest.mark.device)
+    items.sort(key=lambda item: item.get_closest_marker("device") is None)  # stable: else in their order
+
+
 def available(*names: str) -> list[str]:
     """Those of the backends that can run here on the tests' device."""
     status = fastdistil.backends()

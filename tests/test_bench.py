@@ -10,7 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from fastdistil.benchmarks import cases, contenders, exactness, figures, measure, plot, record, run, sharing, steps
+from fastdistil.benchmarks import (
+    cases,
+    contenders,
+    exactness,
+    figures,
+    measure,
+    plot,
+    problems,
+    record,
+    run,
+    sharing,
+    steps,
+)
 from fastdistil.benchmarks.cases import Bar, Case
 
 DEVICE = run.device_here()
@@ -106,6 +118,19 @@ def test_every_case_is_right_when_small(op: str, device: str) -> None:
         assert 0 < cases.traffic_bytes(case, "forward") < cases.traffic_bytes(case, "both")
 
 
+def test_mse_of_heads_without_logits_is_the_textbooks() -> None:
+    case = Case("linear", "tiny", {"N": 9, "V": 131, "D_s": 16, "D_t": 16}, (), options={"divergence": "mse", "temperature": 2.0})  # fmt: skip
+    problem = run.make(case, DEVICE, 1e-3)
+    wide = {name: x.double().requires_grad_(name in problem.wanted) for name, x in problem.tensors.items()}
+    loss = problems.textbook(case)(wide)
+    found = run.truth(case, problem)
+    assert abs(found.value / loss.item() - 1) < 1e-9
+    for name, gradient in zip(
+        problem.wanted, torch.autograd.grad(loss, [wide[n] for n in problem.wanted]), strict=True
+    ):
+        assert problems.error(found.gradients[name], gradient) < 1e-9
+
+
 def test_floors_by_formula() -> None:
     case = cases.cpu_cases()[0]
     assert cases.traffic_bytes(case, "both") == 3 * 4 * 512 * 119_547
@@ -156,6 +181,29 @@ def test_a_run_that_is_cut_off_keeps_what_it_has(tmp_path: Path, monkeypatch: py
     assert list(out.parent.iterdir()) == [out]
 
 
+def test_resume_measures_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def one(case: Case, *unused: object) -> list[dict[str, Any]]:
+        seen.append(case.name)
+        failed = {"contender": OURS, "status": "failed", "reason": "it broke"}
+        return [{"op": "hidden", "case": case.name, "kernel_hash": record.kernel_hash("hidden"), **failed}]
+
+    monkeypatch.setattr(run, "run_case", one)
+    monkeypatch.setattr(run, "machine_rates", lambda device: RATES)
+    out = tmp_path / "hidden.jsonl"
+    for _ in range(2):
+        run.run("hidden", tiny=True, out=out, resume=True, say=quiet)
+    names = [case.name for case in cases.select(DEVICE, ("hidden",), True)]
+    assert seen == names
+    lines = [json.loads(x) for x in out.read_text().splitlines()]
+    assert [x["case"] for x in lines] == names
+    assert run.wrong([out]) == [f"hidden {name}: {OURS} failed, it broke" for name in names]
+    record.write_records(out, [x | {"kernel_hash": "0" * 16} for x in lines])  # the kernels have changed
+    run.run("hidden", tiny=True, out=out, resume=True, say=quiet)
+    assert seen == names * 2
+
+
 def test_report_has_tables_figures_and_marks(records: list[dict[str, Any]], tmp_path: Path) -> None:
     old = [{**r, "kernel_hash": "0" * 16} for r in records]
     exact = exactness.measure(("eager", "fastdistil:reference"), ("float32", "bfloat16"), {"N": 2, "V": 77}, DEVICE)
@@ -193,14 +241,24 @@ def test_report_of_nothing_or_of_a_broken_file_names_it(tmp_path: Path) -> None:
     assert filled == "a <!-- records:cpu -->\n\nnew\n\n<!-- end:cpu --> b"
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="threads are the CPU's")
 @pytest.mark.parametrize("recipe", ["lightmbert", "bistil"])
 def test_whole_steps_are_records(recipe: str) -> None:
     pytest.importorskip("transformers")
-    eager, ours = steps.run(recipe, True, quiet)
-    assert (eager["contender"], ours["contender"]) == ("eager", "fastdistil:cpu")
-    assert eager["gradient_error"] == 0 < ours["gradient_error"] < steps.LIMIT
+    eager, ours = steps.run(recipe, DEVICE, True, RATES, quiet)
+    assert (eager["contender"], ours["contender"]) == steps.contenders(DEVICE)
+    assert 0 < ours["gradient_error"] <= 2 * eager["gradient_error"] + steps.LIMIT[ours["dtype"]]
+    assert min(r["ratios"]["both"]["this_over_best"] for r in (eager, ours)) == 1
+    assert ours["bytes"]["both"] > 0 < ours["flops"]["both"]
     assert "### Training steps" in plot.page([eager, ours], [])
+
+
+def test_steps_under_autocast_err_by_their_rounding() -> None:
+    """What a GPU measures, on whatever device there is."""
+    pytest.importorskip("transformers")
+    true = steps.Step("eager", "lightmbert", steps.TINY, DEVICE).outcome()
+    for name in steps.contenders(DEVICE):
+        found = steps.Step(name, "lightmbert", steps.TINY, DEVICE, half=True).outcome()
+        assert all(1e-6 < error < 0.05 for error in steps.off(found, true)), name
 
 
 def test_steps_that_disagree_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +266,7 @@ def test_steps_that_disagree_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> N
     right = steps.Step._captured
     monkeypatch.setattr(steps.Step, "_captured", lambda self: 1.01 * right(self))
     with pytest.raises(ValueError, match="step lightmbert: the contenders disagree"):
-        steps.run("lightmbert", True, quiet)
+        steps.run("lightmbert", DEVICE, True, RATES, quiet)
 
 
 def test_thread_sharing_is_a_record() -> None:

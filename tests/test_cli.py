@@ -124,6 +124,17 @@ def test_bench_writes_records_and_a_report(monkeypatch: pytest.MonkeyPatch, tmp_
     assert (tmp_path / "images" / "hidden-time.png").exists() or (tmp_path / "images" / "gpu-hidden-time.png").exists()
 
 
+def test_bench_fails_where_a_kernel_of_ours_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from fastdistil.benchmarks import run
+
+    line = "hidden one: fastdistil:cpu refused, its value is 1.0e-01 off"
+    monkeypatch.setattr(run, "run", lambda what, **options: [tmp_path / "hidden.jsonl"])
+    monkeypatch.setattr(run, "wrong", lambda paths: [line])
+    result = runner.invoke(cli.app, ["bench", "hidden"])
+    assert result.exit_code == 1
+    assert line in result.output
+
+
 def test_bench_refuses_what_it_does_not_know(tmp_path: Path) -> None:
     assert runner.invoke(cli.app, ["bench", "speed"]).exit_code == 2
     assert "ends in .jsonl" in runner.invoke(cli.app, ["bench", "--out", "x.json"]).output

@@ -11,6 +11,7 @@ from fastdistil.benchmarks import measure, plot, record, run, sparse, sparse_con
 
 from fastdistil.sparse import SparseAdamW, SparseMask
 
+RATES = {"copy_gb_s": 10.0, "matrix_gflop_s": 100.0}
 FIELDS = {"op", "case", "shape", "dtype", "contender", "status", "small", "time_us", "bars", "kernel_hash", "commit"}
 
 
@@ -25,7 +26,7 @@ def test_shapes_are_those_of_bert() -> None:
 
 
 def test_small_run_writes_records_and_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "machine_rates", lambda device: {"copy_gb_s": 10.0, "matrix_gflop_s": 100.0})
+    monkeypatch.setattr(run, "machine_rates", lambda device: RATES)
     monkeypatch.setattr(sparse, "child", lambda task, arguments: {"peak_mib": 12.0})
     run.run("sparse", tiny=True, out=tmp_path / "sparse.jsonl", say=quiet)
     records = [json.loads(line) for line in (tmp_path / "sparse.jsonl").read_text().splitlines()]
@@ -43,12 +44,16 @@ def test_small_run_writes_records_and_a_report(tmp_path: Path, monkeypatch: pyte
 
 def test_bars_compare_medians() -> None:
     records: list[dict[str, Any]] = [
-        {"contender": name, "time_us": {"both": {"p50": time}}} for name, time in (("ours", 10.0), ("topk", 40.0))
+        {"contender": name, "time_us": {"both": {"p50": time}}, "bytes": {"both": 50_000}, "rates": RATES}
+        for name, time in (("ours", 10.0), ("topk", 40.0))
     ]
     sparse.add_bars(records, {"topk": 3.0})
     assert records[0]["bars"] == [
         {"against": "topk", "quantity": "time", "at_least": 3.0, "found": 4.0, "reached": True}
     ]
+    assert records[1]["ratios"]["both"] == {
+        "ours_over_this": 0.25, "topk_over_this": 1.0, "this_over_best": 4.0, "this_over_floor": 8.0,
+    }  # fmt: skip
     sparse.add_bars(records, {"topk": 5.0})
     assert records[0]["bars"][0]["reached"] is False
 
@@ -64,7 +69,7 @@ def test_a_wrong_selection_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None
         return SparseMask({**mask, name: index.unique()}, mask.shapes)
 
     monkeypatch.setattr(sparse, "select_topk", off)
-    (found,) = sparse.select("cpu", True, quiet)
+    (found,) = sparse.select("cpu", True, RATES, quiet)
     assert found["status"] == "refused"
     assert "off torch.topk's" in found["reason"]
 
@@ -75,7 +80,7 @@ def test_a_wrong_step_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
             return super()._constants({**group, "lr": 1.1 * group["lr"]}, step)
 
     monkeypatch.setattr(sparse, "SparseAdamW", Off)
-    (found,) = sparse.step("cpu", True, quiet)
+    (found,) = sparse.step("cpu", True, RATES, quiet)
     assert found["status"] == "refused"
     assert "off dense AdamW on the chosen entries" in found["reason"]
 
