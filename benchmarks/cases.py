@@ -76,8 +76,8 @@ def operations(case: Case, what: str) -> int:
     heads = s["B"] * s["H"]
     maps = 2 * heads * s["S"] ** 2 * (s["d_s"] + s["d_t"] + gradient * 2 * s["d_s"])
     if case.options["kind"] == "score_mse" and s["d_s"] == s["d_t"]:
-        # No map at all: half of each factor's symmetric Gram matrix, 2 S d^2 multiply-adds each, of which both gradients
-        # are 2 S d^2 more each (attention_low_rank.cpp). Fewer than the maps' from S = 2 d on.
+        # No map at all: half of each factor's symmetric Gram matrix, 2 S d^2 multiply-adds each, and from these each
+        # gradient for 2 S d^2 more (attention_low_rank.cpp). Fewer than the maps' from S = 2 d on.
         return min(maps, heads * s["S"] * s["d_s"] ** 2 * (16 if gradient else 8))
     return maps
 

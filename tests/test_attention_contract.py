@@ -179,6 +179,13 @@ BAD = [
     ({"student_scale": "1"}, TypeError, "student_scale is str, expected a number"),
     ({"teacher_scale": float("nan")}, ValueError, "teacher_scale is nan, expected a finite number"),
     ({"reduction": "batchmean"}, ValueError, "reduction is 'batchmean', expected one of 'mean', 'sum', 'none'"),
+    ({"num_items": 0}, ValueError, "num_items is 0.0, expected more than 0"),
+    ({"num_items": torch.ones(2)}, ValueError, "num_items has shape (2,), expected one number"),
+    (
+        {"num_items": 3, "reduction": "sum"},
+        ValueError,
+        "num_items came with reduction='sum', expected reduction='mean'",
+    ),
     ({"backend": "fast"}, ValueError, "backend is 'fast', expected 'auto' or one of"),
 ]
 
