@@ -4,10 +4,9 @@ A model that is listened to has hooks on its base model and all of its blocks, a
 function that shows queries, keys and values. All of them are the same functions whatever is captured, and find the
 listeners by the module: code that torch.compile made for one capture serves the next one.
 
-They are kept out of compiled graphs, which therefore break there (fullgraph=True is refused). Who listens depends on
-the thread and on the captures that are open, neither of which a graph can look up: traced with the listener of one
-capture, which is possible, it would be compiled again for each capture, that is for each training step, until
-torch.compile's limit of recompilations. A custom op could look them up, but sees tensors without their gradient.
+They are kept out of compiled graphs, which therefore break there (fullgraph=True is refused): the listeners of a pass
+are those of its thread and of its model, found by the thread's identity and by weak dictionaries, and torch.compile
+traces neither. A custom op could look them up, but sees tensors without their gradient.
 """
 
 from __future__ import annotations
