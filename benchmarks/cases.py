@@ -73,9 +73,13 @@ def operations(case: Case, what: str) -> int:
         return 2 * s["N"] * s["D_s"] * s["D_t"] * s["L"] * products
     if case.op == "linear":
         return _linear_operations(case, gradient)
-    if case.options["kind"] == "score_mse" and s["d_s"] == s["d_t"]:  # Gram matrices of the factors, no map at all
-        return s["B"] * s["H"] * s["S"] * s["d_s"] ** 2 * (32 if gradient else 16)
-    return 2 * s["B"] * s["H"] * s["S"] ** 2 * (s["d_s"] + s["d_t"] + gradient * 2 * s["d_s"])
+    heads = s["B"] * s["H"]
+    maps = 2 * heads * s["S"] ** 2 * (s["d_s"] + s["d_t"] + gradient * 2 * s["d_s"])
+    if case.options["kind"] == "score_mse" and s["d_s"] == s["d_t"]:
+        # No map at all: half of each factor's symmetric Gram matrix, 2 S d^2 multiply-adds each, and from these each
+        # gradient for 2 S d^2 more (attention_low_rank.cpp). Fewer than the maps' from S = 2 d on.
+        return min(maps, heads * s["S"] * s["d_s"] ** 2 * (16 if gradient else 8))
+    return maps
 
 
 def _linear_operations(case: Case, gradient: bool) -> int:

@@ -94,6 +94,28 @@ def test_reductions_agree(backend: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("heads", ["each", "mean"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_accumulated_over_batches(backend: str, heads: str, kind: str) -> None:
+    """The losses of a batch's sequences, each divided by the items of all, add up to the batch's own."""
+    tensors, mask = draw(SHAPES["padded"], torch.float32)
+    assert mask is not None
+    count = mask.sum(1).float()
+    items = count.sum() if kind == "prob_kl" else count.square().sum()
+    options: dict[str, Any] = {"kind": kind, "heads": heads, "backend": backend}
+    whole = outcome(lambda *x: attention_loss(*x, mask=mask, **options), tensors)
+
+    def in_parts(*x: torch.Tensor) -> torch.Tensor:
+        first, second = (
+            attention_loss(*(y[i : i + 1] for y in x), mask=mask[i : i + 1], num_items=n, **options)
+            for i, n in enumerate((items, float(items)))
+        )
+        return first + second
+
+    judge_exact(outcome(in_parts, tensors), whole, torch.float32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_padded_queries_count_on_request(backend: str, kind: str) -> None:
     """BiStil keeps padded query rows: their keys are still the real ones."""

@@ -113,7 +113,11 @@ def eager(q_s, k_s, q_t, k_t, *, kind):
     return (a - b if kind == "score_mse" else a.softmax(-1) - b.softmax(-1)).square().mean()
 def peak():  # MiB; unlike ru_maxrss it does not begin with the parent's
     return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
-function = eager if sys.argv[1] == "eager" else attention_loss
+which = sys.argv[1]
+def mean(q_s, k_s, q_t, k_t, *, kind):  # half as many heads as the teacher's
+    heads = q_s.shape[1] // 2
+    return attention_loss(q_s[:, :heads], k_s[:, :heads], q_t, k_t, kind=kind, heads="mean")
+function = {"eager": eager, "ours": attention_loss, "mean": mean}[which]
 def run(q, k, q_t, k_t):
     function(q.requires_grad_(), k.requires_grad_(), q_t, k_t, kind=sys.argv[2]).backward()
 run(*torch.randn(4, 1, 2, 64, 64))
@@ -126,10 +130,15 @@ print(peak() - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc")
 @pytest.mark.parametrize(
-    ("kind", "batch", "length", "at_least"),
-    [("prob_kl", 8, 512, 10), ("prob_mse", 2, 2048, 50), ("score_mse", 2, 2048, 40)],
+    ("which", "kind", "batch", "length", "at_least"),
+    [
+        ("ours", "prob_kl", 8, 512, 10),
+        ("ours", "prob_mse", 2, 2048, 50),
+        ("ours", "score_mse", 2, 2048, 40),
+        ("mean", "prob_mse", 2, 2048, 30),  # blocks of a MiB, and copies of the keys and queries
+    ],
 )
-def test_peak_memory(kind: str, batch: int, length: int, at_least: int) -> None:
+def test_peak_memory(which: str, kind: str, batch: int, length: int, at_least: int) -> None:
     """Beyond the inputs, the gradients included: eager holds several maps, we two blocks of 256 KiB a thread. For
     score_mse eager holds so little that the gradients alone, 24 MiB, are 1/48 of it."""
 
@@ -137,7 +146,7 @@ def test_peak_memory(kind: str, batch: int, length: int, at_least: int) -> None:
         command = [sys.executable, "-c", _MEMORY, which, kind, str(batch), str(length)]
         return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
-    ours, eager = peak_mem_mib("ours"), peak_mem_mib("eager")
+    ours, eager = peak_mem_mib(which), peak_mem_mib("eager")
     assert 0 < ours < eager / at_least, f"{ours:.0f} MiB, eager {eager:.0f} MiB"
 
 
@@ -179,6 +188,13 @@ BAD = [
     ({"student_scale": "1"}, TypeError, "student_scale is str, expected a number"),
     ({"teacher_scale": float("nan")}, ValueError, "teacher_scale is nan, expected a finite number"),
     ({"reduction": "batchmean"}, ValueError, "reduction is 'batchmean', expected one of 'mean', 'sum', 'none'"),
+    ({"num_items": 0}, ValueError, "num_items is 0.0, expected more than 0"),
+    ({"num_items": torch.ones(2)}, ValueError, "num_items has shape (2,), expected one number"),
+    (
+        {"num_items": 3, "reduction": "sum"},
+        ValueError,
+        "num_items came with reduction='sum', expected reduction='mean'",
+    ),
     ({"backend": "fast"}, ValueError, "backend is 'fast', expected 'auto' or one of"),
 ]
 

@@ -114,6 +114,23 @@ def test_mean_over_heads_near_convergence(backend: str, kind: str, noise: float)
     judge_exact(found, truth, torch.float32)
 
 
+@pytest.mark.parametrize("kind", ["prob_mse", "prob_kl"])
+def test_mean_over_different_heads_without_a_mask(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing is hidden, by blocks of 8 rows, with grouped keys on both sides."""
+    monkeypatch.setattr(attention_mean, "BLOCK_ELEMENTS", {"cpu": 2 * 2 * 37 * 8, "gpu": 2 * 2 * 37 * 8})
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((2, 16), (1, 16), (4, 24), (2, 24))
+    tensors = [torch.randn(2, heads, 37, d, generator=generator).to(DEVICE) for heads, d in sizes]
+
+    def truth(*x: Tensor) -> Tensor:
+        whole = (y.repeat_interleave(n, 1) for y, n in zip(x, (1, 2, 1, 2), strict=True))
+        return _mean(*whole, kind, None, False)
+
+    found = outcome(lambda *x: attention_loss(*x, kind=kind, heads="mean"), tensors)
+    wide = outcome(truth, [x.double() for x in tensors])
+    judge(found, wide, outcome(truth, tensors), torch.float32)
+
+
 def test_mean_over_heads_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows by blocks of 4 of the 48 give what one block gives; packed sequences are the same as each by itself."""
     monkeypatch.setattr(attention_mean, "BLOCK_ELEMENTS", {"cpu": 2 * 4 * 51, "gpu": 2 * 4 * 51})

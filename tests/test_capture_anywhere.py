@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -104,6 +106,19 @@ def test_under_compile(family: str) -> None:
     torch.testing.assert_close(compiled(**inputs)[0], plain)
 
 
+def test_a_compiled_graph_without_breaks_is_refused_as_long_as_a_capture_is_open() -> None:
+    torch._dynamo.reset()
+    model, inputs = _model("bert"), _inputs()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    plain = compiled(**inputs)[0]
+    with (
+        pytest.raises(torch._dynamo.exc.Unsupported, match=r"torch.compiler.disable"),
+        capture(compiled, queries=[2]),
+    ):
+        compiled(**inputs)
+    torch.testing.assert_close(compiled(**inputs)[0], plain)
+
+
 def test_threads_do_not_mix() -> None:
     """Two threads capture different layers of one model on different inputs at the same time."""
     model, inputs = _model("bert"), _inputs()
@@ -131,21 +146,37 @@ def test_threads_do_not_mix() -> None:
     assert not failures and model.config._attn_implementation == "sdpa"
 
 
-def test_inside_of_distributed_data_parallel() -> None:
-    model = _model("bert").train(False)
-    with capture(model, queries=[1]) as alone:
-        model(**_inputs())
+def _train_in_parallel(rank: int, world: int, folder: str) -> None:
+    """One of the processes: its own sequence, its loss from what it captured, the gradients averaged by DDP."""
+    torch.set_num_threads(1)
     distributed = torch.distributed
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     try:
+        model = _model("bert").train(False)
         wrapped = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
-        with capture(wrapped, queries=[1]) as captured:
-            wrapped(**_inputs())
-        captured.queries[1].sum().backward()
+        inputs = {name: x[rank : rank + 1] for name, x in _inputs().items()}
+        with capture(wrapped, queries=[2]) as captured:
+            output = wrapped(**inputs)[0]
+        (captured.queries[2].square().sum() + 0 * output.sum()).backward()
+        weight = model.encoder.layer[1].attention.self.query.weight
+        torch.save((captured.queries[2].detach(), weight.grad), f"{folder}/{rank}.pt")
     finally:
         distributed.destroy_process_group()
-    assert torch.equal(captured.queries[1], alone.queries[1])
-    assert model.encoder.layer[0].attention.self.query.weight.grad is not None
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+@pytest.mark.skipif(sys.platform == "win32", reason="gloo's file store")
+def test_inside_of_distributed_data_parallel(tmp_path: Path) -> None:
+    """Two processes: each captures its own batch, and the gradient through it is averaged over both."""
+    torch.multiprocessing.spawn(_train_in_parallel, (2, str(tmp_path)), nprocs=2)
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    model = _model("bert").train(False)
+    with capture(model, queries=[2]) as alone:
+        model(**_inputs())
+    torch.testing.assert_close(torch.cat([queries for queries, _ in found]), alone.queries[2].detach())
+    (alone.queries[2].square().sum() / 2).backward()
+    for _, gradient in found:
+        torch.testing.assert_close(gradient, model.encoder.layer[1].attention.self.query.weight.grad)
 
 
 def test_a_layer_without_the_attention_interface_is_named() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastdistil import hidden_loss
+from fastdistil.ops import hidden as hidden_op
 from fastdistil.ops.hidden import hidden_rows, hidden_total
 
 BACKENDS = available("reference", "cpu", "triton")
@@ -233,6 +234,22 @@ def test_dtypes_may_differ() -> None:
     assert found.gradients[0].dtype == torch.bfloat16 and found.gradients[1].dtype == torch.float32
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_without_weight_take_no_part_in_the_products(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, teacher = draw((6, 12, 8, True), torch.float32)
+    weight, products = weights(6), []
+    kept = int((weight != 0).sum())
+    assert 0 < kept < 6
+
+    def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+        products.append(len(left))
+        return left @ right
+
+    monkeypatch.setattr(hidden_op, "_product", product)
+    ours(inputs[0].requires_grad_(), *inputs[1:], teacher=teacher, weight=weight, backend=backend).backward()
+    assert products == [kept, kept]  # there, and back to the student
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", available("reference", "cpu"))
@@ -249,10 +266,12 @@ def test_opcheck(kind: str) -> None:
     inputs, teacher = draw((4, 3, 5, True), torch.float32)
     scale = torch.rand(4, device=DEVICE)
     student, projection, bias = (x.requires_grad_() for x in inputs)
-    arguments = (student, teacher, projection, bias, scale, kind, "gelu", "auto")
+    arguments = (student, teacher, projection, bias, scale, kind, "gelu", "auto", True)
     torch.library.opcheck(hidden_rows, arguments)
     torch.library.opcheck(hidden_total, (*arguments, [True, True, True], False))
-    torch.library.opcheck(hidden_rows, (teacher + student.sum(), teacher, None, None, scale, kind, "none", "auto"))
+    torch.library.opcheck(
+        hidden_rows, (teacher + student.sum(), teacher, None, None, scale, kind, "none", "auto", True)
+    )
 
 
 @pytest.mark.parametrize("projected", [False, True])

@@ -102,6 +102,22 @@ def test_gradcheck(backend: str, kind: str) -> None:
         assert torch.autograd.gradcheck(loss, (student.requires_grad_(),))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_accumulated_over_batches(kind: str) -> None:
+    student, teacher, mask = _draw(SHAPES["padded"], torch.float32)
+    assert mask is not None
+    count = mask.sum(1).float()
+    items = count.sum() if kind == "prob_kl" else count.square().sum()
+
+    def in_parts(x: torch.Tensor) -> torch.Tensor:
+        parts = zip(x.split(1), teacher.split(1), mask.split(1), strict=True)
+        losses = [relation_loss(s, t, relation_heads=4, kind=kind, mask=m, num_items=items) for s, t, m in parts]
+        return torch.stack(losses).sum()
+
+    whole = _outcome(lambda x: relation_loss(x, teacher, relation_heads=4, kind=kind, mask=mask), student)
+    judge_exact(_outcome(in_parts, student), whole, torch.float32)
+
+
 def test_compiles_without_a_graph_break() -> None:
     student, teacher, mask = _draw(SHAPES["padded"], torch.float32)
     loss = lambda x: relation_loss(x, teacher, relation_heads=4, mask=mask)  # noqa: E731
@@ -130,6 +146,7 @@ BAD = [
     ({"kind": "mse"}, ValueError, "kind is 'mse', expected one of"),
     ({"mask": torch.ones(2, 4).bool()}, ValueError, "mask has shape (2, 4), expected (2, 5), (B, S) of the student"),
     ({"mask": torch.ones(2, 5)}, TypeError, "mask has dtype torch.float32, expected bool"),
+    ({"num_items": -1}, ValueError, "num_items is -1.0, expected more than 0"),
     ({"reduction": "all"}, ValueError, "reduction is 'all', expected one of 'mean', 'sum', 'none'"),
 ]
 

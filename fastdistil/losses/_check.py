@@ -82,6 +82,22 @@ def row_weight(function: str, weight: object, shape: torch.Size, device: torch.d
     return weight.reshape(-1).to(dtype)
 
 
+def given_items(
+    function: str, reduction: str, num_items: object, device: torch.device, dtype: torch.dtype
+) -> Tensor | float | None:
+    """num_items as a tensor () or a number above 0; None where the loss counts for itself."""
+    if num_items is None:
+        return None
+    if reduction != "mean":
+        raise ValueError(f"{function}: num_items came with reduction={reduction!r}, expected reduction='mean'")
+    if not isinstance(num_items, Tensor):
+        return positive(function, "num_items", num_items)
+    if num_items.numel() != 1:
+        raise ValueError(f"{function}: num_items has shape {tuple(num_items.shape)}, expected one number")
+    same_device(function, "num_items", num_items, "the rows", device)
+    return num_items.detach().reshape(()).to(dtype)
+
+
 def row_scale(
     function: str,
     rows: int,
@@ -95,15 +111,9 @@ def row_scale(
 
     `weight` is what `row_weight` returned. Nothing here waits for the device.
     """
-    if num_items is not None and reduction != "mean":
-        raise ValueError(f"{function}: num_items came with reduction={reduction!r}, expected reduction='mean'")
-    if isinstance(num_items, Tensor):
-        if num_items.numel() != 1:
-            raise ValueError(f"{function}: num_items has shape {tuple(num_items.shape)}, expected one number")
-        same_device(function, "num_items", num_items, "the rows", device)
-        items: Tensor | float = num_items.detach().reshape(()).to(dtype)
-    elif num_items is not None:
-        items = positive(function, "num_items", num_items)
+    items = given_items(function, reduction, num_items, device, dtype)
+    if items is not None:
+        pass
     elif reduction != "mean":
         return torch.ones(rows, device=device, dtype=dtype) if weight is None else weight
     elif weight is None:

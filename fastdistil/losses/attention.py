@@ -29,6 +29,7 @@ def attention_loss(
     cu_seqlens: Tensor | None = None,
     heads: str = "each",
     reduction: str = "mean",
+    num_items: float | Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """The distance between two attention maps `A = scale * Q K^T`, `P = softmax(A)`, which never exist in memory.
@@ -51,6 +52,9 @@ def attention_loss(
         reduction: "mean" over visible (query, key) pairs and heads for prob_mse and score_mse, over query rows and
             heads for prob_kl (a mean over heads counts as one); "sum"; "none" one value a query row, summed over its
             keys, 0 where it is masked.
+        num_items: replaces the number of pairs, or of query rows, in "mean"; the heads are averaged as before. A number
+            or a tensor with one entry (gradient accumulation, data parallel): for prob_kl the real tokens of all
+            batches together, for the others the sum of their squared lengths.
         backend: "auto", "reference", "cpu" or "triton".
 
     Returns:
@@ -69,7 +73,7 @@ def attention_loss(
             raise ValueError(f"{_NAME}: mask came with cu_seqlens, expected one of them: packed tokens are all real")
     loss = of_maps(
         _NAME, tensors, kind, mask, causal, student_scale, teacher_scale, mask_queries, cu_seqlens, heads, reduction,
-        backend,
+        num_items, backend,
     )  # fmt: skip
     return loss[0] if packed and reduction == "none" else loss
 
@@ -86,6 +90,7 @@ def of_maps(
     cu_seqlens: Tensor | None,
     heads: str,
     reduction: str,
+    num_items: object,
     backend: str,
 ) -> Tensor:
     """The loss for tensors whose shapes and dtypes agree: the rest of the checks, and the op."""
@@ -99,13 +104,14 @@ def of_maps(
     named = (("student_scale", student_scale, tensors[0]), ("teacher_scale", teacher_scale, tensors[2]))
     scales = [x.shape[-1] ** -0.5 if y is None else _check.number(function, name, y) for name, y, x in named]
     choose(backend, tensors[0].device)
+    items = _check.given_items(function, reduction, num_items, tensors[0].device, accumulator(tensors[0].dtype))
     if heads == "mean" and kind == "score_mse":  # the mean of the scores is one head's, as wide as all of them together
         counts = [tensors[i].shape[1] for i in (0, 0, 2, 2)]
         tensors = [_one_head(x, count) for x, count in zip(tensors, counts, strict=True)]
         scales, heads = [scales[0] / counts[0], scales[1] / counts[2]], "each"
 
     counted = 1 if heads == "mean" else tensors[0].shape[1]
-    row_scale = _row_scale(tensors[0], counted, mask, cu_seqlens, kind, causal, mask_queries, reduction)
+    row_scale = _row_scale(tensors[0], counted, mask, cu_seqlens, kind, causal, mask_queries, reduction, items)
     arguments = (*tensors, mask, cu_seqlens, row_scale, kind, causal, scales[0], scales[1], heads, backend)
     if reduction == "none":
         rows: Tensor = attention_rows(*arguments)
@@ -197,13 +203,17 @@ def _row_scale(
     causal: bool,
     mask_queries: bool,
     reduction: str,
+    items: Tensor | float | None,
 ) -> Tensor:
-    """The factor of each query row (B, heads, S): 1, or 1 / number of terms for "mean"; 0 for what does not count."""
+    """The factor of each query row (B, heads, S): 1, or 1 / number of terms for "mean", where `items` replaces that of
+    one head; 0 for what does not count."""
     batch, _, length, _ = student_q.shape
     dtype = accumulator(student_q.dtype)
     real = torch.ones(batch, length, dtype=torch.bool, device=student_q.device) if mask is None else mask
     keep = (real if mask_queries else torch.ones_like(real)).to(dtype)
-    if reduction == "mean":
+    if items is not None:
+        keep = keep / (heads * items)
+    elif reduction == "mean":
         if kind == "prob_kl":
             terms = keep
         elif cu_seqlens is not None:

@@ -44,7 +44,8 @@ def hidden_loss(
         projection: P (D_t, D_s) as in torch.nn.Linear.weight, for all layers or a list with one for each.
         bias: (D_t,) as in torch.nn.Linear.bias, likewise; needs a projection.
         activation: None or "none", or "gelu" (the exact one), after projection and bias.
-        weight: (...), one entry a row, bool or number; a row with weight 0 contributes 0 whatever it holds.
+        weight: (...), one entry a row, bool or number; a row with weight 0 contributes 0 whatever it holds,
+            and takes no part in the products with a projection (finding these rows waits for a GPU once a layer).
         layer_weights: one finite number a layer, used as they are; by default 1 / number of layers each.
         reduction: "mean" = sum of w * l / sum of w, "sum", or "none" (...), float32, w * l a row.
         num_items: replaces the sum of w in "mean": a number or a tensor with one entry.
@@ -88,7 +89,9 @@ def hidden_loss(
         rows: Tensor = hidden_layers(*flat, scales, kind, activation, backend).sum(0)
         return rows.reshape(shape) if reduction == "none" else rows.sum()
     losses = [
-        _layer(s, t, p, c, scale if factor == 1 else scale * factor, kind, activation, reduction, backend)
+        _layer(
+            s, t, p, c, scale if factor == 1 else scale * factor, kind, activation, reduction, backend, weight is None
+        )
         for s, t, p, c, factor in zip(layers, teachers, projections, biases, factors, strict=True)
     ]
     loss = losses[0]
@@ -112,9 +115,11 @@ def _layer(
     activation: str,
     reduction: str,
     backend: str,
+    dense: bool,
 ) -> Tensor:
     """One layer's loss; see ops/hidden.py for which op serves which case."""
-    arguments = (student.flatten(0, -2), teacher.flatten(0, -2), projection, bias, scale, kind, activation, backend)
+    states = student.flatten(0, -2), teacher.flatten(0, -2)
+    arguments = (*states, projection, bias, scale, kind, activation, backend, dense)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (student, projection, bias)]
     at_once = projection is not None or student.device.type == "cpu"  # where computing twice costs more than keeping
     if at_once and reduction != "none" and any(wanted):

@@ -22,6 +22,7 @@ def relation_loss(
     teacher_scale: float | None = None,
     mask_queries: bool = True,
     reduction: str = "mean",
+    num_items: float | Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """The distance between two relations `A = scale * x x^T` of a layer's tokens, a relation head at a time.
@@ -37,7 +38,7 @@ def relation_loss(
         relation_heads: divides D_s and D_t.
         kind: "prob_kl" KL(P_t || P_s), P the softmax of A over the keys; "prob_mse"; "score_mse".
         mask: (B, S) bool, True = real token.
-        causal, mask_queries, reduction, backend: as in `attention_loss`.
+        causal, mask_queries, reduction, num_items, backend: as in `attention_loss`.
         student_scale, teacher_scale: 1 / sqrt(D / relation_heads) by default.
 
     Returns:
@@ -68,7 +69,7 @@ def relation_loss(
     s, t = (_split(x, relation_heads) for x in _check.one_dtype(*xs))
     return of_maps(
         _NAME, [s, s, t, t], kind, mask, causal, student_scale, teacher_scale, mask_queries, None, "each", reduction,
-        backend,
+        num_items, backend,
     )  # fmt: skip
 
 

@@ -50,6 +50,8 @@ def capture(
         model: any encoder or decoder of transformers whose attention calls its attention interface (BERT, XLM-R,
             DistilBERT, ModernBERT, Llama, Qwen, Gemma, ...), with or without a head, also compiled or inside of
             DistributedDataParallel. Gradient checkpointing must be the non-reentrant one.
+            Under torch.compile the graph breaks at each block, and fullgraph=True is refused while a capture is open
+            (listeners.py says why).
         hidden_states: layers; 0 is what the first block gets, l the output of block l, before any norm behind the last.
         queries, keys, values: blocks, from 1, as the attention function gets them: after the rotary embedding.
 

@@ -2,8 +2,11 @@
 
 A model that is listened to has hooks on its base model and all of its blocks, and its configuration names an attention
 function that shows queries, keys and values. All of them are the same functions whatever is captured, and find the
-listeners by the module: code that torch.compile made for one capture serves the next one. They are kept out of
-compiled graphs, whose tensors they could not keep.
+listeners by the module: code that torch.compile made for one capture serves the next one.
+
+They are kept out of compiled graphs, which therefore break there (fullgraph=True is refused): the listeners of a pass
+are those of its thread and of its model, found by the thread's identity and by weak dictionaries, and torch.compile
+traces neither. A custom op could look them up, but sees tensors without their gradient.
 """
 
 from __future__ import annotations

@@ -34,10 +34,14 @@ def _compute(
     kind: str,
     activation: str,
     backend: str,
+    dense: bool,
     wanted: tuple[bool, bool, bool],
     rounded: bool,
 ) -> tuple[Tensor, Gradients]:
-    """Rows (N,), and the gradients that are `wanted`, in the inputs' dtypes where `rounded`, else in row_scale's."""
+    """Rows (N,), and the gradients that are `wanted`, in the inputs' dtypes where `rounded`, else in row_scale's.
+
+    Rows of scale 0 are dropped before the products. Finding them waits for a GPU once, unless the caller knows that
+    there are none (`dense`)."""
     name = choose(backend, student.device)
     if name == "triton" and row_scale.dtype == torch.float64:
         if backend == "triton":
@@ -45,7 +49,7 @@ def _compute(
         name = "reference"
     module = get("hidden", name, student.device)
     if projection is not None:
-        rows, found = _projected(module, student, teacher, projection, bias, row_scale, kind, activation, wanted)
+        rows, found = _projected(module, student, teacher, projection, bias, row_scale, kind, activation, dense, wanted)
         if rounded:
             inputs = (student, projection, bias)
             found = tuple(g if g is None or x is None else g.to(x.dtype) for g, x in zip(found, inputs, strict=True))  # type: ignore[assignment]
@@ -64,11 +68,12 @@ def _projected(
     row_scale: Tensor,
     kind: str,
     activation: str,
+    dense: bool,
     wanted: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Gradients]:
     dtype, (count, size_s), size_t = row_scale.dtype, student.shape, projection.shape[0]
     on_cpu = student.device.type == "cpu"
-    kept = row_scale.nonzero()[:, 0] if on_cpu else None  # a GPU would have to wait for their number
+    kept = row_scale.nonzero()[:, 0] if on_cpu or not dense else None
     if kept is not None and len(kept) == count:
         kept = None
     zeros = torch.zeros if kept is not None else torch.empty
@@ -83,8 +88,6 @@ def _projected(
     for start in range(0, count if kept is None else len(kept), step):
         chunk = slice(start, min(start + step, count)) if kept is None else kept[start : start + step]
         scale, h = row_scale[chunk], student[chunk].to(low)
-        if not on_cpu:
-            h = torch.where((scale == 0)[:, None], 0.0, h)
         z = _product(h, weight.T, dtype)
         need = dtype if any(wanted) else None
         rows[chunk], dz = module.hidden_rows(z, teacher[chunk], shift, scale, kind, activation, need)
@@ -131,11 +134,12 @@ def hidden_rows(
     kind: str,
     activation: str,
     backend: str,
+    dense: bool,
 ) -> Tensor:
     """student (N, D_s), teacher (N, D_t), projection (D_t, D_s), bias (D_t,), row_scale (N,) float32 (float64 for
-    float64 students) -> rows (N,), already times row_scale."""
+    float64 students), without a 0 where `dense` -> rows (N,), already times row_scale."""
     no = (False, False, False)
-    return _compute(student, teacher, projection, bias, row_scale, kind, activation, backend, no, True)[0]
+    return _compute(student, teacher, projection, bias, row_scale, kind, activation, backend, dense, no, True)[0]
 
 
 @torch.library.custom_op("fastdistil::hidden_total", mutates_args=())
@@ -148,6 +152,7 @@ def hidden_total(
     kind: str,
     activation: str,
     backend: str,
+    dense: bool,
     wanted: list[bool],
     rounded: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -155,7 +160,7 @@ def hidden_total(
     in the inputs' dtypes where `rounded`, else in row_scale's."""
     flags = (wanted[0], wanted[1], wanted[2])
     arguments = (student, teacher, projection, bias, row_scale, kind, activation, backend)
-    rows, found = _compute(*arguments, flags, rounded)
+    rows, found = _compute(*arguments, dense, flags, rounded)
     dstudent, dprojection, dbias = (row_scale.new_empty(0) if g is None else g for g in found)
     return rows.sum(), dstudent, dprojection, dbias
 
@@ -175,6 +180,7 @@ def _(
     kind: str,
     activation: str,
     backend: str,
+    dense: bool,
     wanted: list[bool],
     rounded: bool,
 ) -> tuple[Tensor, ...]:
@@ -188,7 +194,7 @@ def _(
 
 
 def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.kind, ctx.activation, ctx.backend = inputs
+    *tensors, ctx.kind, ctx.activation, ctx.backend, ctx.dense = inputs
     ctx.save_for_backward(*tensors)
 
 
@@ -198,15 +204,15 @@ def _backward_rows(ctx: Any, drows: Tensor) -> tuple[Tensor | None, ...]:
     scale = torch.where(row_scale == 0, 0.0, row_scale * drows)
     needed = ctx.needs_input_grad
     wanted = [needed[0], needed[2], needed[3]]
-    _, *found = hidden_total(*tensors, scale, ctx.kind, ctx.activation, ctx.backend, wanted, True)
+    _, *found = hidden_total(*tensors, scale, ctx.kind, ctx.activation, ctx.backend, ctx.dense, wanted, True)
     dstudent, dprojection, dbias = (g if want else None for g, want in zip(found, wanted, strict=True))
-    return dstudent, None, dprojection, dbias, None, None, None, None
+    return dstudent, None, dprojection, dbias, *[None] * 5
 
 
 def _setup_total(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # no zeros for them either
-    *tensors, ctx.kind, ctx.activation, ctx.backend, ctx.wanted, _ = inputs
+    *tensors, ctx.kind, ctx.activation, ctx.backend, ctx.dense, ctx.wanted, _ = inputs
     ctx.save_for_backward(*tensors)
     ctx.kept = output[1:]
 
@@ -214,11 +220,12 @@ def _setup_total(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 def _backward_total(ctx: Any, dtotal: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     refuse_double_backward("hidden_loss")
     if dtotal is None:
-        return (None,) * 10
+        return (None,) * 11
     tensors = ctx.saved_tensors
 
     def again() -> tuple[Tensor, ...]:
-        found: tuple[Tensor, ...] = hidden_total(*tensors, ctx.kind, ctx.activation, ctx.backend, ctx.wanted, False)
+        options = (ctx.kind, ctx.activation, ctx.backend, ctx.dense, ctx.wanted, False)
+        found: tuple[Tensor, ...] = hidden_total(*tensors, *options)
         return found[1:]
 
     gradients = hand_out(ctx, dtotal, again)
@@ -226,7 +233,7 @@ def _backward_total(ctx: Any, dtotal: Tensor | None, *_: Any) -> tuple[Tensor | 
     dstudent, dprojection, dbias = (
         g.to(x.dtype) if want else None for g, x, want in zip(gradients, inputs, ctx.wanted, strict=True)
     )
-    return dstudent, None, dprojection, dbias, *[None] * 6
+    return dstudent, None, dprojection, dbias, *[None] * 7
 
 
 hidden_rows.register_autograd(_backward_rows, setup_context=_setup_rows)

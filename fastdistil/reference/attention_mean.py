@@ -38,19 +38,26 @@ def attention(
     else:
         q = b.masked_fill(~seen, float("-inf")).softmax(-1).masked_fill(~seen, 0.0).mean(1)
         e = p.mean(1) - q
+    rows, dmean = compare(kind, q, e, None if kind == "prob_mse" else p.mean(1), row_scale)
+    if not need_grad:
+        return rows, None, None
+    dmean = (dmean.masked_fill(~visible, 0.0) / p.shape[1])[:, None]
+    dscores = p * (dmean - (p * dmean).sum(-1, keepdim=True))
+    return rows, student_scale * dscores @ student_k, student_scale * dscores.mT @ student_q
+
+
+def compare(kind: str, q: Tensor, e: Tensor, mean: Tensor | None, row_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (B, R) of the loss times row_scale, and the gradient in the student's mean (B, R, S), from the teacher's
+    mean q, the difference e of the means and, for prob_kl, the student's mean."""
     if kind == "prob_mse":
         rows, dmean = e.square().sum(-1), 2 * e
     else:
-        tiny, mean = torch.finfo(e.dtype).tiny, p.mean(1)
+        assert mean is not None
+        tiny = torch.finfo(e.dtype).tiny
         growth = torch.where(q > 0, e / q, 1e30).clamp(max=1e30)  # p / q - 1
         near = growth.abs() < 0.5
         delta = torch.where(near, torch.log1p(growth), (mean.clamp(min=tiny) / q.clamp(min=tiny)).log())
         rows = torch.where(near, q * expm1_minus_x(delta.clamp(-1, 1)), e - q * delta).sum(-1)
         # d rows / d p = 1 - q / p up to a constant, which the softmax takes out again
-        dmean = torch.where(visible, e / mean.clamp(min=tiny), 0.0)
-    rows = torch.where(row_scale != 0, row_scale * rows, 0.0)
-    if not need_grad:
-        return rows, None, None
-    dmean = (dmean * row_scale[..., None] / p.shape[1])[:, None]
-    dscores = p * (dmean - (p * dmean).sum(-1, keepdim=True))
-    return rows, student_scale * dscores @ student_k, student_scale * dscores.mT @ student_q
+        dmean = e / mean.clamp(min=tiny)
+    return torch.where(row_scale != 0, row_scale * rows, 0.0), dmean * row_scale[..., None]
