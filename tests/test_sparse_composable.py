@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,11 @@ FOREIGN = [
     ({"diffs": {"x": {"size": (0,), "index_steps": [0], "values": torch.ones(1)}}}, "x: .*"),
     ({"diffs": {"x": {"size": (4,), "index_steps": [1.5], "values": torch.ones(1)}}}, "x: 'float' object"),
     ({"diffs": {"x": {"size": (4,), "index_steps": [2**70], "values": torch.ones(1)}}}, "x: .*"),
+    (
+        {"diffs": {"x": {"size": (2,), "index_steps": [1], "values": torch.tensor([math.nan])}}},
+        r"SparseDelta: values\['x'\] holds NaN",
+    ),
+    ({"diffs": {3: OUT}}, "diffs: cannot be applied"),
     ({"diffs": {}, "abs": {"h": 3}}, "h: is int, expected a floating tensor"),
     ({"diffs": {}, "block_sparses": {"x": {}}}, "block_sparses: cannot be applied"),
 ]

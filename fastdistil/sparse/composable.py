@@ -65,9 +65,13 @@ def is_composable(path: Path) -> bool:
     return start == b"PK\x03\x04" or start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04")
 
 
+def file_of(path: Path) -> Path:
+    return path / FILE if path.is_dir() else path
+
+
 def read(path: Path) -> dict[str, Any]:
     """The arguments of a SparseDelta. Raises ValueError naming the file, the tensor and the reason."""
-    path = path / FILE if path.is_dir() else path
+    path = file_of(path)
     try:
         with torch.serialization.safe_globals(_STAND_INS):
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -76,8 +80,7 @@ def read(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path}: is no file of composable-sft that can be read as tensors alone ({reason})"
         ) from error
-    sections = [key for key in ("diffs", "body") if isinstance(content, Mapping) and key in content]
-    if not sections:
+    if not isinstance(content, Mapping) or not ("diffs" in content or "body" in content):
         raise ValueError(f"{path}: is no file of composable-sft: it holds neither 'diffs' nor 'body'")
     for key, section in content.items():
         if (
@@ -87,7 +90,7 @@ def read(path: Path) -> dict[str, Any]:
         ):
             raise ValueError(f"{path}: {key}: cannot be applied as a sparse difference, expected 'diffs' and 'abs'")
     positions, values, shapes = dict[str, Tensor](), dict[str, Tensor](), dict[str, torch.Size]()
-    for name, encoded in content[sections[0]].items():
+    for name, encoded in {**content.get("body", {}), **content.get("diffs", {})}.items():
         positions[name], values[name], shapes[name] = _named_difference(path, name, encoded)
     whole = dict[str, Tensor]()
     for name, tensor in {**content.get("head", {}), **content.get("abs", {})}.items():
