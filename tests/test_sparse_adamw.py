@@ -9,6 +9,7 @@ import pytest
 import torch
 from sparse_cases import DTYPES, HYPER, LAYERS, flat, gradients, masks, network, run_steps
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor  # without memory of its own, as a DTensor
 
 import fastdistil as fd
 from fastdistil import _C
@@ -183,6 +184,8 @@ BAD: list[tuple[Any, Any, dict[str, Any], type[Exception], str]] = [
     ({}, {}, {}, ValueError, "named_params is empty"),
     ({"w": nn.Parameter(torch.zeros(2, 3).t())}, {}, {}, ValueError, "has strides"),
     ({"w": torch.zeros(2, dtype=torch.complex64)}, {}, {}, TypeError, "has dtype torch.complex64"),
+    ({"w": torch.zeros(2, device="meta")}, {}, {}, TypeError, "is on the meta device, expected a torch.Tensor that is"),
+    ({"w": TwoTensor(torch.zeros(2), torch.zeros(2))}, {}, {}, TypeError, "is TwoTensor, expected a torch.Tensor that"),
     (W, {}, {"lr": -1.0}, ValueError, "lr is -1.0, expected at least 0"),
     (W, {}, {"eps": -1.0}, ValueError, "eps is -1.0"),
     (W, {}, {"betas": (0.9, 1.0)}, ValueError, r"betas is \(0.9, 1.0\)"),
@@ -215,3 +218,27 @@ def test_bad_states_and_gradients() -> None:
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(ValueError, match="the gradient of 'weight' is torch.sparse_coo"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("mask", [{"w": index(1, 5)}, {}], ids=["masked", "dense"])
+def test_parameters_that_were_swapped_under_the_optimizer(mask: dict[str, Tensor]) -> None:
+    """Sharding trainers replace a parameter's memory: writing at the old positions would be outside of it."""
+    weight = nn.Parameter(torch.ones(2, 3))
+    optimizer = SparseAdamW({"w": weight}, mask)
+    weight.grad = torch.ones(2, 3)
+    optimizer.step()
+    for other in (torch.zeros(3, 2).t(), torch.zeros(4)):
+        weight.data = other
+        weight.grad = torch.ones_like(other)
+        with pytest.raises(ValueError, match="'w' has (become|4 elements, but a state of another number)"):
+            optimizer.step()
+
+
+def test_state_follows_its_parameter() -> None:
+    """accelerate moves a model behind its optimizer's back; kernels must not get addresses of another device."""
+    weight = nn.Parameter(torch.ones(2, 3))
+    optimizer = SparseAdamW({"w": weight}, {"w": index(1, 5)}, l1=0.1)
+    assert optimizer.state[weight]["base"].device.type == "cpu"
+    torch.utils.swap_tensors(weight, nn.Parameter(torch.ones(2, 3, device="meta")))
+    state = optimizer._fitting_state(weight, "w")
+    assert {state[key].device.type for key in ("base", "exp_avg", "exp_avg_sq")} == {"meta"}

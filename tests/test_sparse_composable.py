@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +29,19 @@ def column_major(dense: Tensor) -> dict[str, Any]:
     return {"size": dense.shape, "index_steps": np.diff(at, prepend=0).tolist(), "values": torch.from_numpy(flat[at])}
 
 
-@pytest.mark.parametrize("form", ["diffs", "body", "steps"])
+def as_published(dense: Tensor) -> dict[str, Any]:
+    """As composable-sft writes it: the first step is a numpy scalar."""
+    encoded = column_major(dense)
+    first, *others = encoded["index_steps"]
+    return {**encoded, "index_steps": [np.int64(first), *others]}
+
+
+@pytest.mark.parametrize("form", ["diffs", "body", "steps", "numpy"])
 def test_composable_files(form: str, tmp_path: Path) -> None:
     dense, head = differences(), {"2.bias": torch.tensor([1.0, 2.0, 3.0])}
-    if form == "steps":
-        content = {"diffs": {n: column_major(x) for n, x in dense.items()}, "abs": head}
+    if form in ("steps", "numpy"):
+        encode = column_major if form == "steps" else as_published
+        content = {"diffs": {n: encode(x) for n, x in dense.items()}, "abs": head}
     else:
         content = {
             form: {n: x.to_sparse().coalesce() for n, x in dense.items()},
@@ -51,6 +61,71 @@ def test_composable_files(form: str, tmp_path: Path) -> None:
     assert SparseDelta.load(tmp_path / "pytorch_diff.bin").nnz == 4
 
 
+def encoded_file(path: Path, steps: list[Any]) -> Path:
+    torch.save({"diffs": {"0.bias": {"size": (47,), "index_steps": steps, "values": torch.ones(len(steps))}}}, path)
+    return path
+
+
+def renamed(path: Path, old: str, new: str) -> None:
+    """The same archive with another module's name in its pickle."""
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in parts.items():
+            archive.writestr(name, data.replace(old.encode(), new.encode()))
+
+
+@pytest.mark.parametrize("module", ["numpy.core.multiarray", "numpy._core.multiarray"])
+@pytest.mark.parametrize("dtype", [np.int64, np.int32, np.uint8])
+def test_numpy_scalars_of_either_version(module: str, dtype: Any, tmp_path: Path) -> None:
+    path = encoded_file(tmp_path / "pytorch_diff.bin", [dtype(46)])
+    renamed(path, dtype.__reduce__(dtype(46))[0].__module__, module)
+    assert SparseDelta.load(path).positions["0.bias"].tolist() == [46]
+
+
+def test_big_endian_numpy_scalar(tmp_path: Path) -> None:
+    scalar = np._core.multiarray.scalar
+
+    class Big:
+        def __reduce__(self) -> Any:
+            return scalar, (np.dtype(">i4"), (46).to_bytes(4, "big"))
+
+    path = encoded_file(tmp_path / "pytorch_diff.bin", [Big()])
+    assert SparseDelta.load(path).positions["0.bias"].tolist() == [46]
+
+
+class Numpy:
+    """Calls of numpy's that a file could try."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        np.float64(1.0),
+        np.str_("x"),
+        np.zeros(2),
+        np.dtype("O"),
+        np.dtype([("a", "i8")]),
+        Numpy(np.fromfile, "/etc/hostname"),
+        Numpy(np._core.multiarray.scalar, np.dtype("i8"), b"short"),
+        Numpy(np._core.multiarray.scalar, 8, b"12345678"),
+    ],
+    ids=["float", "str", "array", "object", "fields", "fromfile", "short", "no dtype"],
+)
+def test_hostile_numpy_is_refused(hostile: Any, tmp_path: Path) -> None:
+    path = encoded_file(tmp_path / "pytorch_diff.bin", [1, hostile])
+    before = torch.serialization.get_safe_globals()
+    with pytest.raises(ValueError, match="pytorch_diff.bin: is no file of composable-sft that can be read as tensors"):
+        SparseDelta.load(path)
+    assert set(torch.serialization.get_safe_globals()) == set(before)  # nothing stays allowed for anyone else
+
+
 class Trap:
     def __reduce__(self) -> Any:
         return print, ("unpickled",)
@@ -68,6 +143,15 @@ FOREIGN = [
         "x: its positions leave a tensor",
     ),
     ({"diffs": {"x": {"size": (2, 2)}}}, "x: 'index_steps'"),
+    ({"diffs": {"x": {"size": (), "index_steps": [0], "values": torch.ones(1)}}}, "x: .*"),
+    ({"diffs": {"x": {"size": (0,), "index_steps": [0], "values": torch.ones(1)}}}, "x: .*"),
+    ({"diffs": {"x": {"size": (4,), "index_steps": [1.5], "values": torch.ones(1)}}}, "x: 'float' object"),
+    ({"diffs": {"x": {"size": (4,), "index_steps": [2**70], "values": torch.ones(1)}}}, "x: .*"),
+    (
+        {"diffs": {"x": {"size": (2,), "index_steps": [1], "values": torch.tensor([math.nan])}}},
+        r"SparseDelta: values\['x'\] holds NaN",
+    ),
+    ({"diffs": {3: OUT}}, "diffs: cannot be applied"),
     ({"diffs": {}, "abs": {"h": 3}}, "h: is int, expected a floating tensor"),
     ({"diffs": {}, "block_sparses": {"x": {}}}, "block_sparses: cannot be applied"),
 ]

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastdistil.losses._check import FLOATS, number
 
@@ -36,9 +37,10 @@ def named_tensors(function: str, name: str, value: Named) -> Mapping[str, Tensor
 
 
 def float_param(function: str, argument: str, name: str, value: object) -> Tensor:
-    """`value` as a detached tensor of a supported floating dtype."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{function}: {argument}[{name!r}] is {type(value).__name__}, expected a torch.Tensor")
+    """`value` as a detached tensor of a supported floating dtype, with memory of its own: the kernels get addresses."""
+    if not isinstance(value, Tensor) or is_traceable_wrapper_subclass(value) or value.is_meta:
+        came = "on the meta device" if isinstance(value, Tensor) and value.is_meta else type(value).__name__
+        raise TypeError(f"{function}: {argument}[{name!r}] is {came}, expected a torch.Tensor that is there whole")
     if value.dtype not in FLOATS:
         raise TypeError(
             f"{function}: {argument}[{name!r}] has dtype {value.dtype}, expected float32, bfloat16, float16 or float64"

@@ -147,9 +147,7 @@ class SparseAdamW(torch.optim.Optimizer):
         if gradient.layout != torch.strided or gradient.dtype != param.dtype:
             came = f"{gradient.layout} {gradient.dtype}"
             raise ValueError(f"SparseAdamW: the gradient of {name!r} is {came}, expected dense {param.dtype}")
-        state = self.state[param]
-        if "step" not in state:
-            self._begin(param, state)
+        state = self._fitting_state(param, name)
         state["step"] += 1.0
         at = (group, state["step"])
         if at not in known:
@@ -163,6 +161,25 @@ class SparseAdamW(torch.optim.Optimizer):
             param, gradient.contiguous(), index, state["exp_avg"], state["exp_avg_sq"], state.get("master"), base,
             known[at],
         )  # fmt: skip
+
+    def _fitting_state(self, param: Tensor, name: str) -> dict[str, Any]:
+        """A parameter's state where the parameter is. The kernels are given addresses: what does not fit any more is
+        an error here."""
+        state: dict[str, Any] = self.state[param]
+        index = self._index[param]
+        if not param.is_contiguous() or (index is not None and param.shape != self.mask.shapes[name]):
+            raise ValueError(
+                f"SparseAdamW: {name!r} has become {tuple(param.shape)} with strides {param.stride()}, expected it "
+                "dense and of the shape that it had"
+            )
+        if "step" not in state:
+            self._begin(param, state)
+        if index is None and state["exp_avg"].numel() != param.numel():
+            raise ValueError(f"SparseAdamW: {name!r} has {param.numel()} elements, but a state of another number")
+        for key in _STATE:  # a model may move after its optimizer was made
+            if key in state and state[key].device != param.device:
+                state[key] = state[key].to(param.device)
+        return state
 
     def _begin(self, param: Tensor, state: dict[str, Any]) -> None:
         """A parameter's state before its first step. The step is a number: a tensor would cost more than the rest of

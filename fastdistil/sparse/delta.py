@@ -220,7 +220,11 @@ class SparseDelta:
         """
         path = Path(path)
         if composable.is_composable(path):
-            return cls(**composable.read(path))
+            content = composable.read(path)
+            try:
+                return cls(**content)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{composable.file_of(path)}: {error}") from error
         found = files.Checkpoint(path)
         shapes = files.decode_shapes(found, FORMAT)
         positions, values, whole = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()

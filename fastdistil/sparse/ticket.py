@@ -51,12 +51,13 @@ def lottery_ticket(
     """
     folder = None if out is None else Path(out)
     share = None if k is not None else density
-    asked = {"density": share, "k": k, "include": include, "exclude": exclude, "mask": mask and mask.digest()}
+    given = None if mask is None else mask.digest()
+    asked = {"density": share, "k": k, "include": include, "exclude": exclude, "mask": given}
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         _check_settings(folder, asked)
     start = _start(model, folder)
-    mask = mask or _kept_mask(folder)
+    mask = _kept_mask(folder) if mask is None else mask
     if mask is None:
         train_fn(model, None, None if folder is None else folder / "full")
         names = {name: p for name, p in model.named_parameters() if p.requires_grad}
