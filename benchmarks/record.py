@@ -22,7 +22,9 @@ STEMS = {  # parts of the names of an op's own files
     "logits": ("logit",), "linear": ("logit", "linear", "products"), "hidden": ("hidden",), "attention": ("attention",),
     "topk": ("logit", "topk"), "exactness": ("logit",), "threads": ("logit",), "sparse": ("sparse",),
     "steps": ("attention", "hidden"),
+    "terms": ("cross_entropy", "row_moments", "row_statistics", "vocab_parallel"),  # of no case yet
 }  # fmt: skip
+FORWARDING = ("bindings", "dispatch", "sparse_dispatch")  # files that only hand calls on
 SOURCE_FOLDERS = ("csrc", "kernels", "fastdistil/backends", "fastdistil/ops", "fastdistil/sparse")
 SOURCE_SUFFIXES = {".cpp", ".h", ".cu", ".cuh", ".py"}
 PACKAGES = (
@@ -48,7 +50,7 @@ def kernel_sources(op: str, root: Path) -> list[Path]:
         for folder in SOURCE_FOLDERS
         for path in (root / folder).rglob("*")
         if path.suffix in SOURCE_SUFFIXES
-        and path.name != "bindings.cpp"  # forwards only
+        and not path.name.startswith(FORWARDING)
         and not any(stem in path.relative_to(root).as_posix() for stem in others)
     )
 

@@ -4,9 +4,9 @@
 // squared norm is U_i M U_i^T with M = W^T W, dX_s = 2 U M's first half, dY_s = 2 W (U^T X_s): time linear in S, and
 // nothing cancels as the student nears its teacher.
 //
-// Work: 11 S d^2 multiply-adds a head (3 for M, whose symmetry is used in halves, 4 for U M, 2 each for U^T Q_s and dK).
-// The floor is 8: 2 each for half of M and of U^T U, of which U^T Q_s is a sum of columns, and 2 each for dQ and dK. It
-// knows only the sum of the values, where U M gives each row its own.
+// Work: 11 S d^2 multiply-adds a head (3 for M, whose symmetry is used in halves, 4 for U M, 2 each for U^T Q_s and
+// dK). The floor is 8: 2 each for half of M and of U^T U, of which U^T Q_s is a sum of columns, and 2 each for dQ and
+// dK. It knows only the sum of the values, where U M gives each row its own.
 #include "attention_heads.h"
 #include "attention_tiles.h"
 
