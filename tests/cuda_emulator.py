@@ -1,0 +1,162 @@
+"""kernels/cuda/*.cu without a GPU: compiled by the host's C++ compiler against tests/cuda_host/, run on CPU tensors.
+
+The sources are the GPU's own. A few words of CUDA that no macro can stand for are rewritten on the way (`translate`),
+and hopper.h, which holds the instructions that C++ has no words for, is replaced by tests/cuda_host/hopper.h.
+`Emulator` has the functions of fastdistil._C that end in _cuda, so the package's own backend modules can call it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdistil.ops.sparse_rows import DTYPES
+
+ROOT = Path(__file__).parent.parent
+SOURCES = ROOT / "kernels/cuda"
+SHIM = ROOT / "tests/cuda_host"
+COMPILER = shutil.which("g++") or shutil.which("clang++")
+FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE", "-pthread", "-ffp-contract=off"]
+FLAGS += ["-w", "-D__CUDACC__", "-D__CUDA_ARCH__=900"]
+ORDERS = ("forward", "reversed", "random")
+
+
+def translate(source: str) -> str:
+    """CUDA C++ -> C++: built-in variables, shared memory, and kernel launches."""
+    source = re.sub(r"(?<![.>\w])(threadIdx|blockIdx|blockDim|gridDim)\.", r"cuda_host::\1().", source)
+    source = re.sub(r"extern __shared__ (?:alignas\(\d+\) )?([\w ]+) (\w+)\[\];", r"auto* \2 = cuda_host::dynamic_shared<\1>();", source)  # fmt: skip
+    source = re.sub(r"__shared__ (?:alignas\(\d+\) )?([\w:<>, ]+?) (\w+)((?:\[[^\]]+\])*);", r"auto& \2 = cuda_host::shared<\1\3>([] {});", source)  # fmt: skip
+    wrapped = r"cuda_host::Launch{\2}.run([](auto... args) { \1(args...); }, "
+    return re.sub(r"(\w+(?:<[\w, ]+>)?)<<<(.+?)>>>\(", wrapped, source)
+
+
+def build(folder: Path, change: Callable[[str, str], str] = lambda name, source: source) -> Path:
+    """Compiles the kernels, after `change(file name, source)`, to a library in `folder`; None of it if it is there."""
+    texts = {path.name: change(path.name, path.read_text()) for path in sorted(SOURCES.iterdir())}
+    digest = hashlib.sha256(repr((FLAGS, COMPILER, texts)).encode())
+    for path in sorted([*SHIM.iterdir(), *(ROOT / "csrc/rules").iterdir(), Path(__file__)]):
+        digest.update(path.read_bytes())
+    target = folder / f"cuda_host-{digest.hexdigest()[:16]}.so"
+    if target.exists():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        tree = Path(scratch) / "kernels/cuda"
+        tree.mkdir(parents=True)
+        (Path(scratch) / "csrc").symlink_to(ROOT / "csrc")
+        (tree / "library.cpp").write_text((SHIM / "library.cpp").read_text())
+        for name, text in texts.items():
+            own = SHIM / name
+            (tree / name.replace(".cu", ".cpp")).write_text(own.read_text() if own.exists() else translate(text))
+        made = sorted(tree.glob("*.cpp"))
+        objects = [path.with_suffix(".o") for path in made]
+        compile_ = [COMPILER, *FLAGS, f"-I{SHIM}", "-c"]
+        running = [subprocess.Popen([*compile_, a, "-o", b], stderr=subprocess.PIPE, text=True) for a, b in zip(made, objects, strict=True)]  # fmt: skip
+        errors = [process.communicate()[1] for process in running]
+        assert not any(process.returncode for process in running), "\n".join(errors)[-4000:]
+        library = Path(scratch) / "library.so"
+        subprocess.run([COMPILER, *FLAGS, "-shared", *objects, "-o", library], check=True)
+        library.replace(target) if library.stat().st_dev == folder.stat().st_dev else shutil.copy(library, target)
+    return target
+
+
+class _LogitArgs(ctypes.Structure):
+    """LogitArgs of csrc/rules/logit_args.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("student", "teacher", "row_scale", "dloss")),
+        ("keep_unit", ctypes.c_bool),
+        *((name, ctypes.c_void_p) for name in ("loss", "stats", "gradient")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "student_stride", "teacher_stride", "gradient_stride")),
+        *((name, ctypes.c_int) for name in ("dtype", "phase", "divergence")),
+        *((name, ctypes.c_double) for name in ("beta", "student_temperature", "teacher_temperature", "value_factor")),
+    )
+
+
+class _Work(ctypes.Structure):
+    _fields_ = (("table", ctypes.c_void_p), ("chunks", ctypes.c_void_p), ("count", ctypes.c_int64))
+
+
+def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+class Emulator:
+    """What fastdistil._C offers to the cuda backend, on CPU tensors."""
+
+    def __init__(self, library: Path) -> None:
+        self.library = ctypes.CDLL(str(library))
+        for name in ("logit", "sparse_histogram", "sparse_count", "sparse_write", "sparse_update"):
+            getattr(self.library, name).restype = ctypes.c_char_p
+        for name in ("clusters_seen", "select_chunk", "update_chunk"):
+            getattr(self.library, name).restype = ctypes.c_int64
+        self.library.from_f16.restype = ctypes.c_float
+        for name in ("to_bf16", "to_f16"):
+            getattr(self.library, name).restype = ctypes.c_uint16
+            getattr(self.library, name).argtypes = (ctypes.c_float,)
+        self.sparse_select_chunk, self.sparse_update_chunk = self.library.select_chunk(), self.library.update_chunk()
+
+    def settings(self, order: str = "forward", seed: int = 0, capability: int = 9, active_clusters: int = 3) -> None:
+        """In which order threads run, and the GPU that is played."""
+        self.library.settings(ORDERS.index(order), seed, capability, active_clusters)
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        error = getattr(self.library, name)(*arguments)
+        if error is not None:
+            raise RuntimeError(error.decode())
+
+    def _logit(self, student: Tensor, teacher: Tensor, gradient: Tensor | None, rest: dict[str, Any], **more: Any) -> None:
+        rule = {k: v for k, v in rest.items() if k != "stream"}
+        args = _LogitArgs(
+            student=_address(student), teacher=_address(teacher), gradient=_address(gradient), rows=student.shape[0],
+            columns=student.shape[1], student_stride=student.stride(0), teacher_stride=teacher.stride(0),
+            gradient_stride=0 if gradient is None else gradient.stride(0), dtype=DTYPES[student.dtype], **more, **rule,
+        )  # fmt: skip
+        self._call("logit", ctypes.byref(args))
+
+    def logit_fwd_cuda(
+        self, student: Tensor, teacher: Tensor, row_scale: Tensor, loss: Tensor, stats: Tensor,
+        gradient: Tensor | None, phase: int, **rest: Any,
+    ) -> None:  # fmt: skip
+        places = {"row_scale": _address(row_scale), "loss": _address(loss), "stats": _address(stats)}
+        self._logit(student, teacher, gradient, rest, phase=phase, **places)
+
+    def logit_bwd_cuda(
+        self, student: Tensor, teacher: Tensor, row_scale: Tensor, stats: Tensor, gradient: Tensor, dloss: Tensor,
+        keep_unit: bool, **rest: Any,
+    ) -> None:  # fmt: skip
+        places = {"row_scale": _address(row_scale), "stats": _address(stats), "dloss": _address(dloss)}
+        self._logit(student, teacher, gradient, rest, keep_unit=keep_unit, **places)
+
+    @staticmethod
+    def _work(table: Tensor, chunks: Tensor) -> Any:
+        return ctypes.byref(_Work(table.data_ptr(), chunks.data_ptr(), len(chunks)))
+
+    def sparse_histogram_cuda(self, table: Tensor, chunks: Tensor, counts: Tensor, nan: Tensor, bucket: int, _: int) -> None:  # fmt: skip
+        self._call("sparse_histogram", self._work(table, chunks), _pointer(counts), _pointer(nan), ctypes.c_int64(bucket))  # fmt: skip
+
+    def sparse_count_cuda(self, table: Tensor, chunks: Tensor, counts: Tensor, threshold: int, _: int) -> None:
+        self._call("sparse_count", self._work(table, chunks), _pointer(counts), ctypes.c_uint32(threshold))
+
+    def sparse_write_cuda(
+        self, table: Tensor, chunks: Tensor, offsets: Tensor, keep: Tensor, out: Tensor, threshold: int, _: int
+    ) -> None:
+        places = (_pointer(offsets), _pointer(keep), _pointer(out), ctypes.c_bool(out.dtype == torch.int64))
+        self._call("sparse_write", self._work(table, chunks), *places, ctypes.c_uint32(threshold))
+
+    def sparse_update_cuda(self, table: Tensor, constants: Tensor, chunks: Tensor, _: int) -> None:
+        self._call("sparse_update", self._work(table, chunks), _pointer(constants))

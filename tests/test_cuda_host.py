@@ -1,0 +1,166 @@
+"""The CUDA kernels without a GPU: the very sources, their threads as fibers on the CPU, in several orders.
+
+tests/cuda_emulator.py says how. The cases are those of the other backends' tests: here the emulated kernels stand in
+for the CPU's, so that the whole way from the public function through the cuda backend's module is taken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import cuda_emulator
+import pytest
+import test_logit
+import test_sparse_select
+import test_vocab_parallel
+import torch
+from cuda_emulator import ORDERS, Emulator
+from sparse_cases import DTYPES, model
+from torch import Tensor, nn
+
+import fastdistil as fd
+from fastdistil.backends import cuda_logit, cuda_sparse
+from fastdistil.ops.logit_rule import DIVERGENCES
+from fastdistil.sparse import SparseAdamW
+
+pytestmark = pytest.mark.skipif(cuda_emulator.COMPILER is None, reason="needs a C++ compiler")
+
+HOST = "cpu"  # the backend whose place the emulated one takes: the only compiled one that may read CPU tensors
+CACHE = Path(__file__).parent.parent / "build/cuda_host"
+
+
+@pytest.fixture(scope="module")
+def library() -> Path:
+    return cuda_emulator.build(CACHE)
+
+
+@pytest.fixture
+def emulator(library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
+    found = Emulator(library)
+    found.settings()
+    install(found, monkeypatch)
+    yield found
+    found.settings()
+
+
+def install(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cuda backend's own modules, on the emulator, wherever the CPU's are asked for."""
+    ours = {"logit": cuda_logit, "sparse": cuda_sparse}
+    backends = importlib.import_module("fastdistil.backends")  # fastdistil.backends is the function of that name
+    load = backends._load
+    for module in ours.values():
+        monkeypatch.setattr(module, "_C", emulator)
+    monkeypatch.setattr(backends, "_load", lambda stem, name: ours[stem] if name == HOST else load(stem, name))
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
+
+
+def test_conversions_round_as_torch_does(library: Path) -> None:
+    emulator = Emulator(library)
+    numbers = torch.cat((torch.randn(2000) * torch.logspace(-9, 6, 2000), torch.tensor([0.0, -0.0, math.inf, 65519.99])))
+    ties = torch.arange(1, 2050, 2) * 2.0**-25  # between subnormals of float16, and between its first normals
+    for x in torch.cat((numbers, ties)):
+        for dtype, convert in ((torch.bfloat16, "to_bf16"), (torch.float16, "to_f16")):
+            assert getattr(emulator.library, convert)(x.item()) == x.to(dtype).view(torch.int16).item() & 0xFFFF
+    halves = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
+    back = torch.tensor([emulator.library.from_f16(x & 0xFFFF) for x in halves.view(torch.int16).tolist()])
+    assert torch.equal(back.isnan(), halves.isnan())
+    assert torch.equal(back.nan_to_num(), halves.float().nan_to_num())
+
+
+@pytest.mark.parametrize("dtype", test_logit.DTYPES, ids=str)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_every_divergence(emulator: Emulator, divergence: str, dtype: torch.dtype) -> None:
+    test_logit.test_every_divergence_is_right(HOST, divergence, dtype)
+    if divergence != "forward_kl" and dtype == torch.float32:
+        test_logit.test_every_divergence_is_exact_near_convergence(HOST, divergence)
+    if dtype == torch.float32:
+        test_logit.test_infinities_never_make_a_finite_loss_nan(HOST, "tvd" if divergence == "mse" else divergence)
+        test_logit.test_rows_of_weight_zero_are_not_read(HOST, divergence)
+
+
+@pytest.mark.parametrize("columns", [1, 7, 1000, 1024, 2049, 32003])
+def test_ugly_shapes(emulator: Emulator, columns: int) -> None:
+    for rows in (0, 1, 5):
+        test_logit.test_ugly_shapes(HOST, rows, columns)
+
+
+def test_logits_as_on_other_backends(emulator: Emulator) -> None:
+    """Infinities, offsets, rows far apart, strided and misaligned rows, any incoming gradient, in place."""
+    test_logit.test_infinities(HOST)
+    for offset in (0.3, -40.0):
+        test_logit.test_a_constant_offset_costs_nothing(HOST, offset)
+    for gap in (10.0, 60.0, 300.0, 3000.0):
+        test_logit.test_rows_far_apart(HOST, gap)
+    test_logit.test_nothing_counts(HOST, "mean")
+    test_logit.test_strided_and_misaligned_rows(HOST)
+    for dtype in (torch.float32, torch.bfloat16):
+        test_logit.test_backward_twice_and_any_incoming_gradient(HOST, "none", dtype)
+    for divergence in ("forward_kl", "jsd"):
+        test_logit.test_inplace_backward_overwrites_the_logits(HOST, divergence)
+
+
+@pytest.mark.parametrize("noise", [1e-2, 1e-4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_exact_near_convergence(emulator: Emulator, dtype: torch.dtype, noise: float) -> None:
+    test_logit.test_exact_near_convergence(HOST, noise, dtype)
+
+
+@pytest.mark.parametrize("case", ["usual", "near", "masked"])
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "mse"])
+def test_phases(emulator: Emulator, divergence: str, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A vocabulary in parts: statistics, then values, then centred gradients."""
+    test_vocab_parallel.test_phases_of_every_backend(HOST, divergence, case, monkeypatch)
+
+
+def values_and_gradients(divergence: str, dtype: torch.dtype) -> list[Tensor]:
+    """Through the backend's module, which hides nothing: three rows, one of weight 0, one whose sides lie far apart."""
+    generator = torch.Generator().manual_seed(3)
+    teacher = 4 * torch.randn(5, 2049, generator=generator)
+    student = (teacher + torch.randn(teacher.shape, generator=generator)).to(dtype)
+    student[1, 5] += 3000
+    student.requires_grad_()
+    weight = torch.tensor([1.0, 1.0, 0.0, 2.0, 1.0])
+    value = fd.logit_loss(
+        student, teacher.to(dtype), divergence=divergence, weight=weight, reduction="none", backend=HOST
+    )
+    return [value.detach(), torch.autograd.grad(value.nan_to_num(posinf=0).sum(), student)[0]]
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "mse"])
+def test_the_order_of_threads_changes_nothing(emulator: Emulator, divergence: str) -> None:
+    """Bit for bit: sums run in an order that barriers fix."""
+    expected = values_and_gradients(divergence, torch.bfloat16)
+    for order, seed in (("reversed", 0), ("random", 1), ("random", 2)):
+        emulator.settings(order, seed)
+        for found, wanted in zip(values_and_gradients(divergence, torch.bfloat16), expected, strict=True):
+            assert torch.equal(found, wanted), order
+
+
+def without_barrier(which: int, file: str) -> Path:
+    """The library without the which-th __syncthreads of a file."""
+
+    def change(name: str, source: str) -> str:
+        parts = source.split("__syncthreads();")
+        if name != file:
+            return source
+        assert len(parts) > which + 1, "fewer barriers than that"
+        return "__syncthreads();".join(parts[: which + 1]) + ";" + "__syncthreads();".join(parts[which + 1 :])
+
+    return cuda_emulator.build(CACHE, change)
+
+
+# ---- sparse updates
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_selection(emulator: Emulator, order: str) -> None:
+    emulator.settings(order)
+    for dtype in DTYPES if order == "forward" else DTYPES[1:2]:
+        test_sparse_select.test_equals_a_stable_sort_of_everything(dtype, HOST)
+    test_sparse_select.test_infinities_and_neighbouring_floats(HOST)
