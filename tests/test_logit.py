@@ -182,6 +182,19 @@ def test_rows_far_apart(backend: str, gap: float) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_peak_before_the_teacher_rises(backend: str) -> None:
+    """The student's peak overflows relative to the teacher's largest logit so far, not to a later one."""
+    student, teacher = draw(3, 4099, torch.float32)
+    teacher[:, :2048] -= 25
+    student[:, :2048] -= 25
+    student[:, 5] += torch.tensor([60.0, 120.0, 3000.0], device=DEVICE)
+    found = outcome(lambda s: fd.logit_loss(s, teacher, reduction="none", backend=backend), student)
+    truth, eager = (textbook(s, t, "forward_kl") for s, t in ((student.double(), teacher.double()), (student, teacher)))
+    judge(Outcome(found.value, ()), Outcome(truth, ()), Outcome(eager, ()), torch.float32)
+    assert found.gradients[0].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_infinities(backend: str) -> None:
     inf = math.inf
     student, teacher = draw(5, 37, torch.float32)

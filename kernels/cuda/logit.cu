@@ -99,7 +99,8 @@ __device__ Compute<E> plain_logsumexp(const E* student, const E* teacher, int64_
     masses.sum += math::exp(a - m);
   });
   const T max = block_max(masses.max);
-  return max + ::log(block_sum(masses.sum * math::exp(masses.unit() - max)));
+  const T unit = max > T(-INFINITY) ? max : T(0);
+  return max + ::log(block_sum(masses.sum * math::exp(masses.unit() - unit)));
 }
 
 template <class E>
@@ -110,12 +111,12 @@ __device__ RowStats<Compute<E>> statistics(const E* student, const E* teacher, i
   for_columns(student, teacher, columns, [&](int64_t, T s, T t) {
     const Scores<T> c = scores(s, t, tempering);
     const T m = masses.raise(c.b);
-    const Mass<T> part = mass<false>(c, m);
-    masses.sum += part.sum;
-    masses.difference += part.difference;
+    const Mass<T> share = mass<false>(c, m);
+    masses.sum += share.sum;
+    masses.difference += share.difference;
   });
   const T max = block_max(masses.max);
-  const double factor = ::exp(static_cast<double>(masses.unit()) - max);
+  const double factor = ::exp(static_cast<double>(masses.unit()) - (max > T(-INFINITY) ? max : T(0)));
   const double sum = block_sum(masses.sum * factor);
   const double difference = block_sum(masses.difference * factor);
   if (part && !(max > T(-INFINITY)))  // no teacher mass here
@@ -166,8 +167,8 @@ __global__ void __launch_bounds__(kThreads, 1) logit_kernel(LogitArgs args) {
         centre += part.centre;
         if (!Rule::centred && gradient) from_compute(factor * part.gradient, gradient[i]);
       });
-      value = block_sum(value);
-      if (Rule::centred) stats.centre = block_sum(centre);
+      value = static_cast<T>(block_sum(static_cast<double>(value)));
+      if (Rule::centred) stats.centre = static_cast<T>(block_sum(static_cast<double>(centre)));
     }
     if (args.loss) {
       __syncthreads();  // every thread has read what was given
