@@ -102,6 +102,7 @@ class Emulator:
         self.library = ctypes.CDLL(str(library))
         for name in ("logit", "sparse_histogram", "sparse_count", "sparse_write", "sparse_update"):
             getattr(self.library, name).restype = ctypes.c_char_p
+        self.library.use_cluster.argtypes = (ctypes.c_int,)
         for name in ("clusters_seen", "select_chunk", "update_chunk"):
             getattr(self.library, name).restype = ctypes.c_int64
         self.library.from_f16.restype = ctypes.c_float
@@ -110,9 +111,12 @@ class Emulator:
             getattr(self.library, name).argtypes = (ctypes.c_float,)
         self.sparse_select_chunk, self.sparse_update_chunk = self.library.select_chunk(), self.library.update_chunk()
 
-    def settings(self, order: str = "forward", seed: int = 0, capability: int = 9, active_clusters: int = 3) -> None:
-        """In which order threads run, and the GPU that is played."""
+    def settings(
+        self, order: str = "forward", seed: int = 0, capability: int = 9, active_clusters: int = 3, cluster: int = -1
+    ) -> None:
+        """In which order threads run, the GPU that is played, and the blocks of a row's cluster (-1: its choice)."""
         self.library.settings(ORDERS.index(order), seed, capability, active_clusters)
+        self.library.use_cluster(cluster)
 
     def _call(self, name: str, *arguments: Any) -> None:
         error = getattr(self.library, name)(*arguments)

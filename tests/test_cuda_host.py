@@ -20,12 +20,13 @@ import test_sparse_select
 import test_vocab_parallel
 import torch
 from cuda_emulator import ORDERS, Emulator
+from judge import Outcome, error, judge_exact
 from sparse_cases import DTYPES, model
 from torch import Tensor, nn
 
 import fastdistil as fd
-from fastdistil.backends import cuda_logit, cuda_sparse
-from fastdistil.ops.logit_rule import DIVERGENCES
+from fastdistil.backends import cpu_logit, cuda_logit, cuda_sparse
+from fastdistil.ops.logit_rule import DIVERGENCES, STATS
 from fastdistil.sparse import SparseAdamW
 
 pytestmark = pytest.mark.skipif(cuda_emulator.COMPILER is None, reason="needs a C++ compiler")
@@ -46,6 +47,13 @@ def emulator(library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulato
     install(found, monkeypatch)
     yield found
     found.settings()
+
+
+@pytest.fixture(params=["two_reads", "cluster"])
+def either(request: pytest.FixtureRequest, emulator: Emulator) -> Emulator:
+    """Both kernels for rows of logits: the GPU that is played is of compute capability 8 or 9."""
+    emulator.settings(capability=8 if request.param == "two_reads" else 9)
+    return emulator
 
 
 def install(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +83,7 @@ def test_conversions_round_as_torch_does(library: Path) -> None:
 
 @pytest.mark.parametrize("dtype", test_logit.DTYPES, ids=str)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_every_divergence(emulator: Emulator, divergence: str, dtype: torch.dtype) -> None:
+def test_every_divergence(either: Emulator, divergence: str, dtype: torch.dtype) -> None:
     test_logit.test_every_divergence_is_right(HOST, divergence, dtype)
     if divergence != "forward_kl" and dtype == torch.float32:
         test_logit.test_every_divergence_is_exact_near_convergence(HOST, divergence)
@@ -85,16 +93,18 @@ def test_every_divergence(emulator: Emulator, divergence: str, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("columns", [1, 7, 1000, 1024, 2049, 32003])
-def test_ugly_shapes(emulator: Emulator, columns: int) -> None:
+def test_ugly_shapes(either: Emulator, columns: int) -> None:
     for rows in (0, 1, 5):
         test_logit.test_ugly_shapes(HOST, rows, columns)
 
 
-def test_logits_as_on_other_backends(emulator: Emulator) -> None:
+def test_logits_as_on_other_backends(either: Emulator) -> None:
     """Infinities, offsets, rows far apart, strided and misaligned rows, any incoming gradient, in place."""
     test_logit.test_infinities(HOST)
     for offset in (0.3, -40.0):
         test_logit.test_a_constant_offset_costs_nothing(HOST, offset)
+        test_logit.test_logits_far_from_zero(HOST, 25 * offset)
+    test_logit.test_a_peak_before_the_teacher_rises(HOST)
     for gap in (10.0, 60.0, 300.0, 3000.0):
         test_logit.test_rows_far_apart(HOST, gap)
     test_logit.test_nothing_counts(HOST, "mean")
@@ -107,7 +117,7 @@ def test_logits_as_on_other_backends(emulator: Emulator) -> None:
 
 @pytest.mark.parametrize("noise", [1e-2, 1e-4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_exact_near_convergence(emulator: Emulator, dtype: torch.dtype, noise: float) -> None:
+def test_exact_near_convergence(either: Emulator, dtype: torch.dtype, noise: float) -> None:
     test_logit.test_exact_near_convergence(HOST, noise, dtype)
 
 
@@ -135,20 +145,21 @@ def values_and_gradients(divergence: str, dtype: torch.dtype) -> list[Tensor]:
 IN_ORDERS = (("reversed", 0), ("random", 1), ("random", 2))
 
 
-def orders_agree(emulator: Emulator, divergence: str) -> bool:
+def orders_agree(emulator: Emulator, divergence: str, **options: int) -> bool:
     """Bit for bit: sums run in an order that barriers fix."""
-    emulator.settings("forward")
+    emulator.settings("forward", **options)
     expected = values_and_gradients(divergence, torch.bfloat16)
     for order, seed in IN_ORDERS:
-        emulator.settings(order, seed)
+        emulator.settings(order, seed, **options)
         if not all(map(torch.equal, values_and_gradients(divergence, torch.bfloat16), expected)):
             return False
     return True
 
 
+@pytest.mark.parametrize("cluster", [0, 1, 4])
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "mse"])
-def test_the_order_of_threads_changes_nothing(emulator: Emulator, divergence: str) -> None:
-    assert orders_agree(emulator, divergence)
+def test_the_order_of_threads_changes_nothing(emulator: Emulator, divergence: str, cluster: int) -> None:
+    assert orders_agree(emulator, divergence, cluster=cluster, active_clusters=2)
 
 
 def without(file: str, barrier: str, which: int) -> Path:
@@ -164,13 +175,72 @@ def without(file: str, barrier: str, which: int) -> Path:
     return cuda_emulator.build(CACHE, change)
 
 
-@pytest.mark.parametrize("which", [0, 1])
-def test_a_missing_barrier_is_noticed(which: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before a reduction writes its parts, and before it reads them."""
-    emulator = Emulator(without("logit.cu", "__syncthreads();", which))
+BARRIERS = [
+    ("logit.cu", "__syncthreads();", 0),  # before a reduction writes its parts
+    ("logit.cu", "__syncthreads();", 1),  # and before it reads them
+    ("logit_cluster.cu", "__syncthreads();", 0),  # before a chunk is filled with the next row
+    ("logit_cluster.cu", "hopper::cluster_sync();", 0),  # before a block's totals are read by the others
+    ("logit_cluster.cu", "hopper::wait(", 0),  # before a chunk is read
+]
+
+
+@pytest.mark.parametrize(("file", "barrier", "which"), BARRIERS)
+def test_a_missing_barrier_is_noticed(file: str, barrier: str, which: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    emulator = Emulator(without(file, barrier, which))
     install(emulator, monkeypatch)
+    clustered = file == "logit_cluster.cu"
     with contextlib.suppress(RuntimeError):  # threads that part for good are a deadlock, which the emulator reports
-        assert not orders_agree(emulator, "jsd")
+        assert not orders_agree(emulator, "jsd", cluster=2 if clustered else 0, active_clusters=1)
+
+
+CLUSTERS = [(blocks, columns) for blocks in (1, 2, 4, 8, 16) for columns in (5, 33, 4099) if blocks < 8 or columns > 33]
+
+
+@pytest.mark.parametrize(("blocks", "columns"), [*CLUSTERS, (2, 17_001), (4, 33_333)])
+def test_clusters_of_every_size(emulator: Emulator, blocks: int, columns: int) -> None:
+    """Seven rows on two clusters: each goes from row to row, some of which do not count, in any order of threads."""
+    divergence = ("forward_kl", "jsd", "skew_kl")[columns % 3]
+    rule = test_vocab_parallel.as_rule(divergence)
+    for dtype, order in ((torch.bfloat16, "random"), (torch.float32, "reversed"), (torch.float16, "forward")):
+        # Rows of three alignments, each moving along as odd strides make it.
+        memory = torch.full((3, 7, columns + 40), 7e3, dtype=dtype)
+        student, teacher, gradient = memory[0, :, 3:-37], memory[1, :, 1 : columns + 1], memory[2, :, 6 : columns + 6]
+        teacher.copy_(4 * torch.randn(7, columns))
+        student.copy_(teacher.float() + torch.randn(7, columns))
+        scale = torch.tensor([1.0, 0.0, 2.0, 1.0, 0.0, 0.5, 1.0])
+        student[1] = math.nan
+        sentinels = memory.clone()
+        truth = [torch.empty_like(scale), torch.empty(7, STATS), torch.empty(7, columns)]
+        cpu_logit.logit_fwd(student.float(), teacher.float(), scale, *truth, **rule)
+        found = [torch.empty_like(scale), torch.empty(7, STATS)]
+        for inplace in (False, True):
+            emulator.settings(order, columns, active_clusters=2, cluster=blocks)
+            before = emulator.library.clusters_seen()
+            into = student if inplace else gradient
+            cuda_logit.logit_fwd(student, teacher, scale, *found, into, **rule)
+            assert emulator.library.clusters_seen() == before + (blocks > 1)
+            judge_exact(Outcome(found[0], (into,)), Outcome(truth[0], (truth[2],)), dtype)
+            assert error(found[1], truth[1]) < 1e-5
+        for view in (student, gradient):
+            view.copy_(sentinels[0, :, 3:-37])
+            sentinels[0 if view is student else 2].copy_(memory[0 if view is student else 2])
+        assert torch.equal(memory.nan_to_num(), sentinels.nan_to_num())
+
+
+def test_the_largest_rows(emulator: Emulator) -> None:
+    """V 250,002: 8 blocks hold it in bf16, 16 in float32."""
+    rule = test_vocab_parallel.as_rule("forward_kl")
+    for dtype in (torch.bfloat16, torch.float32):
+        teacher = 4 * torch.randn(2, 250_002)
+        student = (teacher + torch.randn(teacher.shape)).to(dtype)
+        scale, teacher = torch.ones(2), teacher.to(dtype)
+        truth = [torch.empty(2), torch.empty(2, STATS), torch.empty_like(student, dtype=torch.float32)]
+        cpu_logit.logit_fwd(student.float(), teacher.float(), scale, *truth, **rule)
+        found = [torch.empty(2), torch.empty(2, STATS), torch.empty_like(student)]
+        before = emulator.library.clusters_seen()
+        cuda_logit.logit_fwd(student, teacher, scale, *found, **rule)
+        assert emulator.library.clusters_seen() == before + 1
+        judge_exact(Outcome(found[0], (found[2],)), Outcome(truth[0], (truth[2],)), dtype)
 
 
 # ---- sparse updates

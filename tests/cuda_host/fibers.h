@@ -69,6 +69,22 @@ struct Block {
   std::map<const void*, Memory> shared;  // by the variable's key
 
   char* memory(const void* key, size_t size) { return shared.try_emplace(key, size).first->second.begin; }
+
+  bool owns(const void* p, size_t bytes) const {
+    const char* at = static_cast<const char*>(p);
+    return std::any_of(shared.begin(), shared.end(), [&](const auto& entry) {
+      return at >= entry.second.begin && at + bytes <= entry.second.begin + entry.second.size;
+    });
+  }
+
+  // The same place in another block, which must not have ended.
+  char* in_peer(const void* p, Block& peer) const {
+    if (peer.live == 0) throw std::logic_error("the shared memory of a block that has ended is written to");
+    for (const auto& [key, memory] : shared)
+      if (p >= memory.begin && p < memory.begin + memory.size)
+        return peer.memory(key, memory.size) + (static_cast<const char*>(p) - memory.begin);
+    throw std::logic_error("an address of a cluster is not in shared memory");
+  }
 };
 
 class Cluster;

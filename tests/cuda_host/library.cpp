@@ -30,6 +30,7 @@ EXPORT void settings(int order, unsigned seed, int capability, int active_cluste
   cuda_host::settings.order = static_cast<cuda_host::Order>(order), cuda_host::settings.seed = seed;
   cuda_host::settings.capability = capability, cuda_host::settings.active_clusters = active_clusters;
 }
+EXPORT void use_cluster(int blocks) { cuda::use_cluster(blocks); }
 EXPORT int64_t clusters_seen() { return cuda_host::settings.clusters_seen; }
 
 EXPORT const char* logit(const LogitArgs* args) {

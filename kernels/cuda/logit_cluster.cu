@@ -1,0 +1,385 @@
+// Divergence of two rows of logits on sm_90: a cluster of blocks holds both rows in shared memory, each logit is read
+// once from device memory and the gradient is written once.
+//
+// Floor: (2 reads + 1 write) x N x V x bytes an element over the copy bandwidth: at V 128,000 in bf16 0.77 MB a row,
+// at 250,002 1.5 MB. Clusters stay on the chip and go from row to row. A chunk of shared memory is refilled with the
+// next row as soon as the last pass over it is done, so that up to the whole of both next rows is in flight while the
+// current one's gradient is computed and written.
+#include <stdexcept>
+#include <string>
+
+#include "hopper.h"
+#include "launch.h"
+#include "rows.h"
+
+namespace fastdistil {
+namespace {
+
+constexpr int kThreads = 512;
+constexpr int kWarps = kThreads / 32;
+constexpr int kChunk = kThreads;                  // packs: one a thread
+constexpr int kChunkBytes = (kChunk + 1) * 16;    // a row that is not aligned as the gradient is touches one pack more
+constexpr int kMostBlocks = 16;                   // of a cluster; above 8 a GPU may refuse
+constexpr int kMostChunks = 14;                   // of each row, a block
+constexpr int kBlockBytes = 228'000;              // of chunks, where a multiprocessor holds one block: 227 KB less ours
+constexpr int kHalfBytes = 113'000;               // where it holds two
+static_assert(kMostChunks <= 32 && 2 * kMostChunks * kChunkBytes >= kBlockBytes, "every chunk has its bit and barrier");
+
+struct Plan {
+  int blocks, chunks;  // of a cluster; of each row in a block
+  int bytes() const { return 2 * chunks * kChunkBytes; }
+};
+
+Plan plan_of(int64_t columns, int itemsize, int blocks) {
+  const int64_t packs = columns * itemsize / 16, each = (packs + blocks - 1) / blocks;
+  const int64_t chunks = (each + kChunk - 1) / kChunk;
+  return {blocks, static_cast<int>(chunks < 1 ? 1 : chunks > 1000 ? 1000 : chunks)};
+}
+
+// The smallest cluster that leaves room for a second block on its multiprocessor (while one waits for its cluster, the
+// other computes); else the smallest that fits. Not yet measured on a GPU. 0 blocks: the rows do not fit.
+Plan cluster_plan(int64_t columns, int itemsize) {
+  for (const int room : {kHalfBytes, kBlockBytes})
+    for (int blocks = 1; blocks <= 8; blocks *= 2)
+      if (plan_of(columns, itemsize, blocks).bytes() <= room) return plan_of(columns, itemsize, blocks);
+  const Plan largest = plan_of(columns, itemsize, kMostBlocks);
+  return largest.bytes() <= kBlockBytes ? largest : Plan{0, 0};
+}
+
+// What a block shares with its cluster; two of each, so that the next exchange does not wait for this one's readers.
+struct Board {
+  alignas(16) hopper::Barrier full[kMostChunks];
+  Part warps[2][kWarps];
+  Part blocks[2][kMostBlocks];
+};
+
+// One row, and this block's share of it: packs of 16 bytes, counted from column `begin` on, where the gradient (the
+// student where there is none) is aligned. The few columns outside of all packs are the first block's.
+template <class E>
+struct Row {
+  static constexpr int kPack = Pack<E>::size;
+  const E *student, *teacher;
+  E* gradient;  // or null
+  int64_t begin, end;  // columns in packs, of all blocks
+  int first, packs;    // this block's
+
+  __device__ Row(const LogitArgs& args, int64_t r)
+      : student(static_cast<const E*>(args.student) + r * args.student_stride),
+        teacher(static_cast<const E*>(args.teacher) + r * args.teacher_stride),
+        gradient(args.gradient ? static_cast<E*>(args.gradient) + r * args.gradient_stride : nullptr) {
+    // A pack must not need a byte before the first or behind the last multiple of 16 within either row.
+    const int grid = ahead(gradient ? gradient : student), s = ahead(student), t = ahead(teacher);
+    begin = grid >= s && grid >= t ? grid : grid + kPack;
+    const int64_t behind = (kPack - ahead(student + args.columns)) % kPack, other = (kPack - ahead(teacher + args.columns)) % kPack;
+    const int64_t room = args.columns - (behind > other ? behind : other) - begin;
+    const int64_t all = room > 0 ? room / kPack : 0;
+    if (all == 0) begin = 0;
+    end = begin + all * kPack;
+    const int blocks = static_cast<int>(hopper::cluster_size()), rank = static_cast<int>(hopper::cluster_rank());
+    const int each = static_cast<int>((all + blocks - 1) / blocks);
+    first = rank * each;
+    packs = first + each < all ? each : first < all ? static_cast<int>(all) - first : 0;
+  }
+
+  __device__ int chunks() const { return (packs + kChunk - 1) / kChunk; }
+  __device__ int64_t column(int pack) const { return begin + static_cast<int64_t>(first + pack) * kPack; }
+};
+
+template <class Rule, class E>
+class Worker {
+  static constexpr int kPack = Pack<E>::size;
+  const LogitArgs& args_;
+  Board& board_;
+  unsigned char* memory_;   // chunks of (student, teacher)
+  uint32_t parities_ = 0;   // of the chunks' next phases
+  int exchanges_ = 0;
+  Tempering<float> tempering_;
+  RowStats<float> stats_;
+
+  __device__ unsigned char* chunk(int c, int side) const { return memory_ + (2 * c + side) * kChunkBytes; }
+
+  __device__ static uint32_t offset(const E* p) { return reinterpret_cast<uintptr_t>(p) % 16; }
+
+  // By one thread: both rows' packs of a chunk, from the multiple of 16 bytes before them to the one behind.
+  __device__ void fill(const Row<E>& row, int c) const {
+    const int rest = row.packs - c * kChunk, packs = rest < kChunk ? rest : kChunk;
+    const E* from[2] = {row.student + row.column(c * kChunk), row.teacher + row.column(c * kChunk)};
+    uint32_t bytes[2];
+    for (int side = 0; side < 2; ++side) bytes[side] = 16 * (packs + (offset(from[side]) ? 1 : 0));
+    hopper::expect(board_.full + c, bytes[0] + bytes[1]);
+    for (int side = 0; side < 2; ++side)
+      hopper::copy(chunk(c, side), reinterpret_cast<const unsigned char*>(from[side]) - offset(from[side]),
+                   bytes[side], board_.full + c);
+  }
+
+  // This thread's pack of a chunk, wherever it begins.
+  __device__ void read(const unsigned char* from, uint32_t offset, float (&to)[kPack]) const {
+    const unsigned char* at = from + threadIdx.x * 16 + offset;
+    if (offset == 0) {
+      const Pack<E> pack = *reinterpret_cast<const Pack<E>*>(at);
+#pragma unroll
+      for (int j = 0; j < kPack; ++j) to[j] = to_compute(pack.element[j]);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kPack; ++j) to[j] = to_compute(reinterpret_cast<const E*>(at)[j]);
+    }
+  }
+
+  // Calls action(column, scores[n], near) for this thread's columns. kWait: the first pass, behind the copies.
+  // `next`: the last pass, which hands each chunk to the next row.
+  template <bool kWait, class Action>
+  __device__ void for_columns(const Row<E>& row, const Row<E>* next, Action&& action) {
+    const int here = row.chunks(), chunks = next && next->chunks() > here ? next->chunks() : here;
+    for (int c = 0; c < chunks; ++c) {
+      if (kWait) hopper::wait(board_.full + c, parities_ >> c & 1), parities_ ^= 1u << c;
+      const int pack = c * kChunk + threadIdx.x;
+      if (pack < row.packs) {
+        float s[kPack], t[kPack];
+        read(chunk(c, 0), offset(row.student + row.begin), s);
+        read(chunk(c, 1), offset(row.teacher + row.begin), t);
+        call<kPack>(row.column(pack), s, t, action);
+      }
+      if (next && c < next->chunks()) {
+        __syncthreads();  // everybody has read the chunk
+        if (threadIdx.x == 0) fill(*next, c);
+      }
+    }
+    if (hopper::cluster_rank() != 0) return;
+    const int64_t edge = row.begin + (args_.columns - row.end);
+    for (int64_t i = threadIdx.x; i < edge; i += kThreads) {
+      const int64_t column = i < row.begin ? i : i - row.begin + row.end;
+      const float s[1] = {to_compute(row.student[column])}, t[1] = {to_compute(row.teacher[column])};
+      call<1>(column, s, t, action);
+    }
+  }
+
+  template <int kColumns, class Action>
+  __device__ void call(int64_t column, const float (&s)[kColumns], const float (&t)[kColumns], Action& action) const {
+    Scores<float> found[kColumns];
+    bool near = true;
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) {
+      found[j] = scores(s[j], t[j], tempering_);
+      near = near && math::magnitude(found[j].d) <= float(kNear);
+    }
+    action(column, found, near);
+  }
+
+  // The whole cluster's part, for every thread. Callers come together, all threads of all blocks.
+  __device__ Part exchange(Part own) {
+    const int turn = exchanges_++ & 1, lane = threadIdx.x % 32;
+    const Part none{-INFINITY, 0, 0};
+    own = merge_lanes(own);
+    if (lane == 0) board_.warps[turn][threadIdx.x / 32] = own;
+    __syncthreads();
+    const int blocks = static_cast<int>(hopper::cluster_size());
+    if (threadIdx.x < 32) {
+      own = merge_lanes(lane < kWarps ? board_.warps[turn][lane] : none);
+      if (lane < blocks) *hopper::peer(&board_.blocks[turn][hopper::cluster_rank()], lane) = own;
+    }
+    hopper::cluster_sync();
+    return merge_lanes(lane < blocks ? board_.blocks[turn][lane] : none);
+  }
+
+  __device__ double student_logsumexp(const Row<E>& row) {
+    Masses<float, float> masses;
+    for_columns<false>(row, nullptr, [&](int64_t, const auto& found, bool) {
+      for (const Scores<float>& c : found) {
+        const float m = masses.raise(c.a);
+        masses.sum += math::exp(c.a - m);
+      }
+    });
+    const Part all = exchange({masses.max, masses.sum, 0});
+    return all.max + ::log(all.sum);
+  }
+
+  __device__ void statistics(const Row<E>& row) {
+    Masses<float, float> masses;
+    for_columns<true>(row, nullptr, [&](int64_t, const auto& found, bool near) {
+      float largest = found[0].b;
+#pragma unroll
+      for (const Scores<float>& c : found) largest = c.b > largest ? c.b : largest;
+      const float m = masses.raise(largest);
+      near ? add<true>(found, m, masses) : add<false>(found, m, masses);
+    });
+    const Part all = exchange({masses.max, masses.sum, masses.difference});
+    stats_ = {all.max > -INFINITY ? static_cast<float>(all.max) : NAN, static_cast<float>(1.0 / all.sum), 0, 0};
+    if (!exact_log_ratio(all.difference / all.sum, stats_.log_ratio))  // the same for every thread of the cluster
+      stats_.log_ratio = static_cast<float>(student_logsumexp(row) - (all.max + ::log(all.sum)));
+  }
+
+  template <bool kNearPack, class Found>
+  __device__ static void add(const Found& found, float m, Masses<float, float>& masses) {
+#pragma unroll
+    for (const Scores<float>& c : found) {
+      const Mass<float> share = mass<kNearPack>(c, m);
+      masses.sum += share.sum;
+      masses.difference += share.difference;
+    }
+  }
+
+  struct Totals {
+    float value = 0, centre = 0;
+  };
+
+  // Value and centre, and where kWrite the gradient.
+  template <bool kWrite>
+  __device__ Totals finish(const Row<E>& row, const Row<E>* next, float factor) {
+    Totals totals;
+    const bool near_row = math::magnitude(stats_.log_ratio) <= float(kNear);
+    for_columns<false>(row, next, [&](int64_t column, const auto& found, bool near) {
+      near && near_row ? columns<kWrite, true>(row, column, found, factor, totals)
+                       : columns<kWrite, false>(row, column, found, factor, totals);
+    });
+    return totals;
+  }
+
+  template <bool kWrite, bool kNearPack, int kColumns>
+  __device__ void columns(const Row<E>& row, int64_t column, const Scores<float> (&found)[kColumns], float factor,
+                          Totals& totals) const {
+    Pack<E> pack;
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) {
+      const Result<float> share = result<Rule, kNearPack>(found[j], stats_, static_cast<float>(args_.beta));
+      totals.value += share.value;
+      totals.centre += share.centre;
+      if (kWrite) from_compute(factor * share.gradient, pack.element[j]);
+    }
+    if (!kWrite) return;
+    if (kColumns == kPack)
+      *reinterpret_cast<Pack<E>*>(row.gradient + column) = pack;
+    else
+      row.gradient[column] = pack.element[0];
+  }
+
+  __device__ void work(const Row<E>& row, int64_t r, const Row<E>* next) {
+    const float scale = static_cast<const float*>(args_.row_scale)[r];
+    const float factor = static_cast<float>(scale * args_.value_factor / args_.student_temperature);
+    tempering_ = tempering_of<float>(args_);
+    tempering_.shift = row_shift<float>(to_compute(row.student[0]), to_compute(row.teacher[0]), tempering_);
+    statistics(row);
+    // Behind statistics' barriers nobody reads the student's row any more: its memory may be the gradient's.
+    const bool write = row.gradient != nullptr;
+    Totals own;
+    if (Rule::centred || !write)
+      own = finish<false>(row, write ? nullptr : next, 0);
+    else
+      own = finish<true>(row, next, factor);
+    const Part all = exchange({0, own.value, own.centre});
+    stats_.centre = static_cast<float>(all.difference);
+    if (Rule::centred && write) finish<true>(row, next, factor);
+    if (hopper::cluster_rank() != 0 || threadIdx.x != 0) return;
+    static_cast<float*>(args_.loss)[r] = static_cast<float>(all.sum * args_.value_factor * scale);
+    float* saved = static_cast<float*>(args_.stats) + r * kStats;
+    saved[kMax] = stats_.max, saved[kInvSum] = stats_.inv_sum, saved[kShift] = tempering_.shift;
+    saved[kLogRatio] = stats_.log_ratio, saved[kCentre] = stats_.centre;
+  }
+
+  __device__ void skip(int64_t r) const {
+    E* gradient = args_.gradient ? static_cast<E*>(args_.gradient) + r * args_.gradient_stride : nullptr;
+    const int64_t begin = hopper::cluster_rank() * kThreads + threadIdx.x, step = hopper::cluster_size() * kThreads;
+    if (gradient)
+      for (int64_t i = begin; i < args_.columns; i += step) from_compute(0.0f, gradient[i]);
+    if (begin == 0) static_cast<float*>(args_.loss)[r] = 0;
+    if (begin < kStats) static_cast<float*>(args_.stats)[r * kStats + begin] = 0;
+  }
+
+  // This cluster's next row that counts; those on the way are done here.
+  __device__ int64_t row_after(int64_t r) const {
+    const int64_t clusters = gridDim.x / hopper::cluster_size();
+    for (r += clusters; r < args_.rows; r += clusters) {
+      if (static_cast<const float*>(args_.row_scale)[r] != 0) return r;
+      skip(r);
+    }
+    return args_.rows;
+  }
+
+ public:
+  __device__ Worker(const LogitArgs& args, Board& board, unsigned char* memory)
+      : args_(args), board_(board), memory_(memory) {}
+
+  __device__ void run() {
+    if (threadIdx.x == 0)
+      for (int c = 0; c < kMostChunks; ++c) hopper::init(board_.full + c);
+    hopper::cluster_sync();  // also: every block of the cluster runs before its memory is written to
+    const int64_t clusters = gridDim.x / hopper::cluster_size();
+    int64_t r = row_after(blockIdx.x / hopper::cluster_size() - clusters);
+    if (r >= args_.rows) return;
+    Row<E> row(args_, r);
+    if (threadIdx.x == 0)
+      for (int c = 0; c < row.chunks(); ++c) fill(row, c);
+    for (;;) {
+      const int64_t after = row_after(r);
+      const bool more = after < args_.rows;
+      const Row<E> next(args_, more ? after : r);
+      work(row, r, more ? &next : nullptr);
+      if (!more) return;
+      row = next, r = after;
+    }
+  }
+};
+
+template <class Rule, class E>
+__global__ void __launch_bounds__(kThreads, 2) logit_cluster_kernel(LogitArgs args) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  __shared__ Board board;
+  extern __shared__ unsigned char memory[];
+  Worker<Rule, E>(args, board, memory).run();
+#endif
+}
+
+void check(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string("logit: launch failed: ") + cudaGetErrorString(error));
+}
+
+template <class Rule, class E>
+bool launch(const LogitArgs& args, Plan plan, cudaStream_t stream) {
+  const auto kernel = logit_cluster_kernel<Rule, E>;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.bytes()));
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(plan.blocks), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(plan.blocks)), config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = static_cast<size_t>(plan.bytes()), config.stream = stream;
+  config.attrs = &attribute, config.numAttrs = 1;
+  int active = 0;
+  check(cudaOccupancyMaxActiveClusters(&active, kernel, &config));
+  if (active < 1) return false;
+  const int64_t clusters = args.rows < active ? args.rows : active;
+  config.gridDim = dim3(static_cast<unsigned>(clusters * plan.blocks));
+  check(cudaLaunchKernelEx(&config, kernel, args));
+  return true;
+}
+
+bool has_clusters() {
+  int device = 0, major = 0;
+  check(cudaGetDevice(&device));
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  return major == 9;  // sm_90a code runs there alone
+}
+
+}  // namespace
+
+bool cuda::logit_cluster(const LogitArgs& args, int blocks, void* stream) {
+  // The backward and a part of a vocabulary read each logit once or not at all to begin with; so does mse.
+  const bool whole = args.loss && args.phase == Phase::all;
+  if (args.rows == 0 || !whole || args.dtype == DType::f64 || blocks == kTwoReads || !has_clusters()) return false;
+  const int itemsize = args.dtype == DType::f32 ? 4 : 2;
+  const Plan plan = blocks > 0 ? plan_of(args.columns, itemsize, blocks) : cluster_plan(args.columns, itemsize);
+  if (plan.blocks == 0 || plan.bytes() > kBlockBytes) return false;
+  bool done = false;
+  with_rule(static_cast<Divergence>(args.divergence), [&](auto rule) {
+    using Rule = decltype(rule);
+    const auto s = static_cast<cudaStream_t>(stream);
+    if constexpr (Rule::softmax) {
+      if (args.dtype == DType::f32) done = launch<Rule, float>(args, plan, s);
+      if (args.dtype == DType::bf16) done = launch<Rule, __nv_bfloat16>(args, plan, s);
+      if (args.dtype == DType::f16) done = launch<Rule, __half>(args, plan, s);
+    }
+  });
+  return done;
+}
+
+}  // namespace fastdistil
