@@ -15,12 +15,12 @@
 namespace fastdistil {
 namespace {
 
-constexpr int kThreads = 512;
+constexpr int kThreads = 384;                     // two blocks of them leave each thread 80 registers
 constexpr int kWarps = kThreads / 32;
 constexpr int kChunk = kThreads;                  // packs: one a thread
 constexpr int kChunkBytes = (kChunk + 1) * 16;    // a row that is not aligned as the gradient is touches one pack more
 constexpr int kMostBlocks = 16;                   // of a cluster; above 8 a GPU may refuse
-constexpr int kMostChunks = 14;                   // of each row, a block
+constexpr int kMostChunks = 19;                   // of each row, a block
 constexpr int kBlockBytes = 228'000;              // of chunks, where a multiprocessor holds one block: 227 KB less ours
 constexpr int kHalfBytes = 113'000;               // where it holds two
 static_assert(kMostChunks <= 32 && 2 * kMostChunks * kChunkBytes >= kBlockBytes, "every chunk has its bit and barrier");
@@ -46,13 +46,6 @@ Plan cluster_plan(int64_t columns, int itemsize) {
   return largest.bytes() <= kBlockBytes ? largest : Plan{0, 0};
 }
 
-// What a block shares with its cluster; two of each, so that the next exchange does not wait for this one's readers.
-struct Board {
-  alignas(16) hopper::Barrier full[kMostChunks];
-  Part warps[2][kWarps];
-  Part blocks[2][kMostBlocks];
-};
-
 // One row, and this block's share of it: packs of 16 bytes, counted from column `begin` on, where the gradient (the
 // student where there is none) is aligned. The few columns outside of all packs are the first block's.
 template <class E>
@@ -60,9 +53,10 @@ struct Row {
   static constexpr int kPack = Pack<E>::size;
   const E *student, *teacher;
   E* gradient;  // or null
-  int64_t begin, end;  // columns in packs, of all blocks
-  int first, packs;    // this block's
+  int begin, end;     // columns in packs, of all blocks
+  int first, packs;   // this block's
 
+  Row() = default;
   __device__ Row(const LogitArgs& args, int64_t r)
       : student(static_cast<const E*>(args.student) + r * args.student_stride),
         teacher(static_cast<const E*>(args.teacher) + r * args.teacher_stride),
@@ -70,26 +64,36 @@ struct Row {
     // A pack must not need a byte before the first or behind the last multiple of 16 within either row.
     const int grid = ahead(gradient ? gradient : student), s = ahead(student), t = ahead(teacher);
     begin = grid >= s && grid >= t ? grid : grid + kPack;
-    const int64_t behind = (kPack - ahead(student + args.columns)) % kPack, other = (kPack - ahead(teacher + args.columns)) % kPack;
-    const int64_t room = args.columns - (behind > other ? behind : other) - begin;
-    const int64_t all = room > 0 ? room / kPack : 0;
+    const int columns = static_cast<int>(args.columns);
+    const int behind_s = (kPack - ahead(student + columns)) % kPack, behind_t = (kPack - ahead(teacher + columns)) % kPack;
+    const int room = columns - (behind_s > behind_t ? behind_s : behind_t) - begin, all = room > 0 ? room / kPack : 0;
     if (all == 0) begin = 0;
     end = begin + all * kPack;
     const int blocks = static_cast<int>(hopper::cluster_size()), rank = static_cast<int>(hopper::cluster_rank());
-    const int each = static_cast<int>((all + blocks - 1) / blocks);
+    const int each = (all + blocks - 1) / blocks;
     first = rank * each;
-    packs = first + each < all ? each : first < all ? static_cast<int>(all) - first : 0;
+    packs = first + each < all ? each : first < all ? all - first : 0;
   }
 
   __device__ int chunks() const { return (packs + kChunk - 1) / kChunk; }
-  __device__ int64_t column(int pack) const { return begin + static_cast<int64_t>(first + pack) * kPack; }
+  __device__ int column(int pack) const { return begin + (first + pack) * kPack; }
+};
+
+// What a block shares, some of it with its cluster. Two of each exchange, so that the next one does not wait for this
+// one's readers; three rows, as threads that lag behind may still read the last one while the next is prepared.
+template <class E>
+struct Board {
+  alignas(16) hopper::Barrier full[kMostChunks];
+  Part warps[2][kWarps];
+  Part blocks[2][kMostBlocks];
+  Row<E> rows[3];
 };
 
 template <class Rule, class E>
 class Worker {
-  static constexpr int kPack = Pack<E>::size;
+  static constexpr int kPack = Pack<E>::size, kGroup = 4;
   const LogitArgs& args_;
-  Board& board_;
+  Board<E>& board_;
   unsigned char* memory_;   // chunks of (student, teacher)
   uint32_t parities_ = 0;   // of the chunks' next phases
   int exchanges_ = 0;
@@ -113,56 +117,59 @@ class Worker {
   }
 
   // This thread's pack of a chunk, wherever it begins.
-  __device__ void read(const unsigned char* from, uint32_t offset, float (&to)[kPack]) const {
+  __device__ static Pack<E> read(const unsigned char* from, uint32_t offset) {
     const unsigned char* at = from + threadIdx.x * 16 + offset;
-    if (offset == 0) {
-      const Pack<E> pack = *reinterpret_cast<const Pack<E>*>(at);
+    if (offset == 0) return *reinterpret_cast<const Pack<E>*>(at);
+    Pack<E> pack;
 #pragma unroll
-      for (int j = 0; j < kPack; ++j) to[j] = to_compute(pack.element[j]);
-    } else {
-#pragma unroll
-      for (int j = 0; j < kPack; ++j) to[j] = to_compute(reinterpret_cast<const E*>(at)[j]);
-    }
+    for (int j = 0; j < kPack; ++j) pack.element[j] = reinterpret_cast<const E*>(at)[j];
+    return pack;
   }
 
-  // Calls action(column, scores[n], near) for this thread's columns. kWait: the first pass, behind the copies.
-  // `next`: the last pass, which hands each chunk to the next row.
-  template <bool kWait, class Action>
+  // Calls action(scores[n], near, out) for this thread's columns, few at a time for want of registers; with kWrite
+  // `out` goes to the gradient. kWait: the first pass, behind the copies. `next`: the last pass, which hands each chunk
+  // to the next row.
+  template <bool kWait, bool kWrite, class Action>
   __device__ void for_columns(const Row<E>& row, const Row<E>* next, Action&& action) {
-    const int here = row.chunks(), chunks = next && next->chunks() > here ? next->chunks() : here;
-    for (int c = 0; c < chunks; ++c) {
-      if (kWait) hopper::wait(board_.full + c, parities_ >> c & 1), parities_ ^= 1u << c;
-      const int pack = c * kChunk + threadIdx.x;
-      if (pack < row.packs) {
-        float s[kPack], t[kPack];
-        read(chunk(c, 0), offset(row.student + row.begin), s);
-        read(chunk(c, 1), offset(row.teacher + row.begin), t);
-        call<kPack>(row.column(pack), s, t, action);
+    const int packs = row.packs, first = row.column(threadIdx.x), refills = next ? next->chunks() : 0;
+    const uint32_t student = offset(row.student + row.begin), teacher = offset(row.teacher + row.begin);
+    for (int c = 0; c * kChunk < packs || c < refills; ++c) {
+      if (kWait) {
+        hopper::wait(board_.full + c, parities_ >> c & 1);
+        parities_ ^= 1u << c;
       }
-      if (next && c < next->chunks()) {
+      if (c * kChunk + static_cast<int>(threadIdx.x) < packs) {
+        const Pack<E> s = read(chunk(c, 0), student), t = read(chunk(c, 1), teacher);
+        Pack<E> out;
+#pragma unroll
+        for (int j = 0; j < kPack; j += kGroup) call<kGroup>(s.element + j, t.element + j, action, out.element + j);
+        if (kWrite) *reinterpret_cast<Pack<E>*>(row.gradient + first + c * kChunk * kPack) = out;
+      }
+      if (c < refills) {
         __syncthreads();  // everybody has read the chunk
         if (threadIdx.x == 0) fill(*next, c);
       }
     }
     if (hopper::cluster_rank() != 0) return;
-    const int64_t edge = row.begin + (args_.columns - row.end);
-    for (int64_t i = threadIdx.x; i < edge; i += kThreads) {
-      const int64_t column = i < row.begin ? i : i - row.begin + row.end;
-      const float s[1] = {to_compute(row.student[column])}, t[1] = {to_compute(row.teacher[column])};
-      call<1>(column, s, t, action);
+    const int edge = row.begin + (static_cast<int>(args_.columns) - row.end);
+    for (int i = threadIdx.x; i < edge; i += kThreads) {
+      const int column = i < row.begin ? i : i - row.begin + row.end;
+      E out;
+      call<1>(row.student + column, row.teacher + column, action, &out);
+      if (kWrite) row.gradient[column] = out;
     }
   }
 
   template <int kColumns, class Action>
-  __device__ void call(int64_t column, const float (&s)[kColumns], const float (&t)[kColumns], Action& action) const {
+  __device__ void call(const E* student, const E* teacher, Action& action, E* out) const {
     Scores<float> found[kColumns];
     bool near = true;
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {
-      found[j] = scores(s[j], t[j], tempering_);
+      found[j] = scores(to_compute(student[j]), to_compute(teacher[j]), tempering_);
       near = near && math::magnitude(found[j].d) <= float(kNear);
     }
-    action(column, found, near);
+    action(found, near, out);
   }
 
   // The whole cluster's part, for every thread. Callers come together, all threads of all blocks.
@@ -183,7 +190,7 @@ class Worker {
 
   __device__ double student_logsumexp(const Row<E>& row) {
     Masses<float, float> masses;
-    for_columns<false>(row, nullptr, [&](int64_t, const auto& found, bool) {
+    for_columns<false, false>(row, nullptr, [&](const auto& found, bool, E*) {
       for (const Scores<float>& c : found) {
         const float m = masses.raise(c.a);
         masses.sum += math::exp(c.a - m);
@@ -195,7 +202,7 @@ class Worker {
 
   __device__ void statistics(const Row<E>& row) {
     Masses<float, float> masses;
-    for_columns<true>(row, nullptr, [&](int64_t, const auto& found, bool near) {
+    for_columns<true, false>(row, nullptr, [&](const auto& found, bool near, E*) {
       float largest = found[0].b;
 #pragma unroll
       for (const Scores<float>& c : found) largest = c.b > largest ? c.b : largest;
@@ -208,11 +215,11 @@ class Worker {
       stats_.log_ratio = static_cast<float>(student_logsumexp(row) - (all.max + ::log(all.sum)));
   }
 
-  template <bool kNearPack, class Found>
+  template <bool kNearGroup, class Found>
   __device__ static void add(const Found& found, float m, Masses<float, float>& masses) {
 #pragma unroll
     for (const Scores<float>& c : found) {
-      const Mass<float> share = mass<kNearPack>(c, m);
+      const Mass<float> share = mass<kNearGroup>(c, m);
       masses.sum += share.sum;
       masses.difference += share.difference;
     }
@@ -227,29 +234,22 @@ class Worker {
   __device__ Totals finish(const Row<E>& row, const Row<E>* next, float factor) {
     Totals totals;
     const bool near_row = math::magnitude(stats_.log_ratio) <= float(kNear);
-    for_columns<false>(row, next, [&](int64_t column, const auto& found, bool near) {
-      near && near_row ? columns<kWrite, true>(row, column, found, factor, totals)
-                       : columns<kWrite, false>(row, column, found, factor, totals);
+    for_columns<false, kWrite>(row, next, [&](const auto& found, bool near, E* out) {
+      near && near_row ? columns<kWrite, true>(found, factor, totals, out)
+                       : columns<kWrite, false>(found, factor, totals, out);
     });
     return totals;
   }
 
-  template <bool kWrite, bool kNearPack, int kColumns>
-  __device__ void columns(const Row<E>& row, int64_t column, const Scores<float> (&found)[kColumns], float factor,
-                          Totals& totals) const {
-    Pack<E> pack;
+  template <bool kWrite, bool kNearGroup, int kColumns>
+  __device__ void columns(const Scores<float> (&found)[kColumns], float factor, Totals& totals, E* out) const {
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {
-      const Result<float> share = result<Rule, kNearPack>(found[j], stats_, static_cast<float>(args_.beta));
+      const Result<float> share = result<Rule, kNearGroup>(found[j], stats_, static_cast<float>(args_.beta));
       totals.value += share.value;
       totals.centre += share.centre;
-      if (kWrite) from_compute(factor * share.gradient, pack.element[j]);
+      if (kWrite) from_compute(factor * share.gradient, out[j]);
     }
-    if (!kWrite) return;
-    if (kColumns == kPack)
-      *reinterpret_cast<Pack<E>*>(row.gradient + column) = pack;
-    else
-      row.gradient[column] = pack.element[0];
   }
 
   __device__ void work(const Row<E>& row, int64_t r, const Row<E>* next) {
@@ -295,7 +295,7 @@ class Worker {
   }
 
  public:
-  __device__ Worker(const LogitArgs& args, Board& board, unsigned char* memory)
+  __device__ Worker(const LogitArgs& args, Board<E>& board, unsigned char* memory)
       : args_(args), board_(board), memory_(memory) {}
 
   __device__ void run() {
@@ -305,16 +305,17 @@ class Worker {
     const int64_t clusters = gridDim.x / hopper::cluster_size();
     int64_t r = row_after(blockIdx.x / hopper::cluster_size() - clusters);
     if (r >= args_.rows) return;
-    Row<E> row(args_, r);
-    if (threadIdx.x == 0)
-      for (int c = 0; c < row.chunks(); ++c) fill(row, c);
-    for (;;) {
+    if (threadIdx.x == 0) {
+      board_.rows[0] = Row<E>(args_, r);
+      for (int c = 0; c < board_.rows[0].chunks(); ++c) fill(board_.rows[0], c);
+    }
+    __syncthreads();
+    for (int turn = 0; r < args_.rows; turn = (turn + 1) % 3) {
       const int64_t after = row_after(r);
-      const bool more = after < args_.rows;
-      const Row<E> next(args_, more ? after : r);
-      work(row, r, more ? &next : nullptr);
-      if (!more) return;
-      row = next, r = after;
+      Row<E>* next = after < args_.rows ? board_.rows + (turn + 1) % 3 : nullptr;
+      if (next && threadIdx.x == 0) *next = Row<E>(args_, after);  // seen behind the barriers of the row's statistics
+      work(board_.rows[turn], r, next);
+      r = after;
     }
   }
 };
@@ -322,7 +323,7 @@ class Worker {
 template <class Rule, class E>
 __global__ void __launch_bounds__(kThreads, 2) logit_cluster_kernel(LogitArgs args) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  __shared__ Board board;
+  __shared__ Board<E> board;
   extern __shared__ unsigned char memory[];
   Worker<Rule, E>(args, board, memory).run();
 #endif
