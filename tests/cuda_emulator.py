@@ -41,33 +41,39 @@ def translate(source: str) -> str:
 
 
 def build(folder: Path, change: Callable[[str, str], str] = lambda name, source: source) -> Path:
-    """Compiles the kernels, after `change(file name, source)`, to a library in `folder`; None of it if it is there."""
+    """The kernels, after `change(file name, source)`, as a library in `folder`. Objects and libraries are kept by a
+    hash of all that went into them."""
     texts = {path.name: change(path.name, path.read_text()) for path in sorted(SOURCES.iterdir())}
-    digest = hashlib.sha256(repr((FLAGS, COMPILER, texts)).encode())
-    for path in sorted([*SHIM.iterdir(), *(ROOT / "csrc/rules").iterdir(), Path(__file__)]):
-        digest.update(path.read_bytes())
-    target = folder / f"cuda_host-{digest.hexdigest()[:16]}.so"
-    if target.exists():
-        return target
+    texts = {name: (SHIM / name).read_text() if (SHIM / name).exists() else translate(t) for name, t in texts.items()}
+    texts["library.cu"] = (SHIM / "library.cpp").read_text()
+    headers = {name: text for name, text in texts.items() if not name.endswith(".cu")}
+    around = [path.read_text() for path in sorted([*SHIM.iterdir(), *(ROOT / "csrc/rules").iterdir()])]
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        tree = Path(scratch) / "kernels/cuda"
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        tree = Path(scratch) / "kernels/cuda"  # ../../csrc is where the sources expect it
         tree.mkdir(parents=True)
         (Path(scratch) / "csrc").symlink_to(ROOT / "csrc")
-        (tree / "library.cpp").write_text((SHIM / "library.cpp").read_text())
+        objects, running = list[Path](), list[tuple[subprocess.Popen[str], Path, Path]]()
         for name, text in texts.items():
-            own = SHIM / name
-            (tree / name.replace(".cu", ".cpp")).write_text(own.read_text() if own.exists() else translate(text))
-        made = sorted(tree.glob("*.cpp"))
-        objects = [path.with_suffix(".o") for path in made]
-        compile_ = [COMPILER, *FLAGS, f"-I{SHIM}", "-c"]
-        running = [subprocess.Popen([*compile_, a, "-o", b], stderr=subprocess.PIPE, text=True) for a, b in zip(made, objects, strict=True)]  # fmt: skip
-        errors = [process.communicate()[1] for process in running]
-        assert not any(process.returncode for process in running), "\n".join(errors)[-4000:]
-        library = Path(scratch) / "library.so"
-        subprocess.run([COMPILER, *FLAGS, "-shared", *objects, "-o", library], check=True)
-        library.replace(target) if library.stat().st_dev == folder.stat().st_dev else shutil.copy(library, target)
-    return target
+            source = tree / name.replace(".cu", ".cpp")
+            source.write_text(text)
+            if name in headers:
+                continue
+            key = hashlib.sha256(repr((FLAGS, COMPILER, text, headers, around)).encode()).hexdigest()[:16]
+            objects.append(folder / f"{source.stem}-{key}.o")
+            if not objects[-1].exists():
+                made = source.with_suffix(".o")
+                command = [COMPILER, *FLAGS, f"-I{SHIM}", "-c", source, "-o", made]
+                running.append((subprocess.Popen(command, stderr=subprocess.PIPE, text=True), made, objects[-1]))
+        for process, made, kept in running:
+            message = process.communicate()[1]
+            assert process.returncode == 0, message[-4000:]
+            made.replace(kept)
+        library = folder / f"cuda_host-{hashlib.sha256(repr(objects).encode()).hexdigest()[:16]}.so"
+        if not library.exists():
+            subprocess.run([COMPILER, *FLAGS, "-shared", *objects, "-o", tree / "library.so"], check=True)
+            (tree / "library.so").replace(library)
+    return library
 
 
 class _LogitArgs(ctypes.Structure):

@@ -177,7 +177,6 @@ def without(file: str, barrier: str, which: int) -> Path:
 
 BARRIERS = [
     ("logit.cu", "__syncthreads();", 0),  # before a reduction writes its parts
-    ("logit.cu", "__syncthreads();", 1),  # and before it reads them
     ("logit_cluster.cu", "__syncthreads();", 0),  # before a chunk is filled with the next row
     ("logit_cluster.cu", "hopper::cluster_sync();", 0),  # before a block's totals are read by the others
     ("logit_cluster.cu", "hopper::wait(board_.full + c, parities_ >> c & 1);", 0),  # before a chunk is read
