@@ -27,7 +27,7 @@ SOURCES = ROOT / "kernels/cuda"
 SHIM = ROOT / "tests/cuda_host"
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE", "-pthread", "-ffp-contract=off"]
-FLAGS += ["-w", "-D__CUDACC__", "-D__CUDA_ARCH__=900"]
+FLAGS += ["-w", "-D__CUDACC__", "-D__CUDA_ARCH__=900", "-DFD_EXP2=cuda_host::exp2_approx"]
 ORDERS = ("forward", "reversed", "random")
 
 
@@ -83,7 +83,10 @@ class _LogitArgs(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("student", "teacher", "row_scale", "dloss")),
         ("keep_unit", ctypes.c_bool),
         *((name, ctypes.c_void_p) for name in ("loss", "stats", "gradient")),
-        *((name, ctypes.c_int64) for name in ("rows", "columns", "student_stride", "teacher_stride", "gradient_stride")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("rows", "columns", "student_stride", "teacher_stride", "gradient_stride")
+        ),
         *((name, ctypes.c_int) for name in ("dtype", "phase", "divergence")),
         *((name, ctypes.c_double) for name in ("beta", "student_temperature", "teacher_temperature", "value_factor")),
     )
@@ -129,7 +132,9 @@ class Emulator:
         if error is not None:
             raise RuntimeError(error.decode())
 
-    def _logit(self, student: Tensor, teacher: Tensor, gradient: Tensor | None, rest: dict[str, Any], **more: Any) -> None:
+    def _logit(
+        self, student: Tensor, teacher: Tensor, gradient: Tensor | None, rest: dict[str, Any], **more: Any
+    ) -> None:
         rule = {k: v for k, v in rest.items() if k != "stream"}
         args = _LogitArgs(
             student=_address(student), teacher=_address(teacher), gradient=_address(gradient), rows=student.shape[0],

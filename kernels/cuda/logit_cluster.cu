@@ -5,97 +5,25 @@
 // at 250,002 1.5 MB. Clusters stay on the chip and go from row to row. A chunk of shared memory is refilled with the
 // next row as soon as the last pass over it is done, so that up to the whole of both next rows is in flight while the
 // current one's gradient is computed and written.
+//
+// sm_90a: 72 to 80 registers, no spills, 1,616 bytes of shared memory beside the chunks. Not yet run on a GPU;
+// docs/cuda.md counts instructions and bytes in flight.
 #include <stdexcept>
 #include <string>
 
-#include "hopper.h"
+#include "cluster_rows.h"
 #include "launch.h"
-#include "rows.h"
 
 namespace fastdistil {
 namespace {
-
-constexpr int kThreads = 384;                     // two blocks of them leave each thread 80 registers
-constexpr int kWarps = kThreads / 32;
-constexpr int kChunk = kThreads;                  // packs: one a thread
-constexpr int kChunkBytes = (kChunk + 1) * 16;    // a row that is not aligned as the gradient is touches one pack more
-constexpr int kMostBlocks = 16;                   // of a cluster; above 8 a GPU may refuse
-constexpr int kMostChunks = 19;                   // of each row, a block
-constexpr int kBlockBytes = 228'000;              // of chunks, where a multiprocessor holds one block: 227 KB less ours
-constexpr int kHalfBytes = 113'000;               // where it holds two
-static_assert(kMostChunks <= 32 && 2 * kMostChunks * kChunkBytes >= kBlockBytes, "every chunk has its bit and barrier");
-
-struct Plan {
-  int blocks, chunks;  // of a cluster; of each row in a block
-  int bytes() const { return 2 * chunks * kChunkBytes; }
-};
-
-Plan plan_of(int64_t columns, int itemsize, int blocks) {
-  const int64_t packs = columns * itemsize / 16, each = (packs + blocks - 1) / blocks;
-  const int64_t chunks = (each + kChunk - 1) / kChunk;
-  return {blocks, static_cast<int>(chunks < 1 ? 1 : chunks > 1000 ? 1000 : chunks)};
-}
-
-// The smallest cluster that leaves room for a second block on its multiprocessor (while one waits for its cluster, the
-// other computes); else the smallest that fits. Not yet measured on a GPU. 0 blocks: the rows do not fit.
-Plan cluster_plan(int64_t columns, int itemsize) {
-  for (const int room : {kHalfBytes, kBlockBytes})
-    for (int blocks = 1; blocks <= 8; blocks *= 2)
-      if (plan_of(columns, itemsize, blocks).bytes() <= room) return plan_of(columns, itemsize, blocks);
-  const Plan largest = plan_of(columns, itemsize, kMostBlocks);
-  return largest.bytes() <= kBlockBytes ? largest : Plan{0, 0};
-}
-
-// One row, and this block's share of it: packs of 16 bytes, counted from column `begin` on, where the gradient (the
-// student where there is none) is aligned. The few columns outside of all packs are the first block's.
-template <class E>
-struct Row {
-  static constexpr int kPack = Pack<E>::size;
-  const E *student, *teacher;
-  E* gradient;  // or null
-  int begin, end;     // columns in packs, of all blocks
-  int first, packs;   // this block's
-
-  Row() = default;
-  __device__ Row(const LogitArgs& args, int64_t r)
-      : student(static_cast<const E*>(args.student) + r * args.student_stride),
-        teacher(static_cast<const E*>(args.teacher) + r * args.teacher_stride),
-        gradient(args.gradient ? static_cast<E*>(args.gradient) + r * args.gradient_stride : nullptr) {
-    // A pack must not need a byte before the first or behind the last multiple of 16 within either row.
-    const int grid = ahead(gradient ? gradient : student), s = ahead(student), t = ahead(teacher);
-    begin = grid >= s && grid >= t ? grid : grid + kPack;
-    const int columns = static_cast<int>(args.columns);
-    const int behind_s = (kPack - ahead(student + columns)) % kPack, behind_t = (kPack - ahead(teacher + columns)) % kPack;
-    const int room = columns - (behind_s > behind_t ? behind_s : behind_t) - begin, all = room > 0 ? room / kPack : 0;
-    if (all == 0) begin = 0;
-    end = begin + all * kPack;
-    const int blocks = static_cast<int>(hopper::cluster_size()), rank = static_cast<int>(hopper::cluster_rank());
-    const int each = (all + blocks - 1) / blocks;
-    first = rank * each;
-    packs = first + each < all ? each : first < all ? all - first : 0;
-  }
-
-  __device__ int chunks() const { return (packs + kChunk - 1) / kChunk; }
-  __device__ int column(int pack) const { return begin + (first + pack) * kPack; }
-};
-
-// What a block shares, some of it with its cluster. Two of each exchange, so that the next one does not wait for this
-// one's readers; three rows, as threads that lag behind may still read the last one while the next is prepared.
-template <class E>
-struct Board {
-  alignas(16) hopper::Barrier full[kMostChunks];
-  Part warps[2][kWarps];
-  Part blocks[2][kMostBlocks];
-  Row<E> rows[3];
-};
 
 template <class Rule, class E>
 class Worker {
   static constexpr int kPack = Pack<E>::size, kGroup = 4;
   const LogitArgs& args_;
   Board<E>& board_;
-  unsigned char* memory_;   // chunks of (student, teacher)
-  uint32_t parities_ = 0;   // of the chunks' next phases
+  unsigned char* memory_;  // chunks of (student, teacher)
+  uint32_t parities_ = 0;  // of the chunks' next phases
   int exchanges_ = 0;
   Tempering<float> tempering_;
   RowStats<float> stats_;
@@ -112,8 +40,8 @@ class Worker {
     for (int side = 0; side < 2; ++side) bytes[side] = 16 * (packs + (offset(from[side]) ? 1 : 0));
     hopper::expect(board_.full + c, bytes[0] + bytes[1]);
     for (int side = 0; side < 2; ++side)
-      hopper::copy(chunk(c, side), reinterpret_cast<const unsigned char*>(from[side]) - offset(from[side]),
-                   bytes[side], board_.full + c);
+      hopper::copy(chunk(c, side), reinterpret_cast<const unsigned char*>(from[side]) - offset(from[side]), bytes[side],
+                   board_.full + c);
   }
 
   // This thread's pack of a chunk, wherever it begins.
@@ -235,8 +163,8 @@ class Worker {
     Totals totals;
     const bool near_row = math::magnitude(stats_.log_ratio) <= float(kNear);
     for_columns<false, kWrite>(row, next, [&](const auto& found, bool near, E* out) {
-      near && near_row ? columns<kWrite, true>(found, factor, totals, out)
-                       : columns<kWrite, false>(found, factor, totals, out);
+      near&& near_row ? columns<kWrite, true>(found, factor, totals, out)
+                      : columns<kWrite, false>(found, factor, totals, out);
     });
     return totals;
   }
@@ -346,8 +274,10 @@ bool launch(const LogitArgs& args, Plan plan, cudaStream_t stream) {
   config.dynamicSmemBytes = static_cast<size_t>(plan.bytes()), config.stream = stream;
   config.attrs = &attribute, config.numAttrs = 1;
   int active = 0;
-  check(cudaOccupancyMaxActiveClusters(&active, kernel, &config));
-  if (active < 1) return false;
+  if (cudaOccupancyMaxActiveClusters(&active, kernel, &config) != cudaSuccess || active < 1) {
+    cudaGetLastError();  // 16 blocks are more than every GPU has to offer: two reads, then
+    return false;
+  }
   const int64_t clusters = args.rows < active ? args.rows : active;
   config.gridDim = dim3(static_cast<unsigned>(clusters * plan.blocks));
   check(cudaLaunchKernelEx(&config, kernel, args));

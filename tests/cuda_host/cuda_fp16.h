@@ -22,7 +22,7 @@ inline __half __float2half_rn(float x) {
   if (x != x) return {0x7fff};
   if (size >= 65520.0f) return {static_cast<uint16_t>(sign | 0x7c00)};  // rounds beyond 65504
   int exponent;
-  std::frexp(size, &exponent);  // size = f * 2^exponent, f in [1/2, 1)
+  std::frexp(size, &exponent);                             // size = f * 2^exponent, f in [1/2, 1)
   const int unit = size < 0x1p-14f ? -24 : exponent - 11;  // of the last place
   const auto places = static_cast<int>(std::nearbyint(std::ldexp(size, -unit)));
   return {static_cast<uint16_t>(sign | ((unit + 24) * 1024 + places))};  // 2048 carries into the exponent by itself

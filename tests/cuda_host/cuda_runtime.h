@@ -26,6 +26,16 @@ inline const dim3& gridDim() { return shape.grid; }
 
 // ---- inside kernels
 
+namespace cuda_host {
+// ex2.approx as bad as it may be: 2^-22 off, to either side.
+inline float exp2_approx(float x) {
+  const float y = std::exp2(x);
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return y * (1.0f + (bits * 2654435761u >> 31 ? 0x1p-22f : -0x1p-22f));
+}
+}  // namespace cuda_host
+
 inline void __syncthreads() { cuda_host::self->cluster->sync_block(); }
 inline unsigned __activemask() { return cuda_host::self->cluster->active(); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
