@@ -199,7 +199,6 @@ def test_a_peak_before_the_teacher_rises(backend: str) -> None:
 def test_logits_far_from_zero(backend: str, offset: float) -> None:
     """e^x is 0 or infinite for every one of them; few columns, so that most of a GPU's threads have none."""
     student, teacher = (x + offset for x in draw(3, 33, torch.float32))
-    student[1, 3] += 3000
     found = outcome(lambda s: fd.logit_loss(s, teacher, reduction="none", backend=backend), student)
     truth, eager = (textbook(s, t, "forward_kl") for s, t in ((student.double(), teacher.double()), (student, teacher)))
     judge(Outcome(found.value, ()), Outcome(truth, ()), Outcome(eager, ()), torch.float32)
