@@ -5,7 +5,7 @@ eager               the textbook formula, kl_div(log_softmax, log_softmax, log_t
 eager_common        kl_div(log_softmax, softmax), as most training scripts write it
 eager_upcast        eager after .float(), as careful scripts do with 16-bit logits
 compile             torch.compile of eager's formula
-fastdistil:<backend>[:inplace]
+fastdistil:<backend>[:inplace][:two_reads]
 liger_kl, liger_jsd, orda, fla_kl, linear_cross_entropy   other people's, in peers.py
 products            no loss: the matrix products of two heads alone, in one piece, which nothing that multiplies beats
 """
@@ -99,7 +99,8 @@ def build(name: str, case: Case, problem: Problem) -> Contender:
             choose(backend, device)
         except ValueError as reason:
             raise Unavailable(str(reason)) from reason
-        return Contender(name, _fastdistil(case, backend, bool(rest)), problem, inplace=bool(rest))
+        loss = _fastdistil(case, backend, "inplace" in rest)
+        return Contender(name, _two_reads(loss) if "two_reads" in rest else loss, problem, inplace="inplace" in rest)
     if name == "products":
         return Contender(name, _products(case), problem)
     if name in PEERS:
@@ -123,6 +124,19 @@ def _common(case: Case) -> Loss:
         return F.kl_div(p, q, reduction="batchmean") * temperature**2
 
     return loss
+
+
+def _two_reads(loss: Loss) -> Loss:
+    """The CUDA kernel that reads each logit twice, also where a cluster of blocks could hold the row."""
+
+    def run(x: Tensors) -> Tensor:
+        fastdistil._C.use_cuda_cluster(0)
+        try:
+            return loss(x)
+        finally:
+            fastdistil._C.use_cuda_cluster(-1)
+
+    return run
 
 
 def _fastdistil(case: Case, backend: str, inplace: bool) -> Loss:

@@ -120,6 +120,12 @@ void hidden_rows(const TensorView& student, const TensorView& teacher, const Opt
 void logit_cuda(const LogitArgs& args, uintptr_t stream) {
   fastdistil::cuda::logit(args, reinterpret_cast<void*>(stream));
 }
+
+void use_cuda_cluster(int blocks) {
+  if (blocks < -1 || blocks > 16)
+    throw std::invalid_argument("use_cuda_cluster: blocks is " + std::to_string(blocks) + ", expected -1 to 16");
+  fastdistil::cuda::use_cluster(blocks);
+}
 #endif
 
 template <Run run, bool cpu>
@@ -157,6 +163,10 @@ PYBIND11_MODULE(_C, m) {
   fastdistil::define_sparse(m);
 #if defined(FD_CUDA)
   define_logit<logit_cuda, false>(m, "logit_fwd_cuda", "logit_bwd_cuda", "stream");
+  m.def(
+      "use_cuda_cluster", &use_cuda_cluster, py::arg("blocks"),
+      "blocks of the cluster that holds a row of logits on sm_90, for tests and benchmarks: 1 to 16, 0 for the kernel "
+      "that reads each logit twice, -1 for what fits the row");
   m.attr("cuda_arches") = FD_CUDA;
 #else
   m.attr("cuda_arches") = "";

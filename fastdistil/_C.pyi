@@ -71,6 +71,7 @@ def logit_bwd(
     value_factor: float,
     threads: int,
 ) -> None: ...
+def use_cuda_cluster(blocks: int) -> None: ...
 def logit_fwd_cuda(
     student: Tensor,
     teacher: Tensor,

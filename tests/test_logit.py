@@ -182,6 +182,31 @@ def test_rows_far_apart(backend: str, gap: float) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_peak_before_the_teacher_rises(backend: str) -> None:
+    """The student's peak overflows relative to the teacher's largest logit so far, not to a later one."""
+    student, teacher = draw(3, 4099, torch.float32)
+    teacher[:, :2048] -= 25
+    student[:, :2048] -= 25
+    student[:, 5] += torch.tensor([60.0, 120.0, 3000.0], device=DEVICE)
+    found = outcome(lambda s: fd.logit_loss(s, teacher, reduction="none", backend=backend), student)
+    truth, eager = (textbook(s, t, "forward_kl") for s, t in ((student.double(), teacher.double()), (student, teacher)))
+    judge(Outcome(found.value, ()), Outcome(truth, ()), Outcome(eager, ()), torch.float32)
+    assert found.gradients[0].isfinite().all()
+
+
+@pytest.mark.parametrize("offset", [-1000.0, 1000.0])
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"])
+def test_logits_far_from_zero(backend: str, offset: float) -> None:
+    """e^x is 0 or infinite for every one of them; few columns, so that most of a GPU's threads have none. The reference
+    takes logsumexps from logits as they are, which in float32 costs it a digit here."""
+    student, teacher = (x + offset for x in draw(3, 33, torch.float32))
+    found = outcome(lambda s: fd.logit_loss(s, teacher, reduction="none", backend=backend), student)
+    truth, eager = (textbook(s, t, "forward_kl") for s, t in ((student.double(), teacher.double()), (student, teacher)))
+    judge(Outcome(found.value, ()), Outcome(truth, ()), Outcome(eager, ()), torch.float32)
+    assert found.gradients[0].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_infinities(backend: str) -> None:
     inf = math.inf
     student, teacher = draw(5, 37, torch.float32)

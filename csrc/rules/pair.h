@@ -50,7 +50,8 @@ template <bool kNearBlock, class T>
 FD_FUNCTION Mass<T> mass(Scores<T> c, T m) {
   const T weight = math::exp_nonpositive(c.b - m);
   if (kNearBlock) return {weight, weight * math::bounded_expm1(c.d).value};
-  const T other = math::exp(math::clamp(c.a - m, T(-1e4), T(math::kExpMax)));
+  // Infinite, not large, beyond: a maximum that is found later would scale it down to what looks like a number.
+  const T other = c.a - m > T(math::kExpMax) ? T(INFINITY) : math::exp(c.a - m);
   return {weight, math::magnitude(c.d) <= T(1) ? weight * math::expm1(c.d) : other - weight};
 }
 

@@ -1,16 +1,16 @@
-// Divergence of two rows of logits, value and gradient: one thread block a row, each logit read twice.
+// Divergence of two rows of logits, value and gradient: one thread block a row, each logit read twice. On sm_90 whole
+// rows that fit on the chip go to logit_cluster.cu, which reads them once; what remains here reads them once by itself
+// (mse, the backward), is a part of a vocabulary, float64, or runs on sm_80.
 //
 // Floor: (2 reads + 1 write) x N x V x bytes an element over the copy bandwidth if both rows stayed on chip between the
 // passes; this form reads them again (from L2 where they fit), a centred rule a third time. The mathematics is
 // csrc/rules/, the same headers that the CPU kernel compiles.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
+#include <atomic>
 #include <stdexcept>
 #include <string>
 
-#include "../../csrc/rules/pair.h"
 #include "launch.h"
+#include "rows.h"
 
 namespace fastdistil {
 namespace {
@@ -18,41 +18,13 @@ namespace {
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 
-template <class E>
-struct ComputeOf {
-  using type = float;
-};
-template <>
-struct ComputeOf<double> {
-  using type = double;
-};
-template <class E>
-using Compute = typename ComputeOf<E>::type;
-
-__device__ float to_compute(float x) { return x; }
-__device__ double to_compute(double x) { return x; }
-__device__ float to_compute(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ float to_compute(__half x) { return __half2float(x); }
-__device__ void from_compute(float x, float& y) { y = x; }
-__device__ void from_compute(double x, double& y) { y = x; }
-__device__ void from_compute(float x, __nv_bfloat16& y) { y = __float2bfloat16_rn(x); }
-__device__ void from_compute(float x, __half& y) { y = __float2half_rn(x); }
-
-template <class E>
-struct alignas(16) Pack {
-  static constexpr int size = 16 / sizeof(E);
-  E element[size];
-};
-
 // Calls action(column, student, teacher) for this thread's share of the row: 16-byte loads on the part of the row where
 // both pointers are aligned, single elements before and behind it (an odd V moves the alignment from row to row).
 template <class E, class Action>
 __device__ void for_columns(const E* student, const E* teacher, int64_t columns, Action&& action) {
   constexpr int kPack = Pack<E>::size;
-  const int64_t ahead = (16 - reinterpret_cast<uintptr_t>(student) % 16) % 16 / sizeof(E);
-  const bool aligned =
-      reinterpret_cast<uintptr_t>(student + ahead) % 16 == 0 && reinterpret_cast<uintptr_t>(teacher + ahead) % 16 == 0;
-  const int64_t head = !aligned || ahead > columns ? columns : ahead;
+  const int first = ahead(student);
+  const int64_t head = ahead(teacher) != first || first > columns ? columns : first;
   for (int64_t i = threadIdx.x; i < head; i += kThreads) action(i, to_compute(student[i]), to_compute(teacher[i]));
   const int64_t packs = (columns - head) / kPack;
   const auto* s = reinterpret_cast<const Pack<E>*>(student + head);
@@ -99,7 +71,8 @@ __device__ Compute<E> plain_logsumexp(const E* student, const E* teacher, int64_
     masses.sum += math::exp(a - m);
   });
   const T max = block_max(masses.max);
-  return max + ::log(block_sum(masses.sum * math::exp(masses.unit() - max)));
+  const double factor = ::exp(masses.unit() - unit_of(max));
+  return max + static_cast<T>(::log(block_sum(scaled(masses.sum, factor))));
 }
 
 template <class E>
@@ -110,14 +83,14 @@ __device__ RowStats<Compute<E>> statistics(const E* student, const E* teacher, i
   for_columns(student, teacher, columns, [&](int64_t, T s, T t) {
     const Scores<T> c = scores(s, t, tempering);
     const T m = masses.raise(c.b);
-    const Mass<T> part = mass<false>(c, m);
-    masses.sum += part.sum;
-    masses.difference += part.difference;
+    const Mass<T> share = mass<false>(c, m);
+    masses.sum += share.sum;
+    masses.difference += share.difference;
   });
   const T max = block_max(masses.max);
-  const double factor = ::exp(static_cast<double>(masses.unit()) - max);
-  const double sum = block_sum(masses.sum * factor);
-  const double difference = block_sum(masses.difference * factor);
+  const double factor = ::exp(masses.unit() - unit_of(max));
+  const double sum = block_sum(scaled(masses.sum, factor));
+  const double difference = block_sum(scaled(masses.difference, factor));
   if (part && !(max > T(-INFINITY)))  // no teacher mass here
     return {max, static_cast<T>(1.0 / sum), T(0), plain_logsumexp(student, teacher, columns, tempering)};
   RowStats<T> stats{max > T(-INFINITY) ? max : T(NAN), static_cast<T>(1.0 / sum), T(0), T(0)};
@@ -145,9 +118,7 @@ __global__ void __launch_bounds__(kThreads, 1) logit_kernel(LogitArgs args) {
       if (args.loss && threadIdx.x < kStats) saved[threadIdx.x] = T(0);
       continue;
     }
-    Tempering<T> tempering{static_cast<T>(1.0 / args.student_temperature),
-                           static_cast<T>(1.0 / args.teacher_temperature),
-                           args.student_temperature == args.teacher_temperature, T(0)};
+    Tempering<T> tempering = tempering_of<T>(args);
     RowStats<T> stats{T(0), static_cast<T>(1.0 / args.columns), T(0), T(0)};
     if (!args.loss || args.phase == Phase::value) {
       stats = {saved[kMax], saved[kInvSum], saved[kLogRatio], saved[kCentre]};
@@ -166,8 +137,8 @@ __global__ void __launch_bounds__(kThreads, 1) logit_kernel(LogitArgs args) {
         centre += part.centre;
         if (!Rule::centred && gradient) from_compute(factor * part.gradient, gradient[i]);
       });
-      value = block_sum(value);
-      if (Rule::centred) stats.centre = block_sum(centre);
+      value = static_cast<T>(block_sum(static_cast<double>(value)));
+      if (Rule::centred) stats.centre = static_cast<T>(block_sum(static_cast<double>(centre)));
     }
     if (args.loss) {
       __syncthreads();  // every thread has read what was given
@@ -194,9 +165,14 @@ void launch(const LogitArgs& args, cudaStream_t stream) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("logit: launch failed: ") + cudaGetErrorString(error));
 }
 
+std::atomic<int> cluster_blocks{cuda::kChooseCluster};
+
 }  // namespace
 
+void cuda::use_cluster(int blocks) { cluster_blocks = blocks; }
+
 void cuda::logit(const LogitArgs& args, void* stream) {
+  if (logit_cluster(args, cluster_blocks, stream)) return;
   with_rule(static_cast<Divergence>(args.divergence), [&](auto rule) {
     using Rule = decltype(rule);
     const auto s = static_cast<cudaStream_t>(stream);

@@ -52,7 +52,7 @@ def _add_masses(
     m = tl.where(new == float("-inf"), 0.0, new)
     rescale = tl.exp(tl.where(largest == float("-inf"), 0.0, largest) - m)
     weight = tl.exp(b - m)
-    other = tl.exp(tl.minimum(a - m, 88.0))
+    other = tl.exp(a - m)  # infinite where it overflows: a maximum found later cannot make a number of it
     x = tl.where(tl.abs(d) <= 1.0, weight * expm1(tl.where(tl.abs(d) <= 1.0, d, 0.0)), other - weight)
     total = tl.where(total == 0.0, 0.0, total * rescale) + tl.sum(weight, 0)
     difference = tl.where(difference == 0.0, 0.0, difference * rescale) + tl.sum(x, 0)

@@ -1,0 +1,316 @@
+// Divergence of two rows of logits on sm_90: a cluster of blocks holds both rows in shared memory, each logit is read
+// once from device memory and the gradient is written once.
+//
+// Floor: (2 reads + 1 write) x N x V x bytes an element over the copy bandwidth: at V 128,000 in bf16 0.77 MB a row,
+// at 250,002 1.5 MB. Clusters stay on the chip and go from row to row. A chunk of shared memory is refilled with the
+// next row as soon as the last pass over it is done, so that up to the whole of both next rows is in flight while the
+// current one's gradient is computed and written.
+//
+// sm_90a: 72 to 80 registers, no spills, 1,616 bytes of shared memory beside the chunks. Not yet run on a GPU;
+// docs/cuda.md counts instructions and bytes in flight.
+#include <stdexcept>
+#include <string>
+
+#include "cluster_rows.h"
+#include "launch.h"
+
+namespace fastdistil {
+namespace {
+
+template <class Rule, class E>
+class Worker {
+  static constexpr int kPack = Pack<E>::size, kGroup = 4;
+  const LogitArgs& args_;
+  Board<E>& board_;
+  unsigned char* memory_;  // chunks of (student, teacher)
+  uint32_t parities_ = 0;  // of the chunks' next phases
+  int exchanges_ = 0;
+  Tempering<float> tempering_;
+  RowStats<float> stats_;
+
+  __device__ unsigned char* chunk(int c, int side) const { return memory_ + (2 * c + side) * kChunkBytes; }
+
+  __device__ static uint32_t offset(const E* p) { return reinterpret_cast<uintptr_t>(p) % 16; }
+
+  // By one thread: both rows' packs of a chunk, from the multiple of 16 bytes before them to the one behind.
+  __device__ void fill(const Row<E>& row, int c) const {
+    const int rest = row.packs - c * kChunk, packs = rest < kChunk ? rest : kChunk;
+    const E* from[2] = {row.student + row.column(c * kChunk), row.teacher + row.column(c * kChunk)};
+    uint32_t bytes[2];
+    for (int side = 0; side < 2; ++side) bytes[side] = 16 * (packs + (offset(from[side]) ? 1 : 0));
+    hopper::expect(board_.full + c, bytes[0] + bytes[1]);
+    for (int side = 0; side < 2; ++side)
+      hopper::copy(chunk(c, side), reinterpret_cast<const unsigned char*>(from[side]) - offset(from[side]), bytes[side],
+                   board_.full + c);
+  }
+
+  // This thread's pack of a chunk, wherever it begins.
+  __device__ static Pack<E> read(const unsigned char* from, uint32_t offset) {
+    const unsigned char* at = from + threadIdx.x * 16 + offset;
+    if (offset == 0) return *reinterpret_cast<const Pack<E>*>(at);
+    Pack<E> pack;
+#pragma unroll
+    for (int j = 0; j < kPack; ++j) pack.element[j] = reinterpret_cast<const E*>(at)[j];
+    return pack;
+  }
+
+  // Calls action(scores[n], near, out) for this thread's columns, few at a time for want of registers; with kWrite
+  // `out` goes to the gradient. kWait: the first pass, behind the copies. `next`: the last pass, which hands each chunk
+  // to the next row.
+  template <bool kWait, bool kWrite, class Action>
+  __device__ void for_columns(const Row<E>& row, const Row<E>* next, Action&& action) {
+    const int packs = row.packs, first = row.column(threadIdx.x), refills = next ? next->chunks() : 0;
+    const uint32_t student = offset(row.student + row.begin), teacher = offset(row.teacher + row.begin);
+    for (int c = 0; c * kChunk < packs || c < refills; ++c) {
+      if (kWait) {
+        hopper::wait(board_.full + c, parities_ >> c & 1);
+        parities_ ^= 1u << c;
+      }
+      if (c * kChunk + static_cast<int>(threadIdx.x) < packs) {
+        const Pack<E> s = read(chunk(c, 0), student), t = read(chunk(c, 1), teacher);
+        Pack<E> out;
+#pragma unroll
+        for (int j = 0; j < kPack; j += kGroup) call<kGroup>(s.element + j, t.element + j, action, out.element + j);
+        if (kWrite) *reinterpret_cast<Pack<E>*>(row.gradient + first + c * kChunk * kPack) = out;
+      }
+      if (c < refills) {
+        __syncthreads();  // everybody has read the chunk
+        if (threadIdx.x == 0) fill(*next, c);
+      }
+    }
+    if (hopper::cluster_rank() != 0) return;
+    const int edge = row.begin + (static_cast<int>(args_.columns) - row.end);
+    for (int i = threadIdx.x; i < edge; i += kThreads) {
+      const int column = i < row.begin ? i : i - row.begin + row.end;
+      E out;
+      call<1>(row.student + column, row.teacher + column, action, &out);
+      if (kWrite) row.gradient[column] = out;
+    }
+  }
+
+  template <int kColumns, class Action>
+  __device__ void call(const E* student, const E* teacher, Action& action, E* out) const {
+    Scores<float> found[kColumns];
+    bool near = true;
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) {
+      found[j] = scores(to_compute(student[j]), to_compute(teacher[j]), tempering_);
+      near = near && math::magnitude(found[j].d) <= float(kNear);
+    }
+    action(found, near, out);
+  }
+
+  // The whole cluster's part, for every thread. Callers come together, all threads of all blocks.
+  __device__ Part exchange(Part own) {
+    const int turn = exchanges_++ & 1, lane = threadIdx.x % 32;
+    const Part none{-INFINITY, 0, 0};
+    own = merge_lanes(own);
+    if (lane == 0) board_.warps[turn][threadIdx.x / 32] = own;
+    __syncthreads();
+    const int blocks = static_cast<int>(hopper::cluster_size());
+    if (threadIdx.x < 32) {
+      own = merge_lanes(lane < kWarps ? board_.warps[turn][lane] : none);
+      if (lane < blocks) *hopper::peer(&board_.blocks[turn][hopper::cluster_rank()], lane) = own;
+    }
+    hopper::cluster_sync();
+    return merge_lanes(lane < blocks ? board_.blocks[turn][lane] : none);
+  }
+
+  __device__ double student_logsumexp(const Row<E>& row) {
+    Masses<float, float> masses;
+    for_columns<false, false>(row, nullptr, [&](const auto& found, bool, E*) {
+      for (const Scores<float>& c : found) {
+        const float m = masses.raise(c.a);
+        masses.sum += math::exp(c.a - m);
+      }
+    });
+    const Part all = exchange({masses.max, masses.sum, 0});
+    return all.max + ::log(all.sum);
+  }
+
+  __device__ void statistics(const Row<E>& row) {
+    Masses<float, float> masses;
+    for_columns<true, false>(row, nullptr, [&](const auto& found, bool near, E*) {
+      float largest = found[0].b;
+#pragma unroll
+      for (const Scores<float>& c : found) largest = c.b > largest ? c.b : largest;
+      const float m = masses.raise(largest);
+      near ? add<true>(found, m, masses) : add<false>(found, m, masses);
+    });
+    const Part all = exchange({masses.max, masses.sum, masses.difference});
+    stats_ = {all.max > -INFINITY ? static_cast<float>(all.max) : NAN, static_cast<float>(1.0 / all.sum), 0, 0};
+    if (!exact_log_ratio(all.difference / all.sum, stats_.log_ratio))  // the same for every thread of the cluster
+      stats_.log_ratio = static_cast<float>(student_logsumexp(row) - (all.max + ::log(all.sum)));
+  }
+
+  template <bool kNearGroup, class Found>
+  __device__ static void add(const Found& found, float m, Masses<float, float>& masses) {
+#pragma unroll
+    for (const Scores<float>& c : found) {
+      const Mass<float> share = mass<kNearGroup>(c, m);
+      masses.sum += share.sum;
+      masses.difference += share.difference;
+    }
+  }
+
+  struct Totals {
+    float value = 0, centre = 0;
+  };
+
+  // Value and centre, and where kWrite the gradient.
+  template <bool kWrite>
+  __device__ Totals finish(const Row<E>& row, const Row<E>* next, float factor) {
+    Totals totals;
+    const bool near_row = math::magnitude(stats_.log_ratio) <= float(kNear);
+    for_columns<false, kWrite>(row, next, [&](const auto& found, bool near, E* out) {
+      near&& near_row ? columns<kWrite, true>(found, factor, totals, out)
+                      : columns<kWrite, false>(found, factor, totals, out);
+    });
+    return totals;
+  }
+
+  template <bool kWrite, bool kNearGroup, int kColumns>
+  __device__ void columns(const Scores<float> (&found)[kColumns], float factor, Totals& totals, E* out) const {
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) {
+      const Result<float> share = result<Rule, kNearGroup>(found[j], stats_, static_cast<float>(args_.beta));
+      totals.value += share.value;
+      totals.centre += share.centre;
+      if (kWrite) from_compute(factor * share.gradient, out[j]);
+    }
+  }
+
+  __device__ void work(const Row<E>& row, int64_t r, const Row<E>* next) {
+    const float scale = static_cast<const float*>(args_.row_scale)[r];
+    const float factor = static_cast<float>(scale * args_.value_factor / args_.student_temperature);
+    tempering_ = tempering_of<float>(args_);
+    tempering_.shift = row_shift<float>(to_compute(row.student[0]), to_compute(row.teacher[0]), tempering_);
+    statistics(row);
+    // Behind statistics' barriers nobody reads the student's row any more: its memory may be the gradient's.
+    const bool write = row.gradient != nullptr;
+    Totals own;
+    if (Rule::centred || !write)
+      own = finish<false>(row, write ? nullptr : next, 0);
+    else
+      own = finish<true>(row, next, factor);
+    const Part all = exchange({0, own.value, own.centre});
+    stats_.centre = static_cast<float>(all.difference);
+    if (Rule::centred && write) finish<true>(row, next, factor);
+    if (hopper::cluster_rank() != 0 || threadIdx.x != 0) return;
+    static_cast<float*>(args_.loss)[r] = static_cast<float>(all.sum * args_.value_factor * scale);
+    float* saved = static_cast<float*>(args_.stats) + r * kStats;
+    saved[kMax] = stats_.max, saved[kInvSum] = stats_.inv_sum, saved[kShift] = tempering_.shift;
+    saved[kLogRatio] = stats_.log_ratio, saved[kCentre] = stats_.centre;
+  }
+
+  __device__ void skip(int64_t r) const {
+    E* gradient = args_.gradient ? static_cast<E*>(args_.gradient) + r * args_.gradient_stride : nullptr;
+    const int64_t begin = hopper::cluster_rank() * kThreads + threadIdx.x, step = hopper::cluster_size() * kThreads;
+    if (gradient)
+      for (int64_t i = begin; i < args_.columns; i += step) from_compute(0.0f, gradient[i]);
+    if (begin == 0) static_cast<float*>(args_.loss)[r] = 0;
+    if (begin < kStats) static_cast<float*>(args_.stats)[r * kStats + begin] = 0;
+  }
+
+  // This cluster's next row that counts; those on the way are done here.
+  __device__ int64_t row_after(int64_t r) const {
+    const int64_t clusters = gridDim.x / hopper::cluster_size();
+    for (r += clusters; r < args_.rows; r += clusters) {
+      if (static_cast<const float*>(args_.row_scale)[r] != 0) return r;
+      skip(r);
+    }
+    return args_.rows;
+  }
+
+ public:
+  __device__ Worker(const LogitArgs& args, Board<E>& board, unsigned char* memory)
+      : args_(args), board_(board), memory_(memory) {}
+
+  __device__ void run() {
+    if (threadIdx.x == 0)
+      for (int c = 0; c < kMostChunks; ++c) hopper::init(board_.full + c);
+    hopper::cluster_sync();  // also: every block of the cluster runs before its memory is written to
+    const int64_t clusters = gridDim.x / hopper::cluster_size();
+    int64_t r = row_after(blockIdx.x / hopper::cluster_size() - clusters);
+    if (r >= args_.rows) return;
+    if (threadIdx.x == 0) {
+      board_.rows[0] = Row<E>(args_, r);
+      for (int c = 0; c < board_.rows[0].chunks(); ++c) fill(board_.rows[0], c);
+    }
+    __syncthreads();
+    for (int turn = 0; r < args_.rows; turn = (turn + 1) % 3) {
+      const int64_t after = row_after(r);
+      Row<E>* next = after < args_.rows ? board_.rows + (turn + 1) % 3 : nullptr;
+      if (next && threadIdx.x == 0) *next = Row<E>(args_, after);  // seen behind the barriers of the row's statistics
+      work(board_.rows[turn], r, next);
+      r = after;
+    }
+  }
+};
+
+template <class Rule, class E>
+__global__ void __launch_bounds__(kThreads, 2) logit_cluster_kernel(LogitArgs args) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  __shared__ Board<E> board;
+  extern __shared__ unsigned char memory[];
+  Worker<Rule, E>(args, board, memory).run();
+#endif
+}
+
+void check(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string("logit: launch failed: ") + cudaGetErrorString(error));
+}
+
+template <class Rule, class E>
+bool launch(const LogitArgs& args, Plan plan, cudaStream_t stream) {
+  const auto kernel = logit_cluster_kernel<Rule, E>;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.bytes()));
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(plan.blocks), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(plan.blocks)), config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = static_cast<size_t>(plan.bytes()), config.stream = stream;
+  config.attrs = &attribute, config.numAttrs = 1;
+  int active = 0;
+  if (cudaOccupancyMaxActiveClusters(&active, kernel, &config) != cudaSuccess || active < 1) {
+    cudaGetLastError();  // 16 blocks are more than every GPU has to offer: two reads, then
+    return false;
+  }
+  const int64_t clusters = args.rows < active ? args.rows : active;
+  config.gridDim = dim3(static_cast<unsigned>(clusters * plan.blocks));
+  check(cudaLaunchKernelEx(&config, kernel, args));
+  return true;
+}
+
+bool has_clusters() {
+  int device = 0, major = 0;
+  check(cudaGetDevice(&device));
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  return major == 9;  // sm_90a code runs there alone
+}
+
+}  // namespace
+
+bool cuda::logit_cluster(const LogitArgs& args, int blocks, void* stream) {
+  // The backward and a part of a vocabulary read each logit once or not at all to begin with; so does mse.
+  const bool whole = args.loss && args.phase == Phase::all;
+  if (args.rows == 0 || !whole || args.dtype == DType::f64 || blocks == kTwoReads || !has_clusters()) return false;
+  const int itemsize = args.dtype == DType::f32 ? 4 : 2;
+  const Plan plan = blocks > 0 ? plan_of(args.columns, itemsize, blocks) : cluster_plan(args.columns, itemsize);
+  if (plan.blocks == 0 || plan.bytes() > kBlockBytes) return false;
+  bool done = false;
+  with_rule(static_cast<Divergence>(args.divergence), [&](auto rule) {
+    using Rule = decltype(rule);
+    const auto s = static_cast<cudaStream_t>(stream);
+    if constexpr (Rule::softmax) {
+      if (args.dtype == DType::f32) done = launch<Rule, float>(args, plan, s);
+      if (args.dtype == DType::bf16) done = launch<Rule, __nv_bfloat16>(args, plan, s);
+      if (args.dtype == DType::f16) done = launch<Rule, __half>(args, plan, s);
+    }
+  });
+  return done;
+}
+
+}  // namespace fastdistil
