@@ -107,7 +107,7 @@ _GPU_LINEAR = (
 _CPU_BF16 = ("eager", "eager_upcast", "compile", "fastdistil:reference", "fastdistil:cpu", "fastdistil:cpu:inplace")
 _GPU_LOGITS = (
     "eager", "eager_common", "eager_upcast", "compile", "liger_kl", "liger_jsd", "fastdistil:triton", "fastdistil:cuda",
-    "fastdistil:triton:inplace", "fastdistil:cuda:inplace",
+    "fastdistil:triton:inplace", "fastdistil:cuda:inplace", "fastdistil:cuda:two_reads",
 )  # fmt: skip
 _GPU_OTHER = ("eager", "compile", "fastdistil:triton")
 _KL = {"divergence": "forward_kl", "temperature": 2.0}

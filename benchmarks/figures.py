@@ -30,12 +30,12 @@ COLORS = {
     "eager": "#b3413a", "eager_common": "#d98a5b", "eager_upcast": "#8c6d46", "compile": "#7a5ca8",
     "liger_kl": "#4d8a4a", "liger_jsd": "#86a83c", "fastdistil:cpu": "#0b5fa5", "fastdistil:triton": "#2c9bd6",
     "fastdistil:cuda": "#10395e", "fastdistil:reference": "#8fb8d8", "orda": "#c29a2b", "fla_kl": "#c06a9b",
-    "linear_cross_entropy": "#5a5f66", "products": "#bbbbbb",
+    "linear_cross_entropy": "#5a5f66", "products": "#bbbbbb", "fastdistil:cuda:two_reads": "#4a6f94",
 }  # fmt: skip
 
 
 def label(name: str) -> str:
-    return LABELS.get(name) or name.replace("fastdistil:", "fastdistil ").replace(":inplace", ", in place")
+    return LABELS.get(name) or name.replace("fastdistil:", "fastdistil ").replace(":inplace", ", in place").replace(":two_reads", ", two reads")
 
 
 def color(name: str) -> str:
