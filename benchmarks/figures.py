@@ -35,7 +35,8 @@ COLORS = {
 
 
 def label(name: str) -> str:
-    return LABELS.get(name) or name.replace("fastdistil:", "fastdistil ").replace(":inplace", ", in place").replace(":two_reads", ", two reads")
+    words = name.replace("fastdistil:", "fastdistil ").replace(":inplace", ", in place")
+    return LABELS.get(name) or words.replace(":two_reads", ", two reads")
 
 
 def color(name: str) -> str:
