@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -106,6 +108,18 @@ def test_nothing_stays_behind_even_after_an_exception() -> None:
     with pytest.raises(ValueError, match="layer 9"), capture(model, hidden_states=[0], queries=[1, 9]):
         pass
     assert _state(model) == before
+
+
+def test_a_pass_that_fails_shows_nothing_and_a_copied_model_is_not_heard() -> None:
+    model, inputs = _model("bert"), _inputs()
+    with capture(model, queries=[1]) as captured:
+        with pytest.raises(IndexError):
+            model(inputs["input_ids"] + 1000)
+        assert not captured.queries
+        copy.deepcopy(model)(**inputs)
+        assert not captured.queries
+        model(**inputs)
+        assert list(captured.queries) == [1]
 
 
 def test_two_models_do_not_mix() -> None:

@@ -12,6 +12,7 @@ from judge import Outcome, judge, judge_exact
 from torch import Tensor
 
 from fastdistil import relation_loss
+from fastdistil.ops.attention import attention_rows, attention_total
 
 # B, S, D_s, D_t, relation heads, padded, causal
 SHAPES = {
@@ -81,6 +82,34 @@ def test_heads_as_capture_gives_them(backend: str) -> None:
     expected = _outcome(lambda x: relation_loss(x, teacher, **options), student)
     found = _outcome(lambda x: relation_loss(_heads(x, 8), _heads(teacher, 16), **options), student)
     judge_exact(found, expected, torch.float32)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_padded_queries_count_and_keys_end_elsewhere(backend: str, kind: str, causal: bool) -> None:
+    """Rows that ask without being seen, in several blocks, with a weight of their own a row."""
+    student, teacher, mask = _draw((2, 83, 32, 32, 2, True, causal), torch.float32)
+    options: dict[str, Any] = {"relation_heads": 2, "kind": kind, "mask": mask, "causal": causal}
+    options |= {"mask_queries": False, "reduction": "none"}
+    ramp = torch.linspace(0, 1, 83, device=DEVICE)
+    truth = _outcome(
+        lambda x: (relation_loss(x, teacher.double(), backend="reference", **options) * ramp).sum(), student.double()
+    )
+    found = _outcome(lambda x: (relation_loss(x, teacher, backend=backend, **options) * ramp).sum(), student)
+    judge_exact(found, truth, torch.float32)
+
+
+def test_one_gradient_for_both_sides() -> None:
+    """The op knows that the queries are the keys, and autograd has nothing to add up."""
+    x, t = torch.randn(2, 2, 5, 8, requires_grad=True), torch.randn(2, 2, 5, 8)
+    arguments = (x, None, t, None, None, None, torch.ones(2, 2, 5), "prob_kl", False, 0.3, 0.3, "each", "auto")
+    total, dx, empty = attention_total(*arguments)
+    assert empty.numel() == 0
+    total.backward()
+    torch.testing.assert_close(x.grad, dx)
+    for op in (attention_rows, attention_total):
+        torch.library.opcheck(op, arguments)
 
 
 def test_padding_counts_for_nothing_and_the_default_is_kl() -> None:

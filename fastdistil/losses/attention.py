@@ -66,21 +66,22 @@ def attention_loss(
     """
     _check.one_of(_NAME, "heads", heads, HEADS)
     packed = cu_seqlens is not None
-    tensors = _check_tensors(student_q, student_k, teacher_q, teacher_k, packed, heads)
+    q_s, k_s, q_t, k_t = _check_tensors(student_q, student_k, teacher_q, teacher_k, packed, heads)
     if cu_seqlens is not None:
-        _check_cu_seqlens(cu_seqlens, tensors[0])
+        _check_cu_seqlens(cu_seqlens, q_s)
         if mask is not None:
             raise ValueError(f"{_NAME}: mask came with cu_seqlens, expected one of them: packed tokens are all real")
     loss = of_maps(
-        _NAME, tensors, kind, mask, causal, student_scale, teacher_scale, mask_queries, cu_seqlens, heads, reduction,
-        num_items, backend,
+        _NAME, (q_s, q_t), (k_s, k_t), kind, mask, causal, student_scale, teacher_scale, mask_queries, cu_seqlens,
+        heads, reduction, num_items, backend,
     )  # fmt: skip
     return loss[0] if packed and reduction == "none" else loss
 
 
 def of_maps(
     function: str,
-    tensors: list[Tensor],
+    queries: tuple[Tensor, Tensor],
+    keys: tuple[Tensor, Tensor] | None,
     kind: str,
     mask: Tensor | None,
     causal: bool,
@@ -93,30 +94,34 @@ def of_maps(
     num_items: object,
     backend: str,
 ) -> Tensor:
-    """The loss for tensors whose shapes and dtypes agree: the rest of the checks, and the op."""
+    """The loss for tensors, of student and teacher, whose shapes and dtypes agree: the rest of the checks, and the op.
+    Without keys the queries are the keys too (a relation), for heads "each"."""
     _check.one_of(function, "kind", kind, KINDS)
     _check.one_of(function, "reduction", reduction, _check.REDUCTIONS)
     for name, flag in (("causal", causal), ("mask_queries", mask_queries)):
         if not isinstance(flag, bool):
             raise TypeError(f"{function}: {name} is {type(flag).__name__}, expected a bool")
     if mask is not None:
-        _check_mask(function, mask, tensors[0])
-    named = (("student_scale", student_scale, tensors[0]), ("teacher_scale", teacher_scale, tensors[2]))
+        _check_mask(function, mask, queries[0])
+    named = (("student_scale", student_scale, queries[0]), ("teacher_scale", teacher_scale, queries[1]))
     scales = [x.shape[-1] ** -0.5 if y is None else _check.number(function, name, y) for name, y, x in named]
-    choose(backend, tensors[0].device)
-    items = _check.given_items(function, reduction, num_items, tensors[0].device, accumulator(tensors[0].dtype))
+    choose(backend, queries[0].device)
+    items = _check.given_items(function, reduction, num_items, queries[0].device, accumulator(queries[0].dtype))
     if heads == "mean" and kind == "score_mse":  # the mean of the scores is one head's, as wide as all of them together
-        counts = [tensors[i].shape[1] for i in (0, 0, 2, 2)]
-        tensors = [_one_head(x, count) for x, count in zip(tensors, counts, strict=True)]
-        scales, heads = [scales[0] / counts[0], scales[1] / counts[2]], "each"
+        assert keys is not None
+        counts = queries[0].shape[1], queries[1].shape[1]
+        queries, keys = ((_one_head(xs[0], counts[0]), _one_head(xs[1], counts[1])) for xs in (queries, keys))
+        scales, heads = [scales[0] / counts[0], scales[1] / counts[1]], "each"
 
-    counted = 1 if heads == "mean" else tensors[0].shape[1]
-    row_scale = _row_scale(tensors[0], counted, mask, cu_seqlens, kind, causal, mask_queries, reduction, items)
+    counted = 1 if heads == "mean" else queries[0].shape[1]
+    row_scale = _row_scale(queries[0], counted, mask, cu_seqlens, kind, causal, mask_queries, reduction, items)
+    student_k, teacher_k = keys or (None, None)
+    tensors = (queries[0], student_k, queries[1], teacher_k)
     arguments = (*tensors, mask, cu_seqlens, row_scale, kind, causal, scales[0], scales[1], heads, backend)
     if reduction == "none":
         rows: Tensor = attention_rows(*arguments)
         return rows
-    if torch.is_grad_enabled() and (tensors[0].requires_grad or tensors[1].requires_grad):
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors[:2]):
         total: Tensor = attention_total(*arguments)[0]
         return total
     value: Tensor = attention_rows(*arguments).sum()

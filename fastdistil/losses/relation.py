@@ -68,7 +68,7 @@ def relation_loss(
         )
     s, t = (_split(x, relation_heads) for x in _check.one_dtype(*xs))
     return of_maps(
-        _NAME, [s, s, t, t], kind, mask, causal, student_scale, teacher_scale, mask_queries, None, "each", reduction,
+        _NAME, (s, t), None, kind, mask, causal, student_scale, teacher_scale, mask_queries, None, "each", reduction,
         num_items, backend,
     )  # fmt: skip
 

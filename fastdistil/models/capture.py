@@ -2,14 +2,14 @@
 
 Queries, keys and values come from transformers' attention interface: for as long as a capture is open, the model's
 configuration names an attention function that shows what it is handed and then calls the one that was configured
-before. Hidden states come from forward hooks. No attention map is formed for either. Who listens to which model is
-looked up while the model runs (`models/listeners.py`), so that compiled code stays right when captures open and close.
+before. Hidden states come from forward hooks. No attention map is formed for either. Who listens is found while the
+model runs (`models/listeners.py`), so that compiled code stays right when captures open and close.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -17,13 +17,12 @@ from torch import Tensor, nn
 
 from fastdistil.models import listeners
 
-PARTS = ("hidden_states", "queries", "keys", "values")
-
 
 @dataclass
 class Captured:
-    """What the model's last forward pass held, by layer: hidden_states (B, S, D), the rest (B, heads, S, d), with
-    gradient where the model ran with gradient. Keys and values have fewer heads under grouped-query attention."""
+    """What the model's last complete forward pass held, by layer: hidden_states (B, S, D), the rest
+    (B, heads, S, d), with gradient where the model ran with gradient. Keys and values have fewer heads under
+    grouped-query attention."""
 
     hidden_states: dict[int, Tensor] = field(default_factory=dict)
     queries: dict[int, Tensor] = field(default_factory=dict)
@@ -50,8 +49,9 @@ def capture(
         model: any encoder or decoder of transformers whose attention calls its attention interface (BERT, XLM-R,
             DistilBERT, ModernBERT, Llama, Qwen, Gemma, ...), with or without a head, also compiled or inside of
             DistributedDataParallel. Gradient checkpointing must be the non-reentrant one.
-            Under torch.compile the graph breaks at each block, and fullgraph=True is refused while a capture is open
-            (listeners.py says why).
+            torch.compile makes one graph of it (fullgraph=True too), compiled once for all captures of the same parts;
+            with checkpointing inside, fullgraph=True needs Dynamo's leave not to repeat what a block leaves behind when
+            it is computed again: torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True.
         hidden_states: layers; 0 is what the first block gets, l the output of block l, before any norm behind the last.
         queries, keys, values: blocks, from 1, as the attention function gets them: after the rotary embedding.
 
@@ -67,10 +67,7 @@ def capture(
         for name, value in wanted.items()
     }
     captured = Captured()
-    with ExitStack() as stack:
-        stack.enter_context(listeners.attached(base, list(blocks)))
-        stores = {name: (getattr(captured, name), layers[name]) for name in PARTS}
-        stack.enter_context(listeners.listening(base, listeners.Listener(type(base).__name__, stores)))
+    with listeners.attached(base, list(blocks), listeners.Listener(type(base).__name__, captured, layers)):
         yield captured
 
 

@@ -1,12 +1,11 @@
-"""Who listens to a model's forward pass, looked up while it runs.
+"""Who listens to a model's forward pass, found while it runs, in eager and in compiled code alike.
 
-A model that is listened to has hooks on its base model and all of its blocks, and its configuration names an attention
-function that shows queries, keys and values. All of them are the same functions whatever is captured, and find the
-listeners by the module: code that torch.compile made for one capture serves the next one.
-
-They are kept out of compiled graphs, which therefore break there (fullgraph=True is refused): the listeners of a pass
-are those of its thread and of its model, found by the thread's identity and by weak dictionaries, and torch.compile
-traces neither. A custom op could look them up, but sees tensors without their gradient.
+A model that is listened to has hooks on its base model and on all of its blocks, its configuration names an attention
+function that shows queries, keys and values, and its base model and the modules of its blocks carry a `_Here`: what
+listens there on the thread that asks. torch.compile traces all of it: what a layer shows becomes an output of the
+graph, with its gradient, and the compiled code puts it into the ear that it finds in that attribute when it runs. The
+code holds no capture, no thread and no layer's number, only which parts are wanted where: it serves every capture of
+the same parts, and is compiled anew for others.
 """
 
 from __future__ import annotations
@@ -23,72 +22,105 @@ import torch
 from torch import Tensor, nn
 
 _PREFIX = "fastdistil_capture_"  # before the name of the attention function that is called in the end
-_ATTENDED = ("queries", "keys", "values")
+_HERE = "_fastdistil_listening"  # the attribute: captures on the base model, their ears on the modules of its blocks
+_INPUT = "input"  # the part of a block that is the hidden states of layer 0
 
 _lock = threading.RLock()
 _attachments: WeakKeyDictionary[nn.Module, _Attachment] = WeakKeyDictionary()  # base model -> what is attached to it
-_layer_of: WeakKeyDictionary[nn.Module, tuple[nn.Module, int]] = WeakKeyDictionary()  # module -> base model, block
 _redirected: dict[int, tuple[int, str]] = {}  # id of a configuration -> how often, its own attention function
 
 
-class Listener:
-    """One capture: where each part of each layer goes, and what has come in the pass that is running."""
+class _Here(threading.local):
+    """What listens on the thread that asks; a copied model has nobody."""
 
-    def __init__(self, model: str, stores: dict[str, tuple[dict[int, Tensor], list[int]]]) -> None:
-        self.model, self.stores = model, stores
-        self.thread, self.running, self.with_gradient = threading.get_ident(), False, False
-        self.missing: set[tuple[str, int]] = set()
+    def __init__(self) -> None:
+        self.listening = list[Any]()
+
+    def __reduce__(self) -> tuple[Callable[[], _Here], tuple[()]]:
+        return _Here, ()
+
+
+class Ear:
+    """What one capture wants of one block, and what it has heard in the pass that is running, by part."""
+
+    def __init__(self, listener: Listener, wanted: tuple[str, ...]) -> None:
+        self.listener, self.wanted = listener, wanted
+        self.input: Tensor | None = None
+        self.hidden_states: Tensor | None = None
+        self.queries: Tensor | None = None
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+
+class Listener:
+    """One capture: the layers that it wants of each part, and an ear for each block that has one of them."""
+
+    def __init__(self, model: str, captured: Any, layers: dict[str, list[int]]) -> None:
+        self.model, self.captured, self.running, self.with_gradient = model, captured, False, False
+        wanted: dict[int, list[str]] = {}
+        self.sources: list[tuple[str, int, str, int]] = []  # part and layer, where to find it: part, block
+        for part, numbers in layers.items():
+            for layer in dict.fromkeys(numbers):
+                heard, block = (part, layer) if layer else (_INPUT, 1)
+                self.sources.append((part, layer, heard, block))
+                wanted.setdefault(block, []).append(heard)
+        self.ears = {block: Ear(self, tuple(parts)) for block, parts in wanted.items()}
 
     def begin(self, with_gradient: bool) -> None:
         self.running, self.with_gradient = True, with_gradient
-        self.missing = {(part, layer) for part, (_, layers) in self.stores.items() for layer in layers}
+        for ear in self.ears.values():
+            for part in ear.wanted:
+                setattr(ear, part, None)
 
-    def hear(self, part: str, layer: int, tensor: Tensor) -> None:
-        """Not while a checkpointed block is computed again for the backward pass."""
-        store, layers = self.stores[part]
-        if not self.running or layer not in layers:
-            return
-        if self.with_gradient and not torch.is_grad_enabled():
-            raise RuntimeError(
-                f"capture: {part} of layer {layer} of {self.model} run without gradient in a pass with gradient: "
-                "reentrant checkpointing cuts it, expected gradient_checkpointing_enable({'use_reentrant': False})"
-            )
-        store[layer] = tensor
-        self.missing.discard((part, layer))
+    def cut(self, ear: Ear, heard: str) -> str:
+        part, layer = next((x[0], x[1]) for x in self.sources if x[2] == heard and self.ears[x[3]] is ear)
+        return (
+            f"capture: {part} of layer {layer} of {self.model} run without gradient in a pass with gradient: "
+            "reentrant checkpointing cuts it, expected gradient_checkpointing_enable({'use_reentrant': False})"
+        )
 
-    def end(self, completed: bool) -> None:
+    def end(self) -> None:
+        """A pass that an exception ends does not come here: what it has heard, the next one forgets."""
         self.running = False
-        if completed and self.missing:
-            part, layer = min(self.missing, key=lambda x: x[1])
-            raise RuntimeError(
-                f"capture: {part} of layer {layer} of {self.model} cannot be captured: its block does not call "
-                "transformers' attention interface, or did not run"
-            )
+        found: dict[str, dict[int, Tensor]] = {part: {} for part, *_ in self.sources}
+        for part, layer, heard, block in self.sources:
+            tensor = getattr(self.ears[block], heard)
+            if tensor is None:
+                raise RuntimeError(
+                    f"capture: {part} of layer {layer} of {self.model} cannot be captured: its block does not call "
+                    "transformers' attention interface, or did not run"
+                )
+            found[part][layer] = tensor
+        for part, tensors in found.items():
+            setattr(self.captured, part, tensors)
 
 
 class _Attachment:
-    """The hooks on one base model, and how many captures need them."""
+    """What is attached to one base model, and how many captures need it."""
 
     def __init__(self) -> None:
-        self.count, self.listeners, self.stack = 0, list[Listener](), ExitStack()
-
-    def here(self) -> list[Listener]:
-        """The captures that this thread opened."""
-        thread = threading.get_ident()
-        return [x for x in self.listeners if x.thread == thread]
+        self.count, self.stack = 0, ExitStack()
+        self.here, self.blocks = _Here(), list[_Here]()
 
 
 @contextmanager
-def attached(base: nn.Module, blocks: list[nn.Module]) -> Iterator[None]:
-    """Hooks and attention function stay until the last capture of the model is closed, in whatever order."""
+def attached(base: nn.Module, blocks: list[nn.Module], listener: Listener) -> Iterator[None]:
+    """`listener` hears what `base` does on this thread. The hooks, the attributes and the attention function stay until
+    the last capture of the model is closed, in whatever order."""
     with _lock:
         attachment = _attachments.setdefault(base, _Attachment())
         if attachment.count == 0:
-            _attach(attachment.stack, base, blocks)
+            _attach(attachment, base, blocks)
         attachment.count += 1
+    here: list[tuple[list[Any], Any]] = [(attachment.here.listening, listener)]
+    here += [(attachment.blocks[block - 1].listening, ear) for block, ear in listener.ears.items()]
+    for listening, who in here:
+        listening.append(who)
     try:
         yield
     finally:
+        for listening, who in here:  # this thread's lists, whichever thread closes
+            listening.remove(who)
         with _lock:
             attachment.count -= 1
             if attachment.count == 0:
@@ -96,27 +128,18 @@ def attached(base: nn.Module, blocks: list[nn.Module]) -> Iterator[None]:
                 attachment.stack.close()
 
 
-@contextmanager
-def listening(base: nn.Module, listener: Listener) -> Iterator[None]:
-    listeners = _attachments[base].listeners
-    listeners.append(listener)
-    try:
-        yield
-    finally:
-        listeners.remove(listener)
-
-
-def _attach(stack: ExitStack, base: nn.Module, blocks: list[nn.Module]) -> None:
-    enter, leave, show_input, show_output, _ = _outside_of_graphs()
-    for layer, block in enumerate(blocks, 1):
+def _attach(attachment: _Attachment, base: nn.Module, blocks: list[nn.Module]) -> None:
+    """All blocks alike, since compiled code that serves them all does not ask which hooks a module has."""
+    stack = attachment.stack
+    _carry(stack, base, attachment.here)
+    stack.callback(base.register_forward_pre_hook(_enter).remove)
+    stack.callback(base.register_forward_hook(_leave).remove)
+    for block in blocks:
+        attachment.blocks.append(_Here())
         for module in block.modules():
-            _layer_of[module] = base, layer
-            stack.callback(_layer_of.pop, module, None)
-        stack.callback(block.register_forward_hook(show_output).remove)
-    first = blocks[0].register_forward_pre_hook(show_input, with_kwargs=True)
-    stack.callback(first.remove)
-    stack.callback(base.register_forward_pre_hook(enter).remove)
-    stack.callback(base.register_forward_hook(leave, always_call=True).remove)
+            _carry(stack, module, attachment.blocks[-1])
+        stack.callback(block.register_forward_pre_hook(_show_input, with_kwargs=True).remove)
+        stack.callback(block.register_forward_hook(_show_output).remove)
     configs = {
         id(x): x for x in (base.config, *(m.config for b in blocks for m in b.modules() if hasattr(m, "config")))
     }
@@ -125,46 +148,43 @@ def _attach(stack: ExitStack, base: nn.Module, blocks: list[nn.Module]) -> None:
             stack.enter_context(_redirecting(config))
 
 
-@cache
-def _outside_of_graphs() -> tuple[Callable[..., Any], ...]:
-    """The functions that look listeners up, each a break in a compiled graph."""
-    return tuple(torch.compiler.disable(f) for f in (_enter, _leave, _show_input, _show_output, _show_attention))  # type: ignore[no-untyped-call]
+def _carry(stack: ExitStack, module: nn.Module, here: _Here) -> None:
+    setattr(module, _HERE, here)
+    stack.callback(vars(module).pop, _HERE, None)
+
+
+def _listening(module: nn.Module) -> list[Any]:
+    """The captures of this thread at a base model, their ears in a block."""
+    here: _Here | None = getattr(module, _HERE, None)
+    return [] if here is None else here.listening
 
 
 def _enter(base: nn.Module, inputs: Any) -> None:
-    attachment = _attachments.get(base)
-    for listener in attachment.here() if attachment else ():
+    for listener in _listening(base):
         listener.begin(torch.is_grad_enabled() and any(p.requires_grad for p in base.parameters()))
 
 
 def _leave(base: nn.Module, inputs: Any, output: Any) -> None:
-    attachment = _attachments.get(base)
-    for listener in attachment.here() if attachment else ():
-        listener.end(completed=output is not None)
-
-
-def _listeners(module: nn.Module) -> tuple[list[Listener], int]:
-    base, layer = _layer_of.get(module, (None, 0))
-    attachment = None if base is None else _attachments.get(base)
-    return (attachment.here() if attachment else []), layer
+    for listener in _listening(base):
+        listener.end()
 
 
 def _show_input(block: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-    for listener in _listeners(block)[0]:
-        listener.hear("hidden_states", 0, inputs[0] if inputs else named["hidden_states"])
+    _show(block, _INPUT, inputs[0] if inputs else named["hidden_states"])
 
 
 def _show_output(block: nn.Module, inputs: Any, output: Any) -> None:
-    found, layer = _listeners(block)
-    for listener in found:
-        listener.hear("hidden_states", layer, output[0] if isinstance(output, tuple) else output)
+    _show(block, "hidden_states", output[0] if isinstance(output, tuple) else output)
 
 
-def _show_attention(module: nn.Module, *query_key_value: Tensor) -> None:
-    found, layer = _listeners(module)
-    for listener in found:
-        for part, tensor in zip(_ATTENDED, query_key_value, strict=True):
-            listener.hear(part, layer, tensor)
+def _show(module: nn.Module, part: str, tensor: Tensor) -> None:
+    """Not while a checkpointed block is computed again for the backward pass."""
+    for ear in _listening(module):
+        if part not in ear.wanted or not ear.listener.running:
+            continue
+        if ear.listener.with_gradient and not torch.is_grad_enabled():
+            raise RuntimeError(ear.listener.cut(ear, part))
+        setattr(ear, part, tensor)
 
 
 @contextmanager
@@ -193,10 +213,9 @@ def _register(own: str) -> str:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    show = _outside_of_graphs()[-1]
-
     def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        show(module, query, key, value)
+        for part, tensor in (("queries", query), ("keys", key), ("values", value)):
+            _show(module, part, tensor)
         if own == "eager":  # each model file has its own
             attention = sys.modules[type(module).__module__].eager_attention_forward
         else:

@@ -26,9 +26,9 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 @without_autocast
 def _compute(
     student_q: Tensor,
-    student_k: Tensor,
+    student_k: Tensor | None,
     teacher_q: Tensor,
-    teacher_k: Tensor,
+    teacher_k: Tensor | None,
     key_mask: Tensor | None,
     cu_seqlens: Tensor | None,
     row_scale: Tensor,
@@ -40,32 +40,43 @@ def _compute(
     backend: str,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    tensors = (student_q, student_k, teacher_q, teacher_k, key_mask, cu_seqlens, row_scale)
     name = choose(backend, student_q.device)
+    relation = student_k is None or teacher_k is None
+    keys = (student_q, teacher_q) if student_k is None or teacher_k is None else (student_k, teacher_k)
+    tensors = (student_q, keys[0], teacher_q, keys[1], key_mask, cu_seqlens, row_scale)
     if heads == "mean":
         return attention_mean.attention(
             *tensors, kind, causal, student_scale, teacher_scale, name == "reference", need_grad
         )
     linear = kind == "score_mse" and not causal and cu_seqlens is None and student_q.shape[-1] == teacher_q.shape[-1]
     if name == "triton" and linear:  # matrix products alone, the vendor's
-        return low_rank.score_mse(*tensors[:5], row_scale, student_scale, teacher_scale, need_grad)
+        found = low_rank.score_mse(*tensors[:5], row_scale, student_scale, teacher_scale, need_grad)
+        return _as_one(*found) if relation else found
     if name == "triton" and student_q.dtype == torch.float64:
         if backend == "triton":
             raise ValueError("attention_loss: backend 'triton' has no float64 kernel, expected backend='reference'")
         name = "reference"
     module = get("attention", name, student_q.device)
-    found: tuple[Tensor, Tensor | None, Tensor | None] = module.attention(
-        *tensors, kind, causal, student_scale, teacher_scale, need_grad
-    )
-    return found
+    given = (None, None) if relation and name == "triton" else keys  # Triton has a kernel for both sides at once
+    found = module.attention(
+        student_q, given[0], teacher_q, given[1], key_mask, cu_seqlens, row_scale, kind, causal, student_scale,
+        teacher_scale, need_grad,
+    )  # fmt: skip
+    return _as_one(*found) if relation else found
+
+
+def _as_one(rows: Tensor, dq: Tensor | None, dk: Tensor | None) -> tuple[Tensor, Tensor | None, None]:
+    """The gradient of what stands on both sides, in the accumulator's dtype: rounded once, where autograd would add up
+    rounded ones."""
+    return rows, dq if dq is None or dk is None else dq.add_(dk), None
 
 
 @torch.library.custom_op("fastdistil::attention_rows", mutates_args=())
 def attention_rows(
     student_q: Tensor,
-    student_k: Tensor,
+    student_k: Tensor | None,
     teacher_q: Tensor,
-    teacher_k: Tensor,
+    teacher_k: Tensor | None,
     key_mask: Tensor | None,
     cu_seqlens: Tensor | None,
     row_scale: Tensor,
@@ -76,9 +87,10 @@ def attention_rows(
     heads: str,
     backend: str,
 ) -> Tensor:
-    """student_q (B, H, S, d_s), teacher_q (B, H, S, d_t), the keys with as many heads or a divisor of H, key_mask
-    (B, S) bool, cu_seqlens (n + 1,) integer for packed sequences (then B = 1), row_scale (B, H, S), or (B, 1, S) for
-    heads "mean", float32 (float64 for float64 inputs) -> rows in row_scale's shape, already times row_scale."""
+    """student_q (B, H, S, d_s), teacher_q (B, H, S, d_t), the keys with as many heads or a divisor of H, or both None
+    where the queries are the keys too (a relation), key_mask (B, S) bool, cu_seqlens (n + 1,) integer for packed
+    sequences (then B = 1), row_scale (B, H, S), or (B, 1, S) for heads "mean", float32 (float64 for float64 inputs) ->
+    rows in row_scale's shape, already times row_scale."""
     return _compute(
         student_q, student_k, teacher_q, teacher_k, key_mask, cu_seqlens, row_scale, kind, causal, student_scale,
         teacher_scale, heads, backend, False,
@@ -88,9 +100,9 @@ def attention_rows(
 @torch.library.custom_op("fastdistil::attention_total", mutates_args=())
 def attention_total(
     student_q: Tensor,
-    student_k: Tensor,
+    student_k: Tensor | None,
     teacher_q: Tensor,
-    teacher_k: Tensor,
+    teacher_k: Tensor | None,
     key_mask: Tensor | None,
     cu_seqlens: Tensor | None,
     row_scale: Tensor,
@@ -101,27 +113,28 @@ def attention_total(
     heads: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `attention_rows` -> the rows' sum (), and its gradients in student_q and student_k in row_scale's dtype."""
+    """As `attention_rows` -> the rows' sum (), and its gradients in student_q and student_k in row_scale's dtype; for a
+    relation the first is the gradient through both sides and the second is empty."""
     rows, dq, dk = _compute(
         student_q, student_k, teacher_q, teacher_k, key_mask, cu_seqlens, row_scale, kind, causal, student_scale,
         teacher_scale, heads, backend, True,
     )  # fmt: skip
-    assert dq is not None and dk is not None  # need_grad
-    return rows.sum(), dq, dk
+    assert dq is not None  # need_grad
+    return rows.sum(), dq, rows.new_empty(0) if dk is None else dk
 
 
 @attention_rows.register_fake
-def _(student_q: Tensor, student_k: Tensor, teacher_q: Tensor, *args: Any) -> Tensor:
+def _(student_q: Tensor, student_k: Tensor | None, teacher_q: Tensor, *args: Any) -> Tensor:
     return student_q.new_empty(args[3].shape, dtype=accumulator(student_q.dtype))
 
 
 @attention_total.register_fake
-def _(student_q: Tensor, student_k: Tensor, teacher_q: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(student_q: Tensor, student_k: Tensor | None, teacher_q: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     dtype = accumulator(student_q.dtype)
     return (
         student_q.new_empty((), dtype=dtype),
         student_q.new_empty(student_q.shape, dtype=dtype),
-        student_q.new_empty(student_k.shape, dtype=dtype),
+        student_q.new_empty(0 if student_k is None else student_k.shape, dtype=dtype),
     )
 
 
@@ -137,7 +150,7 @@ def _backward_rows(ctx: Any, drows: Tensor) -> tuple[Tensor | None, ...]:
     _, dq, dk = attention_total(
         *tensors, scale, ctx.kind, ctx.causal, ctx.student_scale, ctx.teacher_scale, ctx.heads, ctx.backend
     )
-    return dq.to(tensors[0].dtype), dk.to(tensors[1].dtype), *[None] * 11
+    return dq.to(tensors[0].dtype), None if tensors[1] is None else dk.to(tensors[1].dtype), *[None] * 11
 
 
 def _setup_total(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -160,7 +173,7 @@ def _backward_total(ctx: Any, dtotal: Tensor | None, *_: Any) -> tuple[Tensor | 
         return found[1:]
 
     dq, dk = hand_out(ctx, dtotal, again)
-    return dq.to(tensors[0].dtype), dk.to(tensors[1].dtype), *[None] * 11
+    return dq.to(tensors[0].dtype), None if tensors[1] is None else dk.to(tensors[1].dtype), *[None] * 11
 
 
 attention_rows.register_autograd(_backward_rows, setup_context=_setup_rows)

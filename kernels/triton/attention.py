@@ -13,6 +13,7 @@ from fastdistil.kernels.triton.attention_kernels import (
     attention_fwd_kernel,
     attention_value_kernel,
 )
+from fastdistil.kernels.triton.attention_relation import attention_dx_kernel
 from torch import Tensor
 
 from fastdistil.reference.attention import sum_of_groups
@@ -33,11 +34,20 @@ def attention_config(widest: int, itemsize: int, hip: bool) -> tuple[int, int, d
     return 64, 32, {"num_warps": 4, "num_stages": 3}
 
 
+def relation_config(widest: int, itemsize: int, hip: bool) -> tuple[int, int, dict[str, int]]:
+    """As `attention_config` for the relation's gradient, whose tile needs the statistics of its columns too, hence the
+    smaller tiles."""
+    outer, inner, options = attention_config(widest, itemsize, hip)
+    if hip:
+        return outer, inner, options
+    return (16, 16, options) if itemsize == 4 else (outer, 16, {**options, "num_stages": 2})
+
+
 def attention(
     student_q: Tensor,
-    student_k: Tensor,
+    student_k: Tensor | None,
     teacher_q: Tensor,
-    teacher_k: Tensor,
+    teacher_k: Tensor | None,
     key_mask: Tensor | None,
     cu_seqlens: Tensor | None,
     row_scale: Tensor,
@@ -47,7 +57,10 @@ def attention(
     teacher_scale: float,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """As `fastdistil.reference.attention.attention`, for float32, bfloat16 and float16 tensors of one dtype."""
+    """As `fastdistil.reference.attention.attention`, for float32, bfloat16 and float16 tensors of one dtype.
+
+    Without keys Q is K too, and its gradient through both sides comes as one."""
+    relation = student_k is None or teacher_k is None
     batch, heads, length, size_s = student_q.shape
     size_t = teacher_q.shape[-1]
     if max(size_s, size_t) > LARGEST_HEAD:
@@ -55,12 +68,17 @@ def attention(
             f"attention_loss: backend 'triton' takes head sizes up to {LARGEST_HEAD}, not {max(size_s, size_t)}; "
             "expected backend='reference'"
         )
-    tensors = [x if x.stride(-1) == 1 else x.contiguous() for x in (student_q, student_k, teacher_q, teacher_k)]
+    student_q, teacher_q = (x if x.stride(-1) == 1 else x.contiguous() for x in (student_q, teacher_q))
+    student_k, teacher_k = (
+        q if k is None else k if k.stride(-1) == 1 else k.contiguous()
+        for q, k in ((student_q, student_k), (teacher_q, teacher_k))
+    )
+    tensors = [student_q, student_k, teacher_q, teacher_k]
     row_scale = row_scale.contiguous()
     rows = torch.empty_like(row_scale)
     dq, dk = (
-        torch.empty(student_q.shape, dtype=torch.float32, device=student_q.device) if need_grad else None
-        for _ in range(2)  # a gradient of K a query head
+        torch.empty(student_q.shape, dtype=torch.float32, device=student_q.device) if want else None
+        for want in (need_grad, need_grad and not relation)  # a gradient of K a query head
     )
     if rows.numel() == 0:
         return rows, dq, None if dk is None else sum_of_groups(dk, student_k.shape[1])
@@ -87,10 +105,38 @@ def attention(
     if kind != "score_mse":
         attention_fwd_kernel[grid](*tensors, mask, key_end, begins, ends, row_scale, stats, *scalars, **by_rows)
     attention_value_kernel[grid](*tensors, mask, key_end, begins, ends, row_scale, rows, stats, *scalars, **by_rows)
-    if need_grad:
+    if need_grad and relation:
+        both = torch.full_like(row_end, length) if key_mask is None else torch.maximum(key_end, row_end)
+        rule = (kind, causal, key_mask is not None)
+        _relation_gradient(student_q, teacher_q, mask, both, row_scale, stats, dq, rule, student_scale, teacher_scale)
+    elif need_grad:
         attention_dq_kernel[grid](*tensors, mask, key_end, begins, ends, row_scale, stats, dq, *scalars, **by_rows)
         attention_dk_kernel[grid](*tensors, mask, row_end, begins, ends, row_scale, stats, dk, *scalars, **by_keys)
     return rows, dq, None if dk is None else sum_of_groups(dk, student_k.shape[1])
+
+
+def _relation_gradient(
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor,
+    end: Tensor,
+    row_scale: Tensor,
+    stats: Tensor,
+    dstudent: Tensor | None,
+    rule: tuple[str, bool, bool],
+    student_scale: float,
+    teacher_scale: float,
+) -> None:
+    """Into dstudent; behind end (B,) no token counts; rule: kind, causal, whether the mask is one."""
+    batch, heads, length, size = student.shape
+    float32, hip = student.dtype == torch.float32, torch.version.hip is not None
+    constants, outer, inner, options = _configure(*rule, None, size, teacher.shape[-1], float32, hip)
+    strides = [x.stride(i) for x in (student, teacher) for i in range(3)]
+    scalars = (*strides, heads, length, row_scale.numel(), student_scale, teacher_scale)
+    attention_dx_kernel[(triton.cdiv(length, outer), batch * heads)](
+        student, teacher, mask, end, row_scale, stats, dstudent, *scalars, **constants, BLOCK_M=outer, BLOCK_N=inner,
+        **options,
+    )  # fmt: skip
 
 
 def _sequences(cu_seqlens: Tensor, length: int) -> tuple[Tensor, Tensor]:
@@ -101,9 +147,10 @@ def _sequences(cu_seqlens: Tensor, length: int) -> tuple[Tensor, Tensor]:
 
 
 def _configure(
-    kind: str, causal: bool, masked: bool, packed: bool, size_s: int, size_t: int, float32: bool, hip: bool
+    kind: str, causal: bool, masked: bool, packed: bool | None, size_s: int, size_t: int, float32: bool, hip: bool
 ) -> tuple[dict[str, object], int, int, dict[str, int]]:
-    """The kernels' constants but for the tile, and `attention_config` of them."""
+    """A kernel's constants but for the tile, and its configuration; packed None: the relation's, which knows no packed
+    sequences."""
     pad_s, pad_t = (max(16, triton.next_power_of_2(size)) for size in (size_s, size_t))
     constants = {
         "KIND": kind,
@@ -117,7 +164,11 @@ def _configure(
         "PAD_T": pad_t,
         "PRECISION": "ieee",  # TF32 would keep three digits; its three-product form spills
     }
-    return constants, *attention_config(max(pad_s, pad_t), 4 if float32 else 2, hip)
+    widest, itemsize = max(pad_s, pad_t), 4 if float32 else 2
+    if packed is None:
+        del constants["PACKED"]
+        return constants, *relation_config(widest, itemsize, hip)
+    return constants, *attention_config(widest, itemsize, hip)
 
 
 def aot_cases() -> list[dict[str, object]]:
@@ -134,7 +185,17 @@ def aot_cases() -> list[dict[str, object]]:
         ("fp16", 64, 64, "prob_kl", False, ""),
         ("fp16", 128, 128, "prob_kl", True, "packed"),
     )
-    return [
+    relations = (
+        ("fp32", 64, 64, "prob_kl", False, "mask"),
+        ("fp32", 64, 64, "prob_mse", True, "mask"),
+        ("fp32", 32, 64, "score_mse", True, ""),
+        ("fp32", 128, 128, "prob_mse", True, "mask"),
+        ("bf16", 64, 64, "prob_mse", False, "mask"),
+        ("bf16", 128, 128, "prob_mse", True, "mask"),
+        ("fp16", 128, 128, "prob_kl", False, "mask"),
+        ("fp16", 64, 64, "score_mse", True, "mask"),
+    )
+    return [_aot_case(attention_dx_kernel, *choice, hip) for choice in relations for hip in (False, True)] + [
         _aot_case(kernel, *choice, hip)
         for kernel in (attention_fwd_kernel, attention_value_kernel, attention_dq_kernel, attention_dk_kernel)
         for choice in choices
@@ -153,8 +214,9 @@ def _aot_case(
     tokens: str,
     hip: bool,
 ) -> dict[str, object]:
+    packed = None if kernel is attention_dx_kernel else tokens == "packed"
     constants, outer, inner, options = _configure(
-        kind, causal, tokens == "mask", tokens == "packed", size_s, size_t, dtype == "fp32", hip
+        kind, causal, tokens == "mask", packed, size_s, size_t, dtype == "fp32", hip
     )
     if kernel is attention_dk_kernel:
         outer, inner = inner, outer
@@ -174,7 +236,7 @@ def _aot_case(
         "kernel": kernel,
         "signature": {name: kind_ for name, kind_ in signature.items() if name in kernel.arg_names},
         "constants": {**constants, "BLOCK_M": outer, "BLOCK_N": inner},
-        "divisible": [*tensors, *strides],
+        "divisible": [name for name in (*tensors, *strides) if name in kernel.arg_names],
         "options": options,
         "targets": ("gfx942",) if hip else ("sm_80", "sm_90a"),
     }
