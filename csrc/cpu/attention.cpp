@@ -1,9 +1,9 @@
 // Losses between two attention maps, value and gradient, a block of query rows at a time (docs/losses.md, section 4).
 //
 // Work: S^2 d multiply-adds a head for the teacher's scores, 2 S^2 d for the exact difference (S^2 d where the keys lie
-// far apart or the head sizes differ), 2 S^2 d for the two gradients; the rule itself is about 45 operations an entry.
-// So the floor is 8 to 10 B H S^2 d operations over the multiply-add rate. A block of scores stays in a core's L2
-// cache, the maps are never whole.
+// far apart or the head sizes differ; score_mse needs the difference alone), 2 S^2 d for the two gradients; the rule
+// itself is about 45 operations an entry. So the floor is 8 to 10 B H S^2 d operations over the multiply-add rate. A
+// block of scores stays in a core's L2 cache, the maps are never whole.
 //
 // Padding costs nothing: hidden keys and query rows of scale 0 are left out where the operands are packed, so that the
 // products and the rule see dense rows.
@@ -17,7 +17,7 @@ namespace fastdistil {
 inline namespace FD_ISA {
 namespace {
 
-// Scores of a block, of which there are two buffers: 256 KiB of float each, both in an L2 cache of 1 MiB.
+// Scores of a block, which become their gradients: 256 KiB of float, in an L2 cache of 1 MiB.
 constexpr int64_t kBlockElements = 64 * 1024;
 constexpr int64_t kLargestBlock = 256;  // rows
 constexpr double kFar = 0.5;            // |K_s - K_t| / |K_t|: from here on c keeps its digits without the exact form
@@ -48,10 +48,11 @@ struct Workspace {
 
   int64_t lay_out(const Shape& s, T* memory) {
     Carver<T> carver{memory};
-    carver.take(teacher_keys, s.keys * s.teacher), carver.take(student_keys, s.keys * 2 * s.student);
+    carver.take(teacher_keys, s.keys * s.teacher);
+    carver.take(student_keys, s.keys * (s.student + std::max(s.student, s.teacher)));
     carver.take(key_panels, s.keys * s.columns), carver.take(dk, s.keys * s.columns);
     carver.take(left, s.block * s.left), carver.take(query_panels, s.block * s.columns);
-    carver.take(b, s.block * s.stride), carver.take(c, s.block * s.stride), carver.take(a, kTileRows * s.stride);
+    carver.take(b, s.block * s.stride), carver.take(c, kTileRows * s.stride), carver.take(a, kTileRows * s.stride);
     carver.take(a_left, kTileRows * s.student), carver.take(dq, kTileRows * s.columns);
     return carver.used;
   }
@@ -64,36 +65,41 @@ class Kernel {
   const AttentionArgs& args_;
   const Shape shape_;
   const T scale_s_, scale_t_;
+  const bool scores_;  // score_mse: b alone, the difference [X_s, -X_t] [Y_s, Y_t]^T or its exact form
   Workspace<T> w_{};
   bool exact_ = false;  // of the keys that are packed: the difference is [X_s - X_t, X_t] [Y_s, Y_s - Y_t]^T
   int64_t inner_ = 0;   // depth of the student's product
+  bool dk_begun_ = false;
 
  public:
   Kernel(const AttentionArgs& args, const Shape& shape, T* memory)
       : args_(args),
         shape_(shape),
         scale_s_(static_cast<T>(args.student_scale)),
-        scale_t_(static_cast<T>(args.teacher_scale)) {
+        scale_t_(static_cast<T>(args.teacher_scale)),
+        scores_(args.kind == AttentionKind::score_mse) {
     w_.lay_out(shape, memory);
   }
 
-  void run(int64_t sequence, int64_t key_head) {
-    Sequence<E> tokens(args_, sequence);
+  void run(const Item& item, const Item& next) {
+    Sequence<E> tokens(args_, item.sequence);
+    Ahead<E> ahead(args_, next);
+    const int64_t key_head = item.key_head;
     const int64_t group_s = args_.student_q.heads / args_.student_k.heads;
     const int64_t group_t = args_.teacher_q.heads / args_.teacher_k.heads;
-    if (args_.dk) std::fill_n(w_.dk, shape_.keys * shape_.columns, T(0));
     int64_t packed = -1;  // the teacher's key head
+    dk_begun_ = false;
     for (int64_t h = key_head * group_s; h < (key_head + 1) * group_s; ++h) {
       tokens.select_rows(h);
       if (tokens.n_rows() == 0) continue;
       if (packed != h / group_t) pack_keys(tokens, key_head, packed = h / group_t);
       for (int64_t begin = 0; begin < tokens.n_rows(); begin += shape_.block)
-        block(tokens, h, begin, std::min(shape_.block, tokens.n_rows() - begin));
+        block(tokens, ahead, h, begin, std::min(shape_.block, tokens.n_rows() - begin));
     }
     if (!args_.dk) return;
-    T* dk = tokens.clear_dk(key_head);
-    for (int64_t k = 0; k < tokens.n_keys(); ++k)
-      std::copy_n(w_.dk + k * shape_.columns, shape_.student, dk + tokens.key(k) * shape_.student);
+    tokens.clear_dk(key_head, !dk_begun_);
+    for (int64_t k = 0; dk_begun_ && k < tokens.n_keys(); ++k)
+      std::copy_n(w_.dk + k * shape_.columns, shape_.student, tokens.dk(key_head) + tokens.key(k) * shape_.student);
   }
 
  private:
@@ -115,14 +121,14 @@ class Kernel {
   // Keys as panels: transposed for the scores, as they are for dq.
   void pack_keys(const Sequence<E>& tokens, int64_t head_s, int64_t head_t) {
     const Head<E> ks = tokens.of(args_.student_k, head_s), kt = tokens.of(args_.teacher_k, head_t);
-    exact_ = shape_.student == shape_.teacher && near(tokens, ks, kt);
-    inner_ = exact_ ? 2 * shape_.student : shape_.student;
+    exact_ = shape_.student == shape_.teacher && (scores_ || near(tokens, ks, kt));
+    inner_ = exact_ || scores_ ? shape_.student + shape_.teacher : shape_.student;
     for (int64_t k = 0; k < tokens.n_keys(); k += kColumns) {
-      T *student = w_.student_keys + k * inner_, *teacher = w_.teacher_keys + k * shape_.teacher;
+      T *student = w_.student_keys + k * inner_, *behind = student + shape_.student * kColumns;
+      T* teacher = scores_ ? behind : w_.teacher_keys + k * shape_.teacher;
       transpose_keys(tokens, kt, k, shape_.teacher, teacher);
       transpose_keys(tokens, ks, k, shape_.student, student);
-      T* difference = student + shape_.student * kColumns;
-      for (int64_t j = 0; exact_ && j < shape_.student * kColumns; ++j) difference[j] = student[j] - teacher[j];
+      for (int64_t j = 0; exact_ && j < shape_.student * kColumns; ++j) behind[j] = student[j] - teacher[j];
     }
     for (int64_t k = 0; args_.dq && k < tokens.n_keys(); ++k) {
       const E* s = ks.row(tokens.key(k));
@@ -173,26 +179,28 @@ class Kernel {
           student[j] = own * (to_compute(s[j]) - to_compute(t[j])) + (own + rest) * to_compute(t[j]);
       else
         for (int64_t j = 0; j < shape_.student; ++j) student[j] = own * to_compute(s[j]);
-      for (int64_t j = 0; j < shape_.teacher; ++j) teacher[j] = scale_t_ * to_compute(t[j]);
+      const T others = scores_ && !exact_ ? -scale_t_ : scale_t_;
+      for (int64_t j = 0; j < shape_.teacher; ++j) teacher[j] = others * to_compute(t[j]);
       if (args_.dk)
         set_panel_row(w_.query_panels, shape_.block, r, shape_.student, [s](int64_t j) { return to_compute(s[j]); });
     }
   }
 
-  void block(const Sequence<E>& tokens, int64_t head, int64_t begin, int64_t n) {
+  void block(const Sequence<E>& tokens, Ahead<E>& ahead, int64_t head, int64_t begin, int64_t n) {
     pack_rows(tokens, head, begin, n);
     const int64_t width = tokens.sees(begin + n - 1);  // no row sees more than the last one
-    for (int64_t k = 0; k < width; k += kColumns)
-      for (int64_t r = 0; r < n; r += kTileRows) {
-        if (k >= tokens.sees(begin + std::min(r + kTileRows, n) - 1)) continue;
-        const T* left = w_.left + r * shape_.left;
-        tile_product<Left::rows, false>(left + shape_.student, shape_.left, w_.teacher_keys + k * shape_.teacher,
-                                        shape_.teacher, w_.b + r * shape_.stride + k, shape_.stride);
-        tile_product<Left::rows, false>(left, shape_.left, w_.student_keys + k * inner_, inner_,
-                                        w_.c + r * shape_.stride + k, shape_.stride);
-      }
     for (int64_t r = 0; r < n; r += kTileRows) {
-      const int64_t rows = std::min<int64_t>(kTileRows, n - r);
+      const int64_t rows = std::min<int64_t>(kTileRows, n - r), sees = tokens.sees(begin + r + rows - 1);
+      const T* left = w_.left + r * shape_.left;
+      T* b = w_.b + r * shape_.stride;
+      for (int64_t k = 0; k < sees; k += kColumns) {
+        ahead.fetch(2);
+        tile_product<Left::rows, false>(left, shape_.left, w_.student_keys + k * inner_, inner_,
+                                        (scores_ ? b : w_.c) + k, shape_.stride);
+        if (scores_) continue;
+        tile_product<Left::rows, false>(left + shape_.student, shape_.left, w_.teacher_keys + k * shape_.teacher,
+                                        shape_.teacher, b + k, shape_.stride);
+      }
       finish_rows(tokens, head, begin, r, rows, width);
       if (args_.dq) write_dq(tokens, head, begin, r, rows);
     }
@@ -206,10 +214,10 @@ class Kernel {
     for (int64_t r = first; r < first + n; ++r) {
       const int64_t at = tokens.row(begin + r), keys = tokens.sees(begin + r);
       const T scale = tokens.scale(head)[at];
-      const AttentionRow<T> row{w_.b + r * shape_.stride, w_.c + r * shape_.stride, keys, scale_s_ * scale};
-      const Spread<T> s = exact_ ? spread<false>(row) : spread<true>(row);
+      const AttentionRow<T> row{w_.b + r * shape_.stride, w_.c + (r - first) * shape_.stride, keys, scale_s_ * scale};
+      const Spread<T> s = scores_ ? Spread<T>{} : exact_ ? spread<false>(row) : spread<true>(row);
       T value = 0;
-      if (args_.kind == AttentionKind::score_mse) {
+      if (scores_) {
         value = score_mse(row);
       } else if (s.near) {
         const AttentionRow<T> whole = in_whole_vectors(row);
@@ -257,11 +265,21 @@ class Kernel {
   }
 
   void add_dk(const Sequence<E>& tokens, int64_t begin, int64_t n, int64_t width) {
+    if (!dk_begun_ && args_.causal) std::fill_n(w_.dk, shape_.keys * shape_.columns, T(0));
+    if (dk_begun_ || args_.causal)
+      multiply_dk<true>(tokens, begin, n, width);
+    else
+      multiply_dk<false>(tokens, begin, n, width);  // every row sees every key
+    dk_begun_ = true;
+  }
+
+  template <bool kAdd>
+  void multiply_dk(const Sequence<E>& tokens, int64_t begin, int64_t n, int64_t width) {
     int64_t r = 0;
     for (int64_t k = 0; k < width; k += kTileRows) {
       while (tokens.sees(begin + r) <= k) ++r;  // the rows before see none of these keys
       for (int64_t j = 0; j < shape_.columns; j += kColumns)
-        tile_product<Left::columns, true>(w_.b + r * shape_.stride + k, shape_.stride,
+        tile_product<Left::columns, kAdd>(w_.b + r * shape_.stride + k, shape_.stride,
                                           w_.query_panels + j * shape_.block + r * kColumns, n - r,
                                           w_.dk + k * shape_.columns + j, shape_.columns);
     }

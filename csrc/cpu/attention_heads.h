@@ -19,22 +19,78 @@ struct Head {
   const E* row(int64_t i) const { return data + i * row_stride; }
 };
 
+// Where a sequence lies.
+struct Span {
+  int64_t batch, first, length;  // first row of `length` in batch entry `batch`
+
+  Span(const AttentionArgs& args, int64_t sequence) : batch(sequence), first(0), length(args.length) {
+    if (args.offsets.empty()) return;
+    batch = 0, first = args.offsets[static_cast<size_t>(sequence)];
+    length = args.offsets[static_cast<size_t>(sequence) + 1] - first;
+  }
+
+  template <class E>
+  Head<E> of(const HeadsArgs& x, int64_t head) const {
+    return {static_cast<const E*>(x.data) + batch * x.batch_stride + head * x.head_stride + first * x.row_stride,
+            x.row_stride};
+  }
+};
+
+// A key head of a sequence, with the query heads that share it; sequence -1: none.
+struct Item {
+  int64_t sequence, key_head;
+};
+
+// Asks for the inputs of the next item while the products of this one run: packing them would wait for memory.
+template <class E>
+class Ahead {
+  static constexpr int64_t kMostBytes = 256 * 1024, kLine = 64;  // a part of an L2 cache of 1 MiB
+  struct Rows {
+    const char* at;
+    int64_t stride, bytes;
+  } rows_[4]{};
+  int64_t left_ = 0;
+
+ public:
+  Ahead(const AttentionArgs& args, const Item& next) {
+    if (next.sequence < 0) return;
+    const Span span(args, next.sequence);
+    const int64_t group_s = args.student_q.heads / args.student_k.heads;
+    const int64_t group_t = args.teacher_q.heads / args.teacher_k.heads, first = next.key_head * group_s;
+    int64_t bytes = 0;
+    const auto aim = [&](Rows& rows, const HeadsArgs& x, int64_t head) {
+      const Head<E> found = span.template of<E>(x, head);
+      const auto size = static_cast<int64_t>(sizeof(E));
+      rows = {reinterpret_cast<const char*>(found.data), found.row_stride * size, x.size * size};
+      bytes += rows.bytes;
+    };
+    aim(rows_[0], args.student_k, next.key_head), aim(rows_[1], args.teacher_k, first / group_t);
+    aim(rows_[2], args.student_q, first), aim(rows_[3], args.teacher_q, first);
+    left_ = std::min(span.length, kMostBytes / bytes);
+  }
+
+  void fetch(int64_t n) {
+    for (; n > 0 && left_ > 0; --n, --left_)
+      for (Rows& rows : rows_) {
+        for (int64_t i = 0; i < rows.bytes; i += kLine) __builtin_prefetch(rows.at + i, 0, 2);
+        rows.at += rows.stride;
+      }
+  }
+};
+
 template <class E>
 class Sequence {
   using T = Compute<E>;
   const AttentionArgs& args_;
-  int64_t batch_, first_, length_;
+  const Span span_;
 
  public:
   std::vector<int32_t> keys, rows;  // positions of the real keys, and of a head's query rows that count
   std::vector<int64_t> seen;        // how many of the keys each of the rows sees, never falling
 
-  Sequence(const AttentionArgs& args, int64_t index) : args_(args) {
-    const bool packed = !args.offsets.empty();
-    batch_ = packed ? 0 : index, first_ = packed ? args.offsets[static_cast<size_t>(index)] : 0;
-    length_ = packed ? args.offsets[static_cast<size_t>(index) + 1] - first_ : args.length;
-    const T* real = args.real ? static_cast<const T*>(args.real) + batch_ * args.length + first_ : nullptr;
-    for (int64_t i = 0; i < length_; ++i)
+  Sequence(const AttentionArgs& args, int64_t index) : args_(args), span_(args, index) {
+    const T* real = args.real ? static_cast<const T*>(args.real) + span_.batch * args.length + span_.first : nullptr;
+    for (int64_t i = 0; i < span_.length; ++i)
       if (!real || real[i] != T(0)) keys.push_back(static_cast<int32_t>(i));
   }
 
@@ -44,23 +100,22 @@ class Sequence {
   int64_t row(int64_t i) const { return rows[static_cast<size_t>(i)]; }
   int64_t sees(int64_t i) const { return seen[static_cast<size_t>(i)]; }
 
-  // The query rows of a head that count and see a key; zeros in its values and gradients, for those that do not.
+  // The query rows of a head that count and see a key; zeros in its values and gradients for those that do not.
   void select_rows(int64_t head) {
     rows.clear(), seen.clear();
     int64_t sees = args_.causal ? 0 : n_keys();
-    for (int64_t i = 0; i < length_; ++i) {
+    for (int64_t i = 0; i < span_.length; ++i) {
       while (args_.causal && sees < n_keys() && key(sees) <= i) ++sees;
-      if (scale(head)[i] == T(0) || sees == 0) continue;
+      if (scale(head)[i] == T(0) || sees == 0) {
+        values(head)[i] = T(0);
+        if (args_.dq) std::fill_n(dq(head) + i * args_.student_q.size, args_.student_q.size, T(0));
+        continue;
+      }
       rows.push_back(static_cast<int32_t>(i)), seen.push_back(sees);
     }
-    std::fill_n(values(head), length_, T(0));
-    if (args_.dq) std::fill_n(dq(head), length_ * args_.student_q.size, T(0));
   }
 
-  Head<E> of(const HeadsArgs& x, int64_t head) const {
-    return {static_cast<const E*>(x.data) + batch_ * x.batch_stride + head * x.head_stride + first_ * x.row_stride,
-            x.row_stride};
-  }
+  Head<E> of(const HeadsArgs& x, int64_t head) const { return span_.template of<E>(x, head); }
   const T* scale(int64_t head) const {
     return static_cast<const T*>(args_.row_scale) + offset(head, args_.student_q.heads);
   }
@@ -68,16 +123,24 @@ class Sequence {
   T* dq(int64_t head) const {
     return static_cast<T*>(args_.dq) + offset(head, args_.student_q.heads) * args_.student_q.size;
   }
-  // Of a key head, with zeros where a token is no key.
-  T* clear_dk(int64_t key_head) const {
-    T* dk = static_cast<T*>(args_.dk) + offset(key_head, args_.student_k.heads) * args_.student_k.size;
-    std::fill_n(dk, length_ * args_.student_k.size, T(0));
-    return dk;
+  T* dk(int64_t key_head) const {
+    return static_cast<T*>(args_.dk) + offset(key_head, args_.student_k.heads) * args_.student_k.size;
+  }
+  // Zeros in dk where a token is no key, and everywhere if `all`.
+  void clear_dk(int64_t key_head, bool all) const {
+    const int64_t size = args_.student_k.size;
+    for (int64_t i = 0, next = 0; i < span_.length; ++i) {
+      const bool kept = next < n_keys() && key(next) == i;
+      next += kept;
+      if (all || !kept) std::fill_n(dk(key_head) + i * size, size, T(0));
+    }
   }
 
  private:
   // Of a head's first row in a contiguous (B, heads, S).
-  int64_t offset(int64_t head, int64_t heads) const { return (batch_ * heads + head) * args_.length + first_; }
+  int64_t offset(int64_t head, int64_t heads) const {
+    return (span_.batch * heads + head) * args_.length + span_.first;
+  }
 };
 
 inline int64_t sequences(const AttentionArgs& args) {
@@ -104,23 +167,31 @@ struct Carver {
   }
 };
 
-// Runs kernel.run(sequence, key head) for each, a key head and the query heads that share it on one thread: every
-// gradient has one writer. Make is called once a thread, with that thread's share of `each` elements of memory.
+// Runs kernel.run(item, the thread's next item) for each, a key head and the query heads that share it on one thread:
+// every gradient has one writer. Make is called once a thread, with that thread's share of `each` elements of memory.
 template <class T, class Make>
 void for_key_heads(const AttentionArgs& args, int threads, int64_t each, Make&& make) {
-  const int64_t items = sequences(args) * args.student_k.heads;
+  const int64_t heads = args.student_k.heads, items = sequences(args) * heads;
+  const auto item = [=](int64_t i) { return i < items ? Item{i / heads, i % heads} : Item{-1, 0}; };
   threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, items)));
   const std::unique_ptr<T[]> memory(new T[static_cast<size_t>(each * threads + Carver<T>::kLine)]);
   T* aligned = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory.get()) + 63) & ~uintptr_t{63});
-  int next = 0;
+  int64_t taken = 0;
+  const auto take = [&taken] {
+    int64_t mine;
+#pragma omp atomic capture
+    mine = taken++;
+    return mine;
+  };
 #pragma omp parallel num_threads(threads)
   {
-    int mine;
-#pragma omp atomic capture
-    mine = next++;
+    int64_t mine = take();
     auto kernel = make(aligned + each * mine);
-#pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < items; ++i) kernel.run(i / args.student_k.heads, i % args.student_k.heads);
+#pragma omp barrier  // the first items are the numbers of the shares of memory
+    for (int64_t next; mine < items; mine = next) {
+      next = take();
+      kernel.run(item(mine), item(next));
+    }
   }
 }
 

@@ -54,19 +54,23 @@ class Kernel {
     f_.lay_out(memory);
   }
 
-  void run(int64_t sequence, int64_t key_head) {
-    Sequence<E> tokens(args_, sequence);
+  void run(const Item& item, const Item&) {
+    Sequence<E> tokens(args_, item.sequence);
+    const int64_t key_head = item.key_head;
     const int64_t group_s = args_.student_q.heads / args_.student_k.heads;
     const int64_t group_t = args_.teacher_q.heads / args_.teacher_k.heads;
-    T* dk = args_.dk ? tokens.clear_dk(key_head) : nullptr;
     int64_t known = -1;  // the teacher's key head of M
+    bool added = false;
     for (int64_t h = key_head * group_s; h < (key_head + 1) * group_s; ++h) {
       tokens.select_rows(h);
       if (tokens.n_rows() == 0) continue;
       if (known != h / group_t) find_gram(tokens, key_head, known = h / group_t);
       query_head(tokens, h);
-      if (dk) add_dk(tokens, key_head, known, dk);
+      if (args_.dk && added) add_dk<true>(tokens, key_head, known);
+      if (args_.dk && !added) add_dk<false>(tokens, key_head, known);
+      added = true;
     }
+    if (args_.dk) tokens.clear_dk(key_head, !added);
   }
 
  private:
@@ -165,7 +169,8 @@ class Kernel {
     }
   }
 
-  void add_dk(const Sequence<E>& tokens, int64_t head_s, int64_t head_t, T* dk) {
+  template <bool kAdd>
+  void add_dk(const Sequence<E>& tokens, int64_t head_s, int64_t head_t) {
     for (int64_t begin = 0; begin < tokens.n_keys(); begin += kBlock) {
       const int64_t n = load_keys(tokens, head_s, head_t, begin);
       for (int64_t i = 0; i < n; i += kTileRows) {
@@ -173,8 +178,9 @@ class Kernel {
           tile_product<Left::rows, false>(f_.rows + i * f_.stride, f_.stride, f_.mixed + j * f_.width, f_.width,
                                           f_.products + j, f_.half);
         for (int64_t r = 0; r < std::min<int64_t>(kTileRows, n - i); ++r) {
-          T* out = dk + tokens.key(begin + i + r) * f_.size;
-          for (int64_t j = 0; j < f_.size; ++j) out[j] += f_.products[r * f_.half + j];
+          T* out = tokens.dk(head_s) + tokens.key(begin + i + r) * f_.size;
+          const T* product = f_.products + r * f_.half;
+          for (int64_t j = 0; j < f_.size; ++j) out[j] = kAdd ? out[j] + product[j] : product[j];
         }
       }
     }

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdistil import _C
+from fastdistil.backends.memory import new_empty
 
 _KINDS = {"prob_mse": 0, "prob_kl": 1, "score_mse": 2}  # enum AttentionKind
 
@@ -34,7 +35,7 @@ def attention(
     )
     dtype, sizes = row_scale.dtype, (student_q.shape[-1], teacher_q.shape[-1])
     rows = torch.empty_like(row_scale, memory_format=torch.contiguous_format)
-    dq, dk = (torch.empty(x.shape, dtype=dtype) if need_grad else None for x in (student_q, student_k))
+    dq, dk = (new_empty(x, x.shape, dtype) if need_grad else None for x in (student_q, student_k))
     _C.attention(
         q_s,
         k_s,
