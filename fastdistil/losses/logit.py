@@ -68,7 +68,8 @@ def logit_loss(  # type: ignore[misc] # the overloads need not repeat what is wr
     Value and gradient keep their relative precision when the student has almost become the teacher.
 
     Args:
-        student_logits: (..., V) float32, bfloat16, float16 or float64.
+        student_logits: (..., V) float32, bfloat16, float16 or float64. Rows that one stride does not reach are copied,
+            as those of logits[:, :-1]: a weight of 0 for the last position does without the copy.
         teacher_logits: the same shape, dtype and device, or (..., V_t) with a vocab_map; a constant.
         divergence: one of the names above.
         beta: the mixture's weight of the teacher (jsd, skew_kl) or of the student (skew_reverse_kl); inside (0, 1) for

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastdistil.backends import choose, get
 from fastdistil.backends.memory import new_empty
+from fastdistil.ops.gradients import multiply_
 from fastdistil.ops.logit_rule import STATS, LogitRule
 
 
@@ -178,8 +179,7 @@ class Overwrite(torch.autograd.Function):
                 f"{ctx.function}: a second backward came through inplace_backward=True, expected one: the gradient has "
                 "been given away and the logits are gone"
             )
-        if gradient.device.type != "cpu" or not bool((dloss[0] == 1).all()):
-            gradient *= dloss[0][:, None].to(gradient.dtype)
+        multiply_(gradient, dloss[0])
         return (None, None, gradient, *(None,) * (ctx.inputs - 3))
 
 
