@@ -53,22 +53,27 @@ LogitArgs logit_args(const TensorView& student, const TensorView& teacher, const
   return args;
 }
 
-using Run = void (*)(const LogitArgs&, uintptr_t where);
+using fastdistil::LabelArgs;
+using Run = void (*)(const LogitArgs&, const LabelArgs&, uintptr_t where);
 
 // `where`: the number of threads on the CPU, the stream on a GPU.
 template <Run run, bool cpu>
 void logit_fwd(const TensorView& student, const TensorView& teacher, const TensorView& row_scale,
                const TensorView& loss, const TensorView& stats, const Optional& gradient, int divergence, double beta,
-               double student_temperature, double teacher_temperature, double value_factor, uintptr_t where,
-               int phase) {
+               double student_temperature, double teacher_temperature, double value_factor, uintptr_t where, int phase,
+               uintptr_t labels, const Optional& label_scale) {
   if (phase < 0 || phase > 2) throw std::invalid_argument("phase " + std::to_string(phase) + " does not exist");
   const Rule rule{divergence, beta, student_temperature, teacher_temperature, value_factor};
   LogitArgs args = logit_args(student, teacher, row_scale, stats, gradient, rule, cpu);
   args.phase = static_cast<fastdistil::Phase>(phase);
   loss.expect_vector("loss", args.rows, row_scale.dtype).expect_device("loss", cpu);
   args.loss = loss.data;
+  if (labels && (!label_scale || !cpu || phase)) throw std::invalid_argument("labels: no factor, a GPU or a phase");
+  if (label_scale)
+    label_scale->expect_vector("label_scale", args.rows, row_scale.dtype).expect_device("label_scale", cpu);
+  const LabelArgs added{reinterpret_cast<const void*>(labels), label_scale ? label_scale->data : nullptr};
   py::gil_scoped_release release;
-  run(args, where);
+  run(args, added, where);
 }
 
 template <Run run, bool cpu>
@@ -81,11 +86,11 @@ void logit_bwd(const TensorView& student, const TensorView& teacher, const Tenso
   dloss.expect_vector("dloss", args.rows, row_scale.dtype).expect_device("dloss", cpu);
   args.dloss = dloss.data, args.keep_unit = keep_unit;
   py::gil_scoped_release release;
-  run(args, where);
+  run(args, {}, where);
 }
 
-void logit_cpu(const LogitArgs& args, uintptr_t threads) {
-  fastdistil::cpu::logit(args, threads < 1 ? 1 : static_cast<int>(threads));
+void logit_cpu(const LogitArgs& args, const LabelArgs& labels, uintptr_t threads) {
+  fastdistil::cpu::logit(args, labels, threads < 1 ? 1 : static_cast<int>(threads));
 }
 
 void hidden_rows(const TensorView& student, const TensorView& teacher, const Optional& bias,
@@ -117,7 +122,7 @@ void hidden_rows(const TensorView& student, const TensorView& teacher, const Opt
 }
 
 #if defined(FD_CUDA)
-void logit_cuda(const LogitArgs& args, uintptr_t stream) {
+void logit_cuda(const LogitArgs& args, const LabelArgs&, uintptr_t stream) {
   fastdistil::cuda::logit(args, reinterpret_cast<void*>(stream));
 }
 
@@ -132,7 +137,8 @@ template <Run run, bool cpu>
 void define_logit(py::module_& m, const char* forward, const char* backward, const char* where) {
   m.def(forward, &logit_fwd<run, cpu>, py::arg("student"), py::arg("teacher"), py::arg("row_scale"), py::arg("loss"),
         py::arg("stats"), py::arg("gradient"), py::arg("divergence"), py::arg("beta"), py::arg("student_temperature"),
-        py::arg("teacher_temperature"), py::arg("value_factor"), py::arg(where), py::arg("phase") = 0);
+        py::arg("teacher_temperature"), py::arg("value_factor"), py::arg(where), py::arg("phase") = 0,
+        py::arg("labels") = 0, py::arg("label_scale") = py::none());
   m.def(backward, &logit_bwd<run, cpu>, py::arg("student"), py::arg("teacher"), py::arg("row_scale"), py::arg("stats"),
         py::arg("gradient"), py::arg("dloss"), py::arg("keep_unit"), py::arg("divergence"), py::arg("beta"),
         py::arg("student_temperature"), py::arg("teacher_temperature"), py::arg("value_factor"), py::arg(where));

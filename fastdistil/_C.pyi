@@ -55,6 +55,8 @@ def logit_fwd(
     value_factor: float,
     threads: int,
     phase: int = 0,
+    labels: int = 0,
+    label_scale: Tensor | None = None,
 ) -> None: ...
 def logit_bwd(
     student: Tensor,

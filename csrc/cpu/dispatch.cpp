@@ -8,7 +8,7 @@ namespace fastdistil {
 namespace avx512 {
 void cross_entropy(const CrossEntropyArgs&, int);
 void row_moments(const RowMomentsArgs&, int);
-void logit(const LogitArgs&, int);
+void logit(const LogitArgs&, const LabelArgs&, int);
 void hidden(const HiddenArgs&, int);
 void topk(const TopkArgs&, int);
 void attention(const AttentionArgs&, int);
@@ -17,7 +17,7 @@ void attention_low_rank(const AttentionArgs&, int);
 namespace avx2 {
 void cross_entropy(const CrossEntropyArgs&, int);
 void row_moments(const RowMomentsArgs&, int);
-void logit(const LogitArgs&, int);
+void logit(const LogitArgs&, const LabelArgs&, int);
 void hidden(const HiddenArgs&, int);
 void topk(const TopkArgs&, int);
 void attention(const AttentionArgs&, int);
@@ -27,7 +27,7 @@ void attention_low_rank(const AttentionArgs&, int);
 namespace generic {
 void cross_entropy(const CrossEntropyArgs&, int);
 void row_moments(const RowMomentsArgs&, int);
-void logit(const LogitArgs&, int);
+void logit(const LogitArgs&, const LabelArgs&, int);
 void hidden(const HiddenArgs&, int);
 void topk(const TopkArgs&, int);
 void attention(const AttentionArgs&, int);
@@ -39,7 +39,7 @@ namespace {
 
 struct Isa {
   const char* name;
-  void (*logit)(const LogitArgs&, int);
+  void (*logit)(const LogitArgs&, const LabelArgs&, int);
   void (*hidden)(const HiddenArgs&, int);
   void (*cross_entropy)(const CrossEntropyArgs&, int);
   void (*row_moments)(const RowMomentsArgs&, int);
@@ -92,7 +92,7 @@ void use_isa(const std::string& name) {
   throw std::invalid_argument("use_isa: name is '" + name + "', which this processor cannot run");
 }
 
-void logit(const LogitArgs& args, int threads) { chosen->logit(args, threads); }
+void logit(const LogitArgs& args, const LabelArgs& labels, int threads) { chosen->logit(args, labels, threads); }
 void hidden(const HiddenArgs& args, int threads) { chosen->hidden(args, threads); }
 void cross_entropy(const CrossEntropyArgs& args, int threads) { chosen->cross_entropy(args, threads); }
 void row_moments(const RowMomentsArgs& args, int threads) { chosen->row_moments(args, threads); }

@@ -20,7 +20,7 @@ std::vector<std::string> isas();
 void use_isa(const std::string& name);
 
 // Forward where args.loss is set, backward from args.stats where it is null.
-void logit(const LogitArgs& args, int threads);
+void logit(const LogitArgs& args, const LabelArgs& labels, int threads);
 
 void hidden(const HiddenArgs& args, int threads);
 

@@ -1,11 +1,15 @@
 // Divergence of two rows of logits, value and gradient (docs/losses.md, section 1).
 //
 // Bytes: each row is read once from memory for the statistics and again, from the L2 cache, for value and gradient
-// (a centred rule reads it a third time); the gradient is written once. FLOPs: about 80 a column. So the floor is
-// (2 reads + 1 write) x N x V x bytes an element over the copy bandwidth; fresh gradient pages cost as much again.
+// (a centred rule and labels read it a third time); the gradient is written once. FLOPs: about 80 a column. So the
+// floor is (2 reads + 1 write) x N x V x bytes an element over the copy bandwidth; fresh gradient pages cost as much
+// again.
 //
 // Compiled once an instruction set (FD_ISA); dispatch.cpp chooses at run time.
 #include "../rules/logit_args.h"
+
+#include <optional>
+
 #include "logit_block.h"
 
 namespace fastdistil {
@@ -60,9 +64,10 @@ void statistics(Row<E>& row, Block<E>& block, bool part) {
     row.stats.log_ratio = static_cast<T>(plain_logsumexp(row, block) - (max + std::log(masses.sum)));
 }
 
-template <class Rule, bool kNearBlock, bool kGradient, class E>
+// G: E, or what is computed in.
+template <class Rule, bool kNearBlock, bool kGradient, class E, class G>
 void finish_block(RowStats<Compute<E>> stats, const Block<E>& block, int n, Compute<E> beta, Compute<E> factor,
-                  E* gradient, double& value, double& centre) {
+                  G* gradient, double& value, double& centre) {
   using T = Compute<E>;
   T v = 0, f = 0;
 #pragma omp simd reduction(+ : v, f)
@@ -70,22 +75,66 @@ void finish_block(RowStats<Compute<E>> stats, const Block<E>& block, int n, Comp
     const Result<T> r = result<Rule, kNearBlock>(Scores<T>{block.a[i], block.b[i], block.d[i]}, stats, beta);
     v += r.value;
     if constexpr (Rule::centred) f += r.centre;
-    if constexpr (kGradient) gradient[i] = from_compute<E>(factor * r.gradient);
+    if constexpr (kGradient) gradient[i] = from_compute<G>(factor * r.gradient);
   }
   value += v;
   centre += f;
 }
 
+template <class Rule, bool kGradient, class E, class G>
+void finish(const Row<E>& row, bool near_row, const Block<E>& block, int n, Compute<E> beta, Compute<E> factor,
+            G* gradient, double& value, double& centre) {
+  if (near_row && block.near)
+    finish_block<Rule, true, kGradient>(row.stats, block, n, beta, factor, gradient, value, centre);
+  else
+    finish_block<Rule, false, kGradient>(row.stats, block, n, beta, factor, gradient, value, centre);
+}
+
+// The cross entropy of a row with its label, times `scale`.
+template <class E>
+class Label {
+  using T = Compute<E>;
+  int64_t column_;
+  T max_, factor_, scale_, value_;  // the largest logit, scale / sum of exp(z - max)
+
+ public:
+  Label(const E* logits, int64_t columns, int64_t column, T scale, T* buffer) : column_(column), scale_(scale) {
+    Masses<T, double> masses;
+    for (int64_t begin = 0; begin < columns; begin += kBlock) {
+      const int n = static_cast<int>(std::min<int64_t>(columns - begin, kBlock));
+      const T* z = load_block(logits + begin, buffer, n);
+      const T m = masses.raise(block_max(z, n));
+      T part = 0;
+#pragma omp simd reduction(+ : part)
+      for (int i = 0; i < n; ++i) part += math::exp(z[i] - m);
+      masses.sum += part;
+    }
+    max_ = masses.max, factor_ = static_cast<T>(scale / masses.sum);
+    value_ = static_cast<T>(scale * (std::log(masses.sum) + (max_ - to_compute(logits[column]))));
+  }
+
+  T value() const { return value_; }
+
+  // gradient (n,) of the columns from `begin` on, plus `other` unless that is null; `sum` may be `other`.
+  void add(const T* logits, int64_t begin, int n, const T* other, T* sum, E* gradient) const {
+#pragma omp simd
+    for (int i = 0; i < n; ++i) sum[i] = (other ? other[i] : T(0)) + factor_ * math::exp_nonpositive(logits[i] - max_);
+    if (column_ >= begin && column_ < begin + n) sum[column_ - begin] -= scale_;
+    for (int i = 0; i < n; ++i) gradient[i] = from_compute<E>(sum[i]);
+  }
+};
+
 template <class Rule, bool kGradient, class E>
 void pass(const Row<E>& row, Block<E>& block, Compute<E> beta, Compute<E> factor, E* gradient, double& value,
-          double& centre) {
+          double& centre, const Label<E>* label = nullptr) {
   const bool near_row = Rule::softmax && math::magnitude(row.stats.log_ratio) <= kNear;
   for_blocks(row, block, [&](int64_t begin, int padded, int n) {
+    if (kGradient && label) {
+      finish<Rule, kGradient>(row, near_row, block, padded, beta, factor, block.staged, value, centre);
+      return label->add(block.logits, begin, n, block.staged, block.staged, gradient + begin);
+    }
     E* out = !kGradient ? nullptr : padded == n ? gradient + begin : block.tail;
-    if (near_row && block.near)
-      finish_block<Rule, true, kGradient>(row.stats, block, padded, beta, factor, out, value, centre);
-    else
-      finish_block<Rule, false, kGradient>(row.stats, block, padded, beta, factor, out, value, centre);
+    finish<Rule, kGradient>(row, near_row, block, padded, beta, factor, out, value, centre);
     if (kGradient && padded != n) std::copy(out, out + n, gradient + begin);
   });
 }
@@ -94,11 +143,15 @@ template <class Rule, class E>
 class Kernel {
   using T = Compute<E>;
   const LogitArgs& args_;
+  const LabelArgs& labels_;
   const T beta_, value_factor_;
 
  public:
-  explicit Kernel(const LogitArgs& args)
-      : args_(args), beta_(static_cast<T>(args.beta)), value_factor_(static_cast<T>(args.value_factor)) {}
+  Kernel(const LogitArgs& args, const LabelArgs& labels)
+      : args_(args),
+        labels_(labels),
+        beta_(static_cast<T>(args.beta)),
+        value_factor_(static_cast<T>(args.value_factor)) {}
 
   T scale(int64_t r) const { return static_cast<const T*>(args_.row_scale)[r]; }
   T dloss(int64_t r) const { return args_.dloss ? static_cast<const T*>(args_.dloss)[r] : T(1); }
@@ -135,12 +188,29 @@ class Kernel {
     return row;
   }
 
-  void zero(int64_t r) const {
+  void zero(int64_t r, bool with_gradient) const {
     if (args_.loss) static_cast<T*>(args_.loss)[r] = T(0);
     if (args_.loss)
       for (int i = 0; i < kStats; ++i) stats(r)[i] = T(0);
-    if (E* g = gradient(r))
+    if (E* g = with_gradient ? gradient(r) : nullptr)
       for (int64_t i = 0; i < args_.columns; ++i) g[i] = E{};
+  }
+
+  bool labelled(int64_t r) const { return labels_.labels && static_cast<const T*>(labels_.label_scale)[r] != T(0); }
+  Label<E> label(int64_t r, const Row<E>& row, Block<E>& block) const {
+    const T scale = static_cast<const T*>(labels_.label_scale)[r];
+    return {row.student, row.columns, static_cast<const int64_t*>(labels_.labels)[r], scale, block.student};
+  }
+  // A row of scale 0 that has a label.
+  void label_alone(int64_t r, Block<E>& block) const {
+    const Row<E> row = this->row(r);
+    const Label<E> label = this->label(r, row, block);
+    static_cast<T*>(args_.loss)[r] = label.value();
+    for (int64_t begin = 0; args_.gradient && begin < row.columns; begin += kBlock) {
+      const int n = static_cast<int>(std::min<int64_t>(row.columns - begin, kBlock));
+      const T* logits = load_block(row.student + begin, block.student, n);
+      label.add(logits, begin, n, nullptr, block.staged, gradient(r) + begin);
+    }
   }
 
   void take(int64_t r, Row<E>& row) const {
@@ -158,6 +228,9 @@ class Kernel {
 
   void forward(int64_t r, Block<E>& block) const {
     Row<E> row = this->row(r);
+    std::optional<Label<E>> own;  // first: it brings the student's row into the cache
+    if (labelled(r)) own = label(r, row, block);
+    const Label<E>* label = own ? &*own : nullptr;
     block.whole = false;
     if (args_.phase == Phase::value) {
       take(r, row);
@@ -169,12 +242,12 @@ class Kernel {
     double value = 0, centre = 0, ignored = 0;
     E* g = Rule::centred && args_.phase == Phase::value ? nullptr : gradient(r);  // the centre is a part of it yet
     if (g && !Rule::centred)
-      pass<Rule, true>(row, block, beta_, gradient_factor(r), g, value, centre);
+      pass<Rule, true>(row, block, beta_, gradient_factor(r), g, value, centre, label);
     else
       pass<Rule, false>(row, block, beta_, T(0), static_cast<E*>(nullptr), value, centre);
     row.stats.centre = static_cast<T>(centre);
-    if (g && Rule::centred) pass<Rule, true>(row, block, beta_, gradient_factor(r), g, ignored, ignored);
-    put(r, row, static_cast<T>(value * value_factor_ * scale(r)));
+    if (g && Rule::centred) pass<Rule, true>(row, block, beta_, gradient_factor(r), g, ignored, ignored, label);
+    put(r, row, static_cast<T>(value * value_factor_ * scale(r)) + (label ? label->value() : T(0)));
   }
 
   void backward(int64_t r, Block<E>& block) const {
@@ -187,8 +260,8 @@ class Kernel {
 };
 
 template <class Rule, class E>
-void run(const LogitArgs& args, int threads) {
-  const Kernel<Rule, E> kernel(args);
+void run(const LogitArgs& args, const LabelArgs& labels, int threads) {
+  const Kernel<Rule, E> kernel(args, labels);
   // A share of rows worth about 16 blocks: narrow rows would cost more in scheduling than in work.
   const int64_t share = 1 + 16 * kBlock / (args.columns + 1);
   if (args.rows <= share) threads = 1;
@@ -198,9 +271,10 @@ void run(const LogitArgs& args, int threads) {
 #pragma omp for schedule(dynamic, share)
     for (int64_t r = 0; r < args.rows; ++r) {
       if (kernel.keeps(r)) continue;
-      if (kernel.scale(r) == 0)
-        kernel.zero(r);
-      else if (args.loss)
+      if (kernel.scale(r) == 0) {
+        kernel.zero(r, !kernel.labelled(r));
+        if (kernel.labelled(r)) kernel.label_alone(r, block);
+      } else if (args.loss)
         kernel.forward(r, block);
       else
         kernel.backward(r, block);
@@ -210,18 +284,18 @@ void run(const LogitArgs& args, int threads) {
 
 }  // namespace
 
-void logit(const LogitArgs& args, int threads) {
+void logit(const LogitArgs& args, const LabelArgs& labels, int threads) {
   with_rule(static_cast<Divergence>(args.divergence), [&](auto rule) {
     using Rule = decltype(rule);
     switch (args.dtype) {
       case DType::f32:
-        return run<Rule, float>(args, threads);
+        return run<Rule, float>(args, labels, threads);
       case DType::bf16:
-        return run<Rule, bf16>(args, threads);
+        return run<Rule, bf16>(args, labels, threads);
       case DType::f16:
-        return run<Rule, f16>(args, threads);
+        return run<Rule, f16>(args, labels, threads);
       case DType::f64:
-        return run<Rule, double>(args, threads);
+        return run<Rule, double>(args, labels, threads);
     }
   });
 }

@@ -29,6 +29,8 @@ struct Block {
   T a[kBlock], b[kBlock], d[kBlock];
   T student[kBlock], teacher[kBlock];
   E tail[kBlock];      // a padded block's gradient
+  T staged[kBlock];    // a gradient to which something is added before it is rounded
+  const T* logits;     // the student's, as they are
   bool near;           // every |d| is small
   bool whole = false;  // what is loaded is all of the row that is worked on
 
@@ -37,6 +39,7 @@ struct Block {
     const T* zs = load_block(row.student + begin, student, n);
     const T* zt = load_block(row.teacher + begin, teacher, n);
     const int padded = pad(zs, zt, n);
+    logits = zs;
     near = row.tempering.equal ? temper<true>(row.tempering, zs, zt, padded)
                                : temper<false>(row.tempering, zs, zt, padded);
     whole = n == row.columns;

@@ -45,4 +45,10 @@ struct LogitArgs {
   double value_factor;  // T_s T_t or 1
 };
 
+// The cross entropy with labels that a forward adds to loss and gradient (CPU alone); both null where there is none.
+struct LabelArgs {
+  const void* labels;       // (N,) int64, a column where label_scale is not 0
+  const void* label_scale;  // (N,) as row_scale; where it is 0, nothing is added
+};
+
 }  // namespace fastdistil

@@ -18,15 +18,27 @@ def logit_fwd(
     stats: Tensor,
     gradient: Tensor | None,
     phase: int = PHASE_ALL,
+    labels: Tensor | None = None,
+    label_scale: Tensor | None = None,
     **rule: Unpack[LogitRule],
 ) -> None:
     """Writes loss (N,), stats (N, 5) and, where given, gradient (N, V) = d sum(loss) / d student.
+
+    labels (N,) int64 and label_scale (N,) add the cross entropy of the student's own logits to loss and gradient, which
+    is rounded once; rows of label_scale 0 have none, their label may be anything.
 
     PHASE_STATISTICS writes stats alone (and loss 0), of these columns; PHASE_VALUE reads them: what a split vocabulary
     does, with what ops/vocab_parallel.py makes of all parts' statistics in between.
     """
     threads = torch.get_num_threads()
-    _C.logit_fwd(student, teacher, row_scale, loss, stats, gradient, **rule, threads=threads, phase=phase)
+    if labels is None or label_scale is None:
+        _C.logit_fwd(student, teacher, row_scale, loss, stats, gradient, **rule, threads=threads, phase=phase)
+        return
+    labels = labels.contiguous()
+    _C.logit_fwd(
+        student, teacher, row_scale, loss, stats, gradient, **rule, threads=threads, phase=phase,
+        labels=labels.data_ptr(), label_scale=label_scale.contiguous(),
+    )  # fmt: skip
 
 
 def logit_bwd(

@@ -1,6 +1,7 @@
-"""Custom ops of logit_loss with labels, a vocabulary map or a group: rows in memory, a chunk at a time.
+"""Custom ops of logit_loss with labels, a vocabulary map or a group.
 
-Without any of these `fastdistil::logit` reads the rows where they are. Here a chunk of them is brought into float32
+Labels alone are added where the rows are, by the kernel of the divergence: the student's row is read once more, from
+the cache, for its softmax at temperature 1. With a map or a group, a chunk of rows at a time is brought into float32
 buffers, the teacher's in the order of the student's columns, and the gradient is rounded once on its way out.
 """
 
@@ -11,9 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdistil.backends import choose, get
 from fastdistil.backends.memory import new_empty
+from fastdistil.ops import row_statistics
 from fastdistil.ops.gradients import hand_out, refuse_double_backward
-from fastdistil.ops.logit_terms import Terms, run, unpack
+from fastdistil.ops.logit_rule import STATS, LogitRule
+from fastdistil.ops.logit_terms import ADDS_LABELS, Terms, run, unpack
 from fastdistil.ops.precision import without_autocast
 from fastdistil.ops.row_statistics import ROW_STATISTICS
 
@@ -58,10 +62,39 @@ def _compute(
     if backend == "triton" and row_scale.dtype == torch.float64:
         raise ValueError("logit_loss: backend 'triton' has no float64 kernel, expected backend='reference'")
     rule, caps = unpack(constants)
+    name = choose(backend, student.device)
+    name = "reference" if name == "triton" and row_scale.dtype == torch.float64 else name
+    if name in ADDS_LABELS and labels is not None and label_scale is not None and vocab_map is None and not group:
+        return _in_place(student, teacher, row_scale, labels, label_scale, rule, statistics, name, gradient)
     terms = Terms(labels, label_scale, vocab_map, *caps, statistics)
     source = _Source(student, teacher, vocab_map, gradient)
     chunk_bytes = CHUNK_BYTES["cpu" if student.device.type == "cpu" else "gpu"]
     return run(source, row_scale, rule, terms, chunk_bytes, backend, gradient is not None, group)
+
+
+def _in_place(
+    student: Tensor,
+    teacher: Tensor,
+    row_scale: Tensor,
+    labels: Tensor,
+    label_scale: Tensor,
+    rule: LogitRule,
+    with_statistics: bool,
+    backend: str,
+    gradient: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """As `_compute`, with labels alone: the rows are read where they are."""
+    rows, stats = torch.empty_like(row_scale), row_scale.new_empty(len(row_scale), STATS)
+    each = row_scale.new_zeros(0, ROW_STATISTICS)
+    if with_statistics:  # before the gradient overwrites the logits
+        temperatures = (rule["student_temperature"], rule["teacher_temperature"])
+        found = row_statistics.moments(student, teacher, row_scale, temperatures, backend)
+        each = row_statistics.statistics(found, row_scale)
+    kernels = get("logit", backend, student.device)
+    kernels.logit_fwd(
+        student, teacher, row_scale, rows, stats, gradient, labels=labels, label_scale=label_scale, **rule
+    )
+    return rows, each
 
 
 @torch.library.custom_op("fastdistil::logit_rows", mutates_args=())

@@ -22,6 +22,8 @@ from fastdistil.ops import row_statistics, vocab_parallel
 from fastdistil.ops.logit_rule import DIVERGENCES, STATS, LogitRule
 from fastdistil.ops.row_statistics import ROW_STATISTICS
 
+# Backends whose logit_fwd adds the cross entropy with labels by itself.
+ADDS_LABELS = ("cpu", "triton")
 # Columns that rows of logits are padded to, so that every row of an odd vocabulary begins at 64 bytes.
 ALIGNED_COLUMNS = 16
 
@@ -120,7 +122,9 @@ def run(
     if terms.vocab_map is not None and rule["divergence"] == DIVERGENCES.index("mse"):
         scale = scale * _per_partner(terms.vocab_map, ranks, dtype)
     name = choose(backend, device)
-    logit = get("logit", "reference" if name == "triton" and dtype == torch.float64 else name, device)
+    name = "reference" if name == "triton" and dtype == torch.float64 else name
+    logit = get("logit", name, device)
+    joined = terms.vocab_map is None and ranks is None and name in ADDS_LABELS
     fused = partial(logit.logit_fwd, **rule) if ranks is None else ranks.forward(logit, rule)
     step = chunk_rows(count, source.columns, scale.element_size(), chunk_bytes)
     padded = -(-source.columns // ALIGNED_COLUMNS) * ALIGNED_COLUMNS
@@ -147,8 +151,11 @@ def run(
             statistics[chunk] = row_statistics.statistics(found, scale[chunk])
         gradient = None if not need_gradient else teacher if again else student
         value = rows[chunk]
-        fused(student, teacher, scale[chunk], value, row_stats[: len(value)], gradient)
-        if terms.labels is not None and terms.label_scale is not None:
+        labels = {}
+        if joined and terms.labels is not None and terms.label_scale is not None:
+            labels = {"labels": terms.labels[chunk], "label_scale": terms.label_scale[chunk]}
+        fused(student, teacher, scale[chunk], value, row_stats[: len(value)], gradient, **labels)
+        if not joined and terms.labels is not None and terms.label_scale is not None:
             if kept is not None and alone is not None:
                 student.index_copy_(1, alone, kept)
             entropy = row_statistics.kernels("cross_entropy", backend, scale).cross_entropy_rows

@@ -53,6 +53,8 @@ def logit_fwd(
     stats: Tensor,
     gradient: Tensor | None,
     phase: int = PHASE_ALL,
+    labels: Tensor | None = None,
+    label_scale: Tensor | None = None,
     **rule: Any,
 ) -> None:
     """As fastdistil.backends.cpu_logit.logit_fwd, for float32, bfloat16 and float16."""
@@ -60,9 +62,11 @@ def logit_fwd(
     factor = rule["value_factor"]
     if student.shape[0]:
         logit_fwd_kernel[(student.shape[0],)](
-            student, teacher, row_scale, loss, stats, student if gradient is None else gradient,
-            *sizes, factor, factor / rule["student_temperature"], rule["beta"], GRADIENT=gradient is not None,
-            PHASE=phase, **constants,
+            student, teacher, row_scale, row_scale if labels is None else labels.contiguous(),
+            row_scale if label_scale is None else label_scale.contiguous(),
+            loss, stats, student if gradient is None else gradient, *sizes, factor,
+            factor / rule["student_temperature"], rule["beta"], GRADIENT=gradient is not None,
+            PHASE=phase, LABELS=labels is not None, **constants,
         )  # fmt: skip
 
 
@@ -87,7 +91,11 @@ def logit_bwd(
 
 def aot_cases() -> list[dict[str, Any]]:
     """Every kernel and configuration as ahead-of-time compilation sees it: V 119,547 (odd) and V 32,000."""
-    cases = []
+    cases = [
+        _aot_case(logit_fwd_kernel, rule, dtype, itemsize, 32, ("sm_80", "sm_90a"), labels=True)
+        for rule in RULES[:3]
+        for dtype, itemsize in (("bf16", 2), ("fp32", 4))
+    ]
     for dtype, itemsize in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
         for rule in RULES if dtype == "bf16" else RULES[:3]:
             for lanes, targets in ((32, ("sm_80", "sm_90a")), (64, ("gfx942",))):
@@ -95,15 +103,22 @@ def aot_cases() -> list[dict[str, Any]]:
     return cases
 
 
-_KERNELS = {logit_fwd_kernel: {"GRADIENT": True, "PHASE": 0}, logit_bwd_kernel: {"KEEP_UNIT": True}}
+_KERNELS = {logit_fwd_kernel: {"GRADIENT": True, "PHASE": 0, "LABELS": False}, logit_bwd_kernel: {"KEEP_UNIT": True}}
 
 
 def _aot_case(
-    kernel: triton.JITFunction, rule: Rule, dtype: str, itemsize: int, lanes: int, targets: tuple[str, ...]
+    kernel: triton.JITFunction,
+    rule: Rule,
+    dtype: str,
+    itemsize: int,
+    lanes: int,
+    targets: tuple[str, ...],
+    labels: bool = False,
 ) -> dict[str, Any]:
     block, options = logit_config(119_547, lanes)
     pointers = dict.fromkeys(("student_ptr", "teacher_ptr", "gradient_ptr"), f"*{dtype}")
-    floats = dict.fromkeys(("scale_ptr", "dloss_ptr", "loss_ptr", "stats_ptr"), "*fp32")
+    floats = dict.fromkeys(("scale_ptr", "label_scale_ptr", "dloss_ptr", "loss_ptr", "stats_ptr"), "*fp32")
+    floats["labels_ptr"] = "*i64"
     scalars = {"V": "i32", **{f"{x}_stride": "i32" for x in ("student", "teacher", "gradient")}}
     scalars |= dict.fromkeys(("inv_s", "inv_t", "value_factor", "gradient_factor", "beta"), "fp32")
     constants = {
@@ -117,10 +132,10 @@ def _aot_case(
     }
     signature = {k: v for k, v in (pointers | floats | scalars).items() if k in kernel.arg_names}
     return {
-        "name": f"{kernel.fn.__name__}-{rule.share.fn.__name__}-{dtype}",
+        "name": f"{kernel.fn.__name__}-{rule.share.fn.__name__}-{dtype}{'-labels' * labels}",
         "kernel": kernel,
         "signature": signature,
-        "constants": constants | _KERNELS[kernel],
+        "constants": constants | _KERNELS[kernel] | ({"LABELS": True} if labels else {}),
         "options": options,
         "divisible": [k for k in signature if k.endswith("_ptr")],
         "wide_loads": True,

@@ -112,24 +112,31 @@ def _edge(head, body, V, VEC: tl.constexpr):
 @triton.jit
 def _tile(
     s_ptr, t_ptr, g_ptr, columns, exists, live, factor, largest, inv_sum, shift, log_ratio, centre, inv_s, inv_t, beta,
+    label, own_max, own_factor, own_scale,
     RULE: tl.constexpr, CENTRED: tl.constexpr, SOFTMAX: tl.constexpr, EQUAL: tl.constexpr, WRITE: tl.constexpr,
+    LABELS: tl.constexpr,
 ):  # fmt: skip
-    """One tile's shares of value and centre; with WRITE its gradient, zeros where the row does not count."""
+    """One tile's shares of value and centre; with WRITE its gradient, zeros where the row does not count, and with
+    LABELS that of the cross entropy on top (`label` as `columns` count)."""
     mask = exists & live
     a, b, d = _load(s_ptr, t_ptr, columns, mask, inv_s, inv_t, shift, EQUAL)
     p, value, slope = _share(a, b, d, mask, largest, inv_sum, log_ratio, beta, RULE, SOFTMAX)
     if WRITE:
         g = p * (slope - centre) if CENTRED else slope
-        tl.store(g_ptr + columns, tl.where(live, g * factor, 0.0).to(g_ptr.dtype.element_ty), mask=exists)
+        g = tl.where(live, g * factor, 0.0)
+        if LABELS:
+            z = tl.load(s_ptr + columns, mask=exists & (own_scale != 0.0), other=float("-inf")).to(tl.float32)
+            g += own_factor * tl.exp(z - own_max) - tl.where(columns == label, own_scale, 0.0)
+        tl.store(g_ptr + columns, g.to(g_ptr.dtype.element_ty), mask=exists)
     return tl.sum(value, 0), tl.sum(p * slope, 0) if CENTRED else 0.0
 
 
 @triton.jit
 def _pass(
     student_ptr, teacher_ptr, gradient_ptr, row, V, student_stride, teacher_stride, gradient_stride, live, factor,
-    largest, inv_sum, shift, log_ratio, centre, inv_s, inv_t, beta,
+    largest, inv_sum, shift, log_ratio, centre, inv_s, inv_t, beta, label, own_max, own_factor, own_scale,
     RULE: tl.constexpr, CENTRED: tl.constexpr, SOFTMAX: tl.constexpr, EQUAL: tl.constexpr, WRITE: tl.constexpr,
-    VEC: tl.constexpr, BLOCK: tl.constexpr,
+    LABELS: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The whole row's value and centre; with WRITE its gradient."""
     head, body = _layout(row, student_stride, V, VEC)
@@ -137,7 +144,7 @@ def _pass(
     value, slopes = _tile(
         student_ptr + row * student_stride, teacher_ptr + row * teacher_stride, gradient_ptr + row * gradient_stride,
         columns, exists, live, factor, largest, inv_sum, shift, log_ratio, centre, inv_s, inv_t, beta,
-        RULE, CENTRED, SOFTMAX, EQUAL, WRITE,
+        label, own_max, own_factor, own_scale, RULE, CENTRED, SOFTMAX, EQUAL, WRITE, LABELS,
     )  # fmt: skip
     s_body = _body(student_ptr, row, student_stride, VEC)
     t_body = _body(teacher_ptr, row, teacher_stride, VEC)
@@ -146,7 +153,8 @@ def _pass(
     for begin in range(0, body, BLOCK):
         v, f = _tile(
             s_body, t_body, g_body, begin + lanes, begin + lanes < body, live, factor, largest, inv_sum, shift,
-            log_ratio, centre, inv_s, inv_t, beta, RULE, CENTRED, SOFTMAX, EQUAL, WRITE,
+            log_ratio, centre, inv_s, inv_t, beta, label - head, own_max, own_factor, own_scale,
+            RULE, CENTRED, SOFTMAX, EQUAL, WRITE, LABELS,
         )  # fmt: skip
         value += v
         slopes += f
@@ -197,20 +205,53 @@ def _statistics(
 
 
 @triton.jit
+def _add_to_own(s_ptr, columns, mask, largest, total):
+    """One more tile in the maximum and the sum of exponentials of the student's logits as they are."""
+    z = tl.load(s_ptr + columns, mask=mask, other=float("-inf")).to(tl.float32)
+    new = tl.maximum(largest, tl.max(z, 0))
+    m = tl.where(new == float("-inf"), 0.0, new)
+    return new, tl.where(total == 0.0, 0.0, total * tl.exp(largest - m)) + tl.sum(tl.exp(z - m), 0)
+
+
+@triton.jit
+def _own_softmax(student_ptr, row, V, stride, VEC: tl.constexpr, BLOCK: tl.constexpr):
+    """The row's largest logit and its sum of exp(z - largest)."""
+    head, body = _layout(row, stride, V, VEC)
+    edge, exists = _edge(head, body, V, VEC)
+    largest, total = _add_to_own(student_ptr + row * stride, edge, exists, float("-inf"), 0.0)
+    s_body = _body(student_ptr, row, stride, VEC)
+    lanes = tl.arange(0, BLOCK)
+    for begin in range(0, body, BLOCK):
+        largest, total = _add_to_own(s_body, begin + lanes, begin + lanes < body, largest, total)
+    return largest, total
+
+
+@triton.jit
 def logit_fwd_kernel(
-    student_ptr, teacher_ptr, scale_ptr, loss_ptr, stats_ptr, gradient_ptr,
+    student_ptr, teacher_ptr, scale_ptr, labels_ptr, label_scale_ptr, loss_ptr, stats_ptr, gradient_ptr,
     V, student_stride, teacher_stride, gradient_stride, inv_s, inv_t, value_factor, gradient_factor, beta,
     RULE: tl.constexpr, CENTRED: tl.constexpr, SOFTMAX: tl.constexpr, EQUAL: tl.constexpr, GRADIENT: tl.constexpr,
-    PHASE: tl.constexpr, STATS: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr,
+    PHASE: tl.constexpr, LABELS: tl.constexpr, STATS: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """loss (N,), stats (N, STATS) and, with GRADIENT, gradient (N, V), all times the row's scale. PHASE 1 leaves the
-    statistics of these columns alone, 2 begins with given ones (logit_args.h)."""
+    statistics of these columns alone, 2 begins with given ones (logit_args.h). With LABELS the
+    cross entropy with labels (N,) is added, times label_scale (N,)."""
     row = tl.program_id(0).to(tl.int64)
     scale = tl.load(scale_ptr + row)
     live = scale != 0.0
     stats_ptr += row * STATS
     largest, inv_sum, shift, log_ratio = 0.0, 1.0 / V, 0.0, 0.0
     value, centre = 0.0, 0.0
+    label, own_max, own_factor, own_scale, entropy = 0, 0.0, 0.0, 0.0, 0.0
+    if LABELS:  # first: it brings the student's row into the cache
+        own_scale = tl.load(label_scale_ptr + row)
+        if own_scale != 0.0:
+            label = tl.load(labels_ptr + row).to(tl.int32)
+            own_max, mass = _own_softmax(student_ptr, row, V, student_stride, VEC, BLOCK)
+            own_factor = own_scale / mass
+            exists = (label >= 0) & (label < V)  # a label that is no column shows as NaN
+            z = tl.load(student_ptr + row * student_stride + label, mask=exists, other=float("nan")).to(tl.float32)
+            entropy = own_scale * (tl.log(mass) + (own_max - z))
     if PHASE == 2:
         largest, inv_sum = tl.load(stats_ptr), tl.load(stats_ptr + 1)
         shift, log_ratio = tl.load(stats_ptr + 2), tl.load(stats_ptr + 3)
@@ -226,15 +267,16 @@ def logit_fwd_kernel(
         value, centre = _pass(
             student_ptr, teacher_ptr, gradient_ptr, row, V, student_stride, teacher_stride, gradient_stride, live,
             scale * gradient_factor, largest, inv_sum, shift, log_ratio, 0.0, inv_s, inv_t, beta,
-            RULE, CENTRED, SOFTMAX, EQUAL, GRADIENT and not CENTRED, VEC, BLOCK,
+            label, own_max, own_factor, own_scale,
+            RULE, CENTRED, SOFTMAX, EQUAL, GRADIENT and not CENTRED, LABELS, VEC, BLOCK,
         )  # fmt: skip
     if GRADIENT and CENTRED and PHASE == 0:
         _pass(
             student_ptr, teacher_ptr, gradient_ptr, row, V, student_stride, teacher_stride, gradient_stride, live,
             scale * gradient_factor, largest, inv_sum, shift, log_ratio, centre, inv_s, inv_t, beta,
-            RULE, CENTRED, SOFTMAX, EQUAL, True, VEC, BLOCK,
+            label, own_max, own_factor, own_scale, RULE, CENTRED, SOFTMAX, EQUAL, True, LABELS, VEC, BLOCK,
         )  # fmt: skip
-    tl.store(loss_ptr + row, tl.where(live, value * value_factor * scale, 0.0))
+    tl.store(loss_ptr + row, tl.where(live, value * value_factor * scale, 0.0) + entropy)
     tl.store(stats_ptr, largest)
     tl.store(stats_ptr + 1, inv_sum)
     tl.store(stats_ptr + 2, shift)
@@ -259,5 +301,5 @@ def logit_bwd_kernel(
             student_ptr, teacher_ptr, gradient_ptr, row, V, student_stride, teacher_stride, gradient_stride,
             scale != 0.0, scale * dloss * gradient_factor, tl.load(stats_ptr), tl.load(stats_ptr + 1),
             tl.load(stats_ptr + 2), tl.load(stats_ptr + 3), tl.load(stats_ptr + 4), inv_s, inv_t, beta,
-            RULE, CENTRED, SOFTMAX, EQUAL, True, VEC, BLOCK,
+            0, 0.0, 0.0, 0.0, RULE, CENTRED, SOFTMAX, EQUAL, True, False, VEC, BLOCK,
         )  # fmt: skip
