@@ -129,9 +129,11 @@ void pass(const Row<E>& row, Block<E>& block, Compute<E> beta, Compute<E> factor
           double& centre, const Label<E>* label = nullptr) {
   const bool near_row = Rule::softmax && math::magnitude(row.stats.log_ratio) <= kNear;
   for_blocks(row, block, [&](int64_t begin, int padded, int n) {
-    if (kGradient && label) {
-      finish<Rule, kGradient>(row, near_row, block, padded, beta, factor, block.staged, value, centre);
-      return label->add(block.logits, begin, n, block.staged, block.staged, gradient + begin);
+    if constexpr (kGradient) {
+      if (label) {
+        finish<Rule, true>(row, near_row, block, padded, beta, factor, block.staged, value, centre);
+        return label->add(block.logits, begin, n, block.staged, block.staged, gradient + begin);
+      }
     }
     E* out = !kGradient ? nullptr : padded == n ? gradient + begin : block.tail;
     finish<Rule, kGradient>(row, near_row, block, padded, beta, factor, out, value, centre);
