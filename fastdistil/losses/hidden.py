@@ -37,6 +37,9 @@ def hidden_loss(
 ) -> Tensor:
     """The distance between hidden states, `h = act(student P^T + bias)` against the teacher's, row by row.
 
+    On a GPU a list of layers is one launch without projections, and with them one for each chunk of rows, of all
+    layers together; lists whose teachers differ in shape, or whose parts differ in dtype, go layer by layer.
+
     Args:
         student: (..., D_s) float32, bfloat16, float16 or float64, or a list of such layers.
         teacher: (..., D_t), a constant, or as many layers. Without a projection D_t = D_s.
@@ -46,7 +49,8 @@ def hidden_loss(
         bias: (D_t,) as in torch.nn.Linear.bias, likewise; needs a projection.
         activation: None or "none", or "gelu" (the exact one), after projection and bias.
         weight: (...), one entry a row, bool or number; a row with weight 0 contributes 0 whatever it holds,
-            and takes no part in the products with a projection (finding these rows waits for a GPU once a layer).
+            and takes no part in the products with a projection (finding these rows waits for a GPU, once a call where
+            the list is one, else once a layer).
         layer_weights: one finite number a layer, used as they are; by default 1 / number of layers each.
         reduction: "mean" = sum of w * l / sum of w, "sum", or "none" (...), float32, w * l a row.
         num_items: replaces the sum of w in "mean": a number or a tensor with one entry.
@@ -88,8 +92,8 @@ def hidden_loss(
         if all(x is None for x in projections) and _alike([*layers, *teachers]):
             rows = _plain_layers(layers, teachers, scale, factors, *common)
             return rows.reshape(shape) if reduction == "none" else rows.sum()
-        projected = [x for x in projections if x is not None]
-        if len(projected) == len(layers) and all(len({x.dtype for x in xs}) == 1 for xs in (layers, projected)):
+        projected = [x for x in projections if x is not None]  # all or none
+        if projected and all(len({x.dtype for x in xs}) == 1 for xs in (layers, projected)):
             dense = weight is None
             found = _projected_layers(
                 layers, teachers, projected, biases, scale, factors, *common, dense, reduction == "none"

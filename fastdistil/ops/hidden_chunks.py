@@ -106,7 +106,8 @@ def _rows(
     dtype, device, count, size = row_scale.dtype, row_scale.device, len(layers), layers[0].teacher.shape[1]
     module = get("hidden_layers", backend, device)
     table = module.layer_table([layer.teacher for layer in layers])
-    bias = _stacked_bias(layers, dtype)
+    biases = [layer.bias.to(dtype) for layer in layers if layer.bias is not None]  # of all layers or of none
+    bias = torch.stack(biases) if biases else None
     factors = torch.tensor([layer.factor for layer in layers], dtype=dtype).to(device, non_blocking=True)
     scales = factors[:, None] * (row_scale if kept is None else row_scale[kept])
     bias_sums = torch.zeros(count, size, dtype=dtype, device=device)
@@ -118,10 +119,7 @@ def _rows(
         z = states[: (stop - start) * count * size].view(count, stop - start, size)
         hidden = [layer.student[chunk].to(layer.projection.dtype) for layer in layers]
         for layer, h, out in zip(layers, hidden, z, strict=True):
-            if h.dtype == dtype:
-                torch.mm(h, layer.projection.T, out=out)
-            else:
-                low_product(h, layer.projection.T, dtype, out)
+            _product(h, layer.projection.T, dtype, out)
         scale = scales[:, start:stop].contiguous()
         rows[chunk] = module.hidden_projected(z, table, bias, scale, chunk, kind, activation, need_grad).sum(0)
         if any(layer.dbias is not None for layer in layers):
@@ -134,33 +132,31 @@ def _rows(
     return rows
 
 
-def _stacked_bias(layers: list[Layer], dtype: torch.dtype) -> Tensor | None:
-    """(L, D_t), 0 for a layer without; None where no layer has one."""
-    if all(layer.bias is None for layer in layers):
-        return None
-    zero = layers[0].teacher.new_zeros(layers[0].teacher.shape[1], dtype=dtype)
-    return torch.stack([zero if layer.bias is None else layer.bias.to(dtype) for layer in layers])
-
-
 def _add_gradients(layers: list[Layer], dz: Tensor, hidden: list[Tensor], chunk: Chunk) -> None:
     """dz (L, n, D_t) float32, which is overwritten; hidden: the students' rows, in the products' dtype.
 
     Where the other factor has 16 bits, dz is rounded to them once for both products, scaled to at most 1, since float16
     has not the range of a gradient (as `_product` in ops/hidden.py)."""
     dtype, low = dz.dtype, hidden[0].dtype
-    if low == dtype:
-        for layer, d, h in zip(layers, dz, hidden, strict=True):
-            if layer.dstudent is not None and isinstance(chunk, slice) and layer.dstudent.dtype == dtype:
-                torch.mm(d, layer.projection, out=layer.dstudent[chunk])
-            elif layer.dstudent is not None:
-                layer.dstudent[chunk] = (d @ layer.projection).to(layer.dstudent.dtype)
-            if layer.dprojection is not None:
-                layer.dprojection.addmm_(d.T, h)
-        return
-    largest = torch.linalg.vector_norm(dz, float("inf"), dim=(1, 2)).clamp(min=torch.finfo(dtype).tiny)
-    parts = dz.div_(largest[:, None, None]).to(low)
-    for layer, d, size, h in zip(layers, parts, largest, hidden, strict=True):
+    largest = None
+    if low != dtype:
+        largest = torch.linalg.vector_norm(dz, float("inf"), dim=(1, 2)).clamp(min=torch.finfo(dtype).tiny)
+        dz = dz.div_(largest[:, None, None]).to(low)
+    for i, (layer, d, h) in enumerate(zip(layers, dz, hidden, strict=True)):
         if layer.dstudent is not None:
-            layer.dstudent[chunk] = (low_product(d, layer.projection, dtype) * size).to(layer.dstudent.dtype)
+            in_place = isinstance(chunk, slice) and layer.dstudent.dtype == dtype
+            found = _product(d, layer.projection, dtype, layer.dstudent[chunk] if in_place else None)
+            if largest is not None:
+                found *= largest[i]
+            if not in_place:
+                layer.dstudent[chunk] = found.to(layer.dstudent.dtype)
         if layer.dprojection is not None:
-            layer.dprojection.addcmul_(low_product(d.T, h, dtype), size)
+            if largest is None:
+                layer.dprojection.addmm_(d.T, h)
+            else:
+                layer.dprojection.addcmul_(low_product(d.T, h, dtype), largest[i])
+
+
+def _product(left: Tensor, right: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+    """left @ right of factors in one dtype, accumulated in `dtype` and returned in it, or written to `out`."""
+    return torch.mm(left, right, out=out) if left.dtype == dtype else low_product(left, right, dtype, out)

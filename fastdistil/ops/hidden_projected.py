@@ -34,7 +34,8 @@ def hidden_projected_rows(
 ) -> Tensor:
     """students: L of (N, D_s) in one dtype, D_s may differ; teachers: L of (N, D_t) in one dtype; projections: (D_t,
     D_s) in one dtype; biases: (D_t,); row_scale (N,) float32, without a 0 where `dense`; projection_of, bias_of: which
-    of them a layer has, -1 for no bias; factors: one a layer -> rows (N,), sums over the layers, times row_scale."""
+    of them a layer has, -1 where there is no bias; factors: one a layer -> rows (N,), sums over the layers, times
+    row_scale."""
     wanted = [False] * (len(students) + len(projections) + len(biases))
     tensors = (row_scale, students, teachers, projections, biases)
     maps = (projection_of, bias_of)
