@@ -3,21 +3,20 @@ float64, against the layers one by one, and what is launched and multiplied."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from conftest import DEVICE, available
+from hidden_cases import FACTORS, ROWS, SIZE_T, Launches, apart, arguments_of, draw, parts, together
 from judge import judge, judge_exact
-from test_hidden import KINDS, _odd, outcome, textbook, weights
+from test_hidden import KINDS, outcome, textbook, weights
 from torch import Tensor
 
 from fastdistil import hidden_loss
-from fastdistil.losses import hidden as losses
 from fastdistil.ops import hidden as hidden_op
 from fastdistil.ops import hidden_chunks
-from fastdistil.ops.hidden_projected import hidden_projected_rows, hidden_projected_total
+from fastdistil.ops.hidden_projected import hidden_projected_total
 
 if "triton" not in available("triton"):
     pytest.skip("needs triton's interpreter or a GPU", allow_module_level=True)
@@ -25,13 +24,12 @@ if "triton" not in available("triton"):
 from fastdistil.kernels.triton import hidden as one_layer
 from fastdistil.kernels.triton import hidden_layers as list_kernel
 
-ROWS, SIZE_T, FACTORS = 7, 37, [0.5, 2.0, 1.25]
 LOW = (torch.bfloat16, torch.float16)
 
 
 @pytest.fixture
 def three_rows_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ROWS, and what is left of them without the masked one, is no multiple."""
+    """Neither ROWS nor what is left of them without the masked one is a multiple."""
     for name in hidden_op.CHUNK_ELEMENTS:
         monkeypatch.setitem(hidden_op.CHUNK_ELEMENTS, name, 3 * len(FACTORS) * SIZE_T + 5)
 
@@ -51,17 +49,6 @@ def low_products(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(module, "low_product", low_product)
 
 
-class Launches:
-    """The kernel in its module's place; `grids` of its launches."""
-
-    def __init__(self, kernel: Any) -> None:
-        self.kernel, self.grids = kernel, []
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        self.grids.append(grid)
-        return self.kernel[grid]
-
-
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> tuple[Launches, Launches]:
     """Of lists, and of single layers."""
@@ -71,52 +58,18 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> tuple[Launches, Launches]:
     return both
 
 
-def draw(dtype: torch.dtype, shared: bool, sizes: tuple[int, ...] = (24, 24, 24)) -> tuple[list[Tensor], list[Tensor]]:
-    """Students, projections, biases (one of each of these where shared), and the teachers."""
-    parts = 1 if shared else len(sizes)
-    students = [torch.randn(ROWS, size) for size in sizes]
-    projections = [torch.randn(SIZE_T, size) / size**0.5 for size in sizes[:parts]]
-    biases = [torch.randn(SIZE_T) for _ in range(parts)]
-    teachers = [2 * torch.randn(ROWS, SIZE_T) for _ in sizes]
-    inputs = [x.to(DEVICE, dtype) for x in (*students, *projections, *biases)]
-    return inputs, [x.to(DEVICE, dtype) for x in teachers]
-
-
-def parts(inputs: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Students, projections and biases, one of these a layer."""
-    layers, some = len(FACTORS), (len(inputs) - len(FACTORS)) // 2
-    projections, biases = inputs[layers : layers + some], inputs[layers + some :]
-    return [*inputs[:layers]], [*projections] * (layers // some), [*biases] * (layers // some)
-
-
-def together(*inputs: Tensor, **options: Any) -> Tensor:
-    students, projections, biases = parts(inputs)
-    common = {"layer_weights": FACTORS, "activation": "gelu", "backend": "triton"} | options
-    return hidden_loss(students, projection=projections, bias=biases, **common)
-
-
-def apart(*inputs: Tensor, teacher: list[Tensor], **options: Any) -> Tensor:
-    """The layers one by one."""
-    layers = zip(*parts(inputs), teacher, FACTORS, strict=True)
-    common = {"activation": "gelu", "backend": "triton"} | options
-    losses = [f * hidden_loss(s, t, projection=p, bias=b, **common) for s, p, b, t, f in layers]
-    return torch.stack(losses).sum(0)
-
-
 def layers_textbook(*inputs: Tensor, teacher: list[Tensor], **options: Any) -> Tensor:
     layers = zip(*parts(inputs), teacher, FACTORS, strict=True)
     return torch.stack([f * textbook(s, p, b, teacher=t, **options) for s, p, b, t, f in layers]).sum()
 
 
-def judged(
-    inputs: list[Tensor], teachers: list[Tensor], kind: str, dtype: torch.dtype, function: Callable[..., Tensor]
-) -> None:
+def judged(inputs: list[Tensor], teachers: list[Tensor], kind: str, dtype: torch.dtype) -> None:
     common: dict[str, Any] = {"kind": kind, "weight": weights(ROWS)}
     factor = 64.0  # keeps float16's gradients in its range
     wide = [x.double() for x in teachers]
     truth = outcome(lambda *x: layers_textbook(*x, teacher=wide, **common), [x.double() for x in inputs], factor)
     eager = outcome(lambda *x: layers_textbook(*x, teacher=teachers, **common), inputs, factor)
-    found = outcome(lambda *x: function(*x, teacher=teachers, **common), inputs, factor)
+    found = outcome(lambda *x: together(*x, teacher=teachers, **common), inputs, factor)
     assert found.value.dtype == torch.float32
     judge(found, truth, eager, dtype)
 
@@ -126,7 +79,7 @@ def judged(
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_against_textbook(kind: str, shared: bool, dtype: torch.dtype) -> None:
-    judged(*draw(dtype, shared, (24, 24, 24) if shared else (24, 1, 13)), kind, dtype, together)
+    judged(*draw(dtype, shared, (24, 24, 24) if shared else (24, 1, 13)), kind, dtype)
 
 
 @pytest.mark.usefixtures("three_rows_a_chunk", "low_products")
@@ -136,7 +89,7 @@ def test_against_textbook(kind: str, shared: bool, dtype: torch.dtype) -> None:
 def test_products_of_16_bits(kind: str, shared: bool, dtype: torch.dtype) -> None:
     """As good as eager's, and the same as the layers' one by one."""
     inputs, teachers = draw(dtype, shared)
-    judged(inputs, teachers, kind, dtype, together)
+    judged(inputs, teachers, kind, dtype)
     common: dict[str, Any] = {"kind": kind, "teacher": teachers, "weight": weights(ROWS)}
     expected = outcome(lambda *x: apart(*x, **common), inputs, 64)
     judge_exact(outcome(lambda *x: together(*x, **common), inputs, 64), expected, dtype)
@@ -197,10 +150,11 @@ def test_launches_and_products(
     monkeypatch.setattr(Tensor, "nonzero", lambda x: searches.append(len(x)) or nonzero(x))
     weight = weights(ROWS) if masked else None
     together(*(x.requires_grad_() for x in inputs), teacher=teachers, weight=weight).backward()
-    assert launches[0].grids == ([(3, 3), (3, 3)] if masked else [(3, 3), (3, 3), (1, 3)])
+    last = 1 if masked else 2
+    assert launches[0].grids == [(3, 3), (3, 3), (last, 3)]  # rows, layers
     assert launches[1].grids == []
     assert searches == ([ROWS] if masked else [])
-    assert products == [3] * 12 + ([] if masked else [1] * 6)
+    assert products == [3] * 3 * 4 + [last] * 3 * 2
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
@@ -211,33 +165,11 @@ def test_a_shared_parameter_has_one_gradient_rounded_once(dtype: torch.dtype) ->
     if DEVICE.type == "cpu":  # the same products
         for g, expected in zip(found.gradients, wide.gradients, strict=True):
             assert torch.equal(g, expected.to(dtype))
-    total, gradients = hidden_projected_total(*_arguments(inputs, teachers, shared=True), [True] * 5, False)
+    total, gradients = hidden_projected_total(*arguments_of(inputs, teachers, shared=True), [True] * 5, False)
     assert [g.dtype for g in gradients] == [torch.float32] * 5 and [g.shape for g in gradients] == [
         x.shape for x in inputs
     ]
     torch.testing.assert_close(total, found.value)
-
-
-def _arguments(inputs: list[Tensor], teachers: list[Tensor], shared: bool) -> tuple[Any, ...]:
-    some = 1 if shared else 3
-    which = [0] * 3 if shared else [0, 1, 2]
-    scale = torch.full((ROWS,), 1 / ROWS, device=DEVICE)
-    lists = inputs[:3], teachers, inputs[3 : 3 + some], inputs[3 + some :]
-    return *lists, scale, which, which, FACTORS, "mse", "gelu", "triton", True
-
-
-def test_gradients_where_they_are_wanted() -> None:
-    inputs, teachers = draw(torch.float32, False)
-    expected = outcome(lambda *x: together(*x, teacher=teachers), inputs).gradients
-    for wanted in ([0], [4], [8], [1, 3, 5, 7]):
-        for reduction in ("mean", "none"):
-            some = [x.detach().clone().requires_grad_(i in wanted) for i, x in enumerate(inputs)]
-            value = together(*some, teacher=teachers, reduction=reduction)
-            (value.sum() / (ROWS if reduction == "none" else 1)).backward()
-            for i, x in enumerate(some):
-                assert (x.grad is None) == (i not in wanted)
-                if x.grad is not None:
-                    torch.testing.assert_close(x.grad, expected[i])
 
 
 @pytest.mark.usefixtures("three_rows_a_chunk")
@@ -261,25 +193,6 @@ def test_what_has_weight_0_may_hold_anything(kind: str, reduction: str) -> None:
     for change in ({"weight": 0 * weight}, {"layer_weights": [0, 0, 0]}):
         none = outcome(lambda *x: together(*x, teacher=dirty_teachers, **(common | change)).sum(), dirty)  # noqa: B023
         assert none.value == 0 and all((g == 0).all() for g in none.gradients)
-
-
-@pytest.mark.parametrize("layout", [_odd, lambda x: x.T.contiguous().T], ids=["odd", "columns"])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
-def test_any_strides(kind: str, masked: bool, layout: Callable[[Tensor], Tensor]) -> None:
-    inputs, teachers = draw(torch.float32, True)
-    common: dict[str, Any] = {"kind": kind, "weight": weights(ROWS) if masked else None}
-    expected = outcome(lambda *x: together(*x, teacher=teachers, **common), inputs)
-    mixed = [layout(teachers[0]), *map(layout, teachers[1:])]
-    for some in (mixed, [*mixed[:1], *teachers[1:]]):  # one stride, and several
-        found = outcome(lambda *x: together(*map(layout, x[:3]), *x[3:], teacher=some, **common), inputs)  # noqa: B023
-        judge_exact(found, expected, torch.float32)
-
-
-def test_no_rows() -> None:
-    inputs, teachers = draw(torch.float32, True)
-    found = outcome(lambda *x: together(*(s[:0] for s in x[:3]), *x[3:], teacher=[t[:0] for t in teachers]), inputs)
-    assert found.value == 0 and all((g == 0).all() for g in found.gradients)
 
 
 @pytest.mark.parametrize("change", ["student", "projection", "teacher", "sizes"])
@@ -308,52 +221,3 @@ def test_low_students_and_wide_projections_are_one_list(launches: tuple[Launches
     assert launches[0].grids == [(ROWS, 3)]
     judge_exact(found, expected, torch.bfloat16)
     assert [g.dtype for g in found.gradients] == [torch.bfloat16] * 3 + [torch.float32] * 2
-
-
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_backward_twice(reduction: str) -> None:
-    inputs, teachers = draw(torch.float32, True)
-    inputs = [x.requires_grad_() for x in inputs]
-    value = together(*inputs, teacher=teachers, weight=weights(ROWS), reduction=reduction).sum()
-    first, second, tripled = (torch.autograd.grad(f * value, inputs, retain_graph=True) for f in (1, 1, 3))
-    for a, b, c in zip(first, second, tripled, strict=True):
-        assert torch.equal(a, b)
-        torch.testing.assert_close(c, 3 * a)
-    with pytest.raises(RuntimeError, match="hidden_loss: its gradient cannot be differentiated again"):
-        torch.autograd.grad(value, inputs, create_graph=True)
-
-
-@pytest.mark.parametrize("shared", [False, True])
-def test_opcheck(shared: bool) -> None:
-    inputs, teachers = draw(torch.float32, shared)
-    arguments = _arguments([x.requires_grad_() for x in inputs], teachers, shared)
-    torch.library.opcheck(hidden_projected_rows, arguments)
-    torch.library.opcheck(hidden_projected_total, (*arguments, [True] * len(inputs), False))
-    without_bias = (*arguments[:3], [], *arguments[4:6], [-1] * 3, *arguments[7:])
-    torch.library.opcheck(
-        hidden_projected_total, (*without_bias, [False, True, True] + [True] * (1 if shared else 3), True)
-    )
-
-
-@pytest.mark.parametrize("shared", [False, True])
-def test_compiles_without_a_graph_break(shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "choose", lambda *_: "triton")  # "auto" can be traced, a name that is looked up cannot
-    inputs, teachers = draw(torch.float32, shared)
-    weight = weights(ROWS)
-
-    def both(*x: Tensor) -> Tensor:
-        rows = together(*x, teacher=teachers, kind="cosine", reduction="none")
-        return rows.mean() + together(*x, teacher=teachers, weight=weight, num_items=weight.sum())
-
-    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
-    judge_exact(outcome(compiled, inputs), outcome(both, inputs), torch.float32)
-
-
-def test_autocast_does_not_round_the_products() -> None:
-    inputs, teachers = draw(torch.float32, True)
-    expected = outcome(lambda *x: together(*x, teacher=teachers), inputs)
-    with torch.autocast(DEVICE.type, torch.bfloat16):
-        found = outcome(lambda *x: together(*x, teacher=teachers), inputs)
-    assert torch.equal(found.value, expected.value)
-    for g, wanted in zip(found.gradients, expected.gradients, strict=True):
-        assert torch.equal(g, wanted)
