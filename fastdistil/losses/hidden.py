@@ -12,6 +12,7 @@ from fastdistil.backends import choose
 from fastdistil.losses import _check
 from fastdistil.ops.hidden import hidden_rows, hidden_total
 from fastdistil.ops.hidden_layers import hidden_layers
+from fastdistil.ops.hidden_projected import hidden_projected_rows, hidden_projected_total
 
 KINDS = ("mse", "cosine", "kl")
 ACTIVATIONS = ("none", "gelu")
@@ -36,6 +37,9 @@ def hidden_loss(
 ) -> Tensor:
     """The distance between hidden states, `h = act(student P^T + bias)` against the teacher's, row by row.
 
+    On a GPU a list of layers is one launch without projections, and with them one for each chunk of rows, of all
+    layers together; lists whose teachers differ in shape, or whose parts differ in dtype, go layer by layer.
+
     Args:
         student: (..., D_s) float32, bfloat16, float16 or float64, or a list of such layers.
         teacher: (..., D_t), a constant, or as many layers. Without a projection D_t = D_s.
@@ -45,7 +49,8 @@ def hidden_loss(
         bias: (D_t,) as in torch.nn.Linear.bias, likewise; needs a projection.
         activation: None or "none", or "gelu" (the exact one), after projection and bias.
         weight: (...), one entry a row, bool or number; a row with weight 0 contributes 0 whatever it holds,
-            and takes no part in the products with a projection (finding these rows waits for a GPU once a layer).
+            and takes no part in the products with a projection (finding these rows waits for a GPU, once a call where
+            the list is one, else once a layer).
         layer_weights: one finite number a layer, used as they are; by default 1 / number of layers each.
         reduction: "mean" = sum of w * l / sum of w, "sum", or "none" (...), float32, w * l a row.
         num_items: replaces the sum of w in "mean": a number or a tensor with one entry.
@@ -82,12 +87,18 @@ def hidden_loss(
     dtype = torch.float64 if wide else torch.float32
     rows_weight = None if weight is None else _check.row_weight(_NAME, weight, shape, first.device, dtype)
     scale = _check.row_scale(_NAME, shape.numel(), rows_weight, reduction, num_items, first.device, dtype)
-    alone = all(x is None for x in projections)
-    if name == "triton" and alone and not wide and len(layers) > 1 and _alike([*layers, *teachers]):
-        scales = torch.stack([scale * factor for factor in factors])
-        flat = [[x.flatten(0, -2) for x in xs] for xs in (layers, teachers)]
-        rows: Tensor = hidden_layers(*flat, scales, kind, activation, backend).sum(0)
-        return rows.reshape(shape) if reduction == "none" else rows.sum()
+    if name == "triton" and not wide and len(layers) > 1 and _alike(teachers):
+        common = (kind, activation, backend)
+        if all(x is None for x in projections) and _alike([*layers, *teachers]):
+            rows = _plain_layers(layers, teachers, scale, factors, *common)
+            return rows.reshape(shape) if reduction == "none" else rows.sum()
+        projected = [x for x in projections if x is not None]  # all or none
+        if projected and all(len({x.dtype for x in xs}) == 1 for xs in (layers, projected)):
+            dense = weight is None
+            found = _projected_layers(
+                layers, teachers, projected, biases, scale, factors, *common, dense, reduction == "none"
+            )
+            return found.reshape(shape) if reduction == "none" else found
     losses = [
         _layer(
             s, t, p, c, scale if factor == 1 else scale * factor, kind, activation, reduction, backend, weight is None
@@ -103,6 +114,60 @@ def hidden_loss(
 def _alike(tensors: list[Tensor]) -> bool:
     """One shape and dtype: one launch."""
     return len({(x.shape, x.dtype) for x in tensors}) == 1
+
+
+def _plain_layers(
+    layers: list[Tensor],
+    teachers: list[Tensor],
+    scale: Tensor,
+    factors: list[float],
+    kind: str,
+    activation: str,
+    backend: str,
+) -> Tensor:
+    """Rows (N,) of a list without projections, summed over its layers."""
+    scales = torch.stack([scale * factor for factor in factors])
+    flat = [[x.flatten(0, -2) for x in xs] for xs in (layers, teachers)]
+    rows: Tensor = hidden_layers(*flat, scales, kind, activation, backend).sum(0)
+    return rows
+
+
+def _projected_layers(
+    layers: list[Tensor],
+    teachers: list[Tensor],
+    projections: list[Tensor],
+    biases: list[Tensor | None],
+    scale: Tensor,
+    factors: list[float],
+    kind: str,
+    activation: str,
+    backend: str,
+    dense: bool,
+    by_row: bool,
+) -> Tensor:
+    """Rows (N,) of a list with projections, summed over its layers, or their sum ()."""
+    matrices, projection_of = _distinct(projections)
+    shifts, bias_of = _distinct(biases)
+    flat = [[x.flatten(0, -2) for x in xs] for xs in (layers, teachers)]
+    arguments = (*flat, matrices, shifts, scale, projection_of, bias_of, factors, kind, activation, backend, dense)
+    wanted = [torch.is_grad_enabled() and x.requires_grad for x in (*layers, *matrices, *shifts)]
+    if not by_row and any(wanted):
+        total: Tensor = hidden_projected_total(*arguments, wanted, False)[0]
+        return total
+    rows: Tensor = hidden_projected_rows(*arguments)
+    return rows if by_row else rows.sum()
+
+
+def _distinct(tensors: Sequence[Tensor | None]) -> tuple[list[Tensor], list[int]]:
+    """Each tensor once, and which of them a layer has: -1 for none."""
+    found: list[Tensor] = []
+    which = []
+    for x in tensors:
+        index = next((i for i, y in enumerate(found) if y is x), len(found) if x is not None else -1)
+        if x is not None and index == len(found):
+            found.append(x)
+        which.append(index)
+    return found, which
 
 
 def _layer(

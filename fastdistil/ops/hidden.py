@@ -81,10 +81,10 @@ def _projected(
     dstudent = zeros((count, size_s), dtype=dtype, device=student.device) if wanted[0] else None
     dprojection = torch.zeros_like(projection, dtype=dtype) if wanted[1] else None
     dbias = torch.zeros(size_t, dtype=dtype, device=student.device) if wanted[2] else None
-    low = projection.dtype if not on_cpu and student.dtype == projection.dtype else dtype  # what is multiplied
+    low = multiplied_in(student, projection, dtype)
     weight = projection.to(low)
     shift = None if bias is None else bias.to(dtype)
-    step = max(1, CHUNK_ELEMENTS["cpu" if on_cpu else "gpu"] // max(1, size_t))
+    step = chunk_rows(size_t, student.device)
     for start in range(0, count if kept is None else len(kept), step):
         chunk = slice(start, min(start + step, count)) if kept is None else kept[start : start + step]
         scale, h = row_scale[chunk], student[chunk].to(low)
@@ -106,22 +106,34 @@ def _projected(
     return rows, (dstudent, dprojection, dbias)
 
 
+def multiplied_in(student: Tensor, projection: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the products' factors: that of both where they share one and there are tensor cores."""
+    return projection.dtype if student.device.type != "cpu" and student.dtype == projection.dtype else dtype
+
+
+def chunk_rows(columns: int, device: torch.device) -> int:
+    """How many rows of `columns` projected states, of one layer or of several together, exist at a time."""
+    return max(1, CHUNK_ELEMENTS["cpu" if device.type == "cpu" else "gpu"] // max(1, columns))
+
+
 def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """left @ right accumulated and returned in `dtype`. 16-bit `right`: the tensor cores' product, for which a float32
     `left` is scaled to at most 1, since float16 has not the range of a gradient, and rounded once."""
     if right.dtype == dtype:
         return left @ right
     if left.dtype == right.dtype:
-        return _low_product(left, right, dtype)
+        return low_product(left, right, dtype)
     largest = left.abs().amax().clamp(min=torch.finfo(dtype).tiny)
-    return _low_product((left / largest).to(right.dtype), right, dtype) * largest
+    return low_product((left / largest).to(right.dtype), right, dtype) * largest
 
 
-def _low_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+def low_product(left: Tensor, right: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """left @ right of 16-bit factors, accumulated in `dtype` and returned in it, or written to `out`."""
     if hasattr(torch.ops.aten.mm, "dtype"):  # torch 2.8
-        found: Tensor = torch.ops.aten.mm.dtype(left, right, dtype)
+        op, into = (torch.ops.aten.mm.dtype, {}) if out is None else (torch.ops.aten.mm.dtype_out, {"out": out})
+        found: Tensor = op(left, right, dtype, **into)
         return found
-    return (left @ right).to(dtype)
+    return (left @ right).to(dtype) if out is None else out.copy_(left @ right)
 
 
 @torch.library.custom_op("fastdistil::hidden_rows", mutates_args=())

@@ -16,7 +16,7 @@ def hidden_layers(
     students: list[Tensor], teachers: list[Tensor], row_scale: Tensor, kind: str, activation: str, backend: str
 ) -> Tensor:
     """students, teachers: L of (N, D) in one dtype; row_scale (L, N) float32 -> rows (L, N), times row_scale."""
-    module = get("hidden", backend, row_scale.device)
+    module = get("hidden_layers", backend, row_scale.device)
     rows: Tensor = module.hidden_layers(students, teachers, row_scale, kind, activation, False)[0]
     return rows
 
@@ -26,7 +26,7 @@ def hidden_layers_bwd(
     students: list[Tensor], teachers: list[Tensor], row_scale: Tensor, kind: str, activation: str, backend: str
 ) -> Tensor:
     """As `hidden_layers` -> the gradients of the rows' sum (L, N, D), in the layers' dtype."""
-    module = get("hidden", backend, row_scale.device)
+    module = get("hidden_layers", backend, row_scale.device)
     gradients: Tensor = module.hidden_layers(students, teachers, row_scale, kind, activation, True)[1]
     return gradients
 

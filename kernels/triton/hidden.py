@@ -12,8 +12,6 @@ import triton.language as tl
 from fastdistil.kernels.triton.exact import add_to_masses, forward_kl_terms, log_mass_ratio, scaled_expm1
 from torch import Tensor
 
-_ELEMENTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
 
 def hidden_config(size: int) -> tuple[int, dict[str, int]]:
     """Columns that a program holds at a time, and its warps: 8 elements a thread, for 16 spill on sm_80 with kl and
@@ -44,23 +42,34 @@ def _offset(h, t):
 
 @triton.jit
 def hidden_fwd_kernel(
-    z_ptr, t_ptr, bias_ptr, scale_ptr, rows_ptr, dz_ptr, z_stride, t_stride, size,
+    z_ptr, t_ptr, bias_ptr, scale_ptr, rows_ptr, dz_ptr, index_ptr, first, z_stride, t_stride, size,
     KIND: tl.constexpr, GELU: tl.constexpr, HAS_BIAS: tl.constexpr, NEED_GRAD: tl.constexpr, BLOCK: tl.constexpr,
-    LAYERS: tl.constexpr, ALIGNMENT: tl.constexpr,
+    LAYERS: tl.constexpr, ALIGNMENT: tl.constexpr, PROJECTED: tl.constexpr,
 ):  # fmt: skip
     """rows (N,) and, with NEED_GRAD, dz (N, size, contiguous), both times the row's scale; scale 0 reads nothing.
 
     With LAYERS, program axis 1 is the layer: z_ptr and t_ptr hold the layers' addresses (int64), which are multiples of
-    ALIGNMENT and point to elements of LAYERS' type; scale, rows and dz have the layers one behind the other."""
+    ALIGNMENT and point to elements of LAYERS' type; scale, rows and dz have the layers one behind the other. With
+    PROJECTED, so have z and bias, which then are no addresses, and the rows are a chunk: the teacher's row is
+    `first` + row, or index[row] where there is an index (N,) int64. dz may be z: a column is read before it is
+    written, by one program alone."""
     row = tl.program_id(0).to(tl.int64)
     at = row
+    z_row = row
+    t_row = row + first
     if LAYERS is not None:
         layer = tl.program_id(1)
-        z_ptr = tl.multiple_of(tl.load(z_ptr + layer).to(tl.pointer_type(LAYERS)), ALIGNMENT)
-        t_ptr = tl.multiple_of(tl.load(t_ptr + layer).to(tl.pointer_type(LAYERS)), ALIGNMENT)
         at += layer.to(tl.int64) * tl.num_programs(0)
-    z_ptr += row * z_stride
-    t_ptr += row * t_stride
+        t_ptr = tl.multiple_of(tl.load(t_ptr + layer).to(tl.pointer_type(LAYERS)), ALIGNMENT)
+        if PROJECTED:
+            z_row = at
+            bias_ptr += layer * size
+        else:
+            z_ptr = tl.multiple_of(tl.load(z_ptr + layer).to(tl.pointer_type(LAYERS)), ALIGNMENT)
+    if index_ptr is not None:
+        t_row = tl.load(index_ptr + row)
+    z_ptr += z_row * z_stride
+    t_ptr += t_row * t_stride
     dz_ptr += at * size
     scale = tl.load(scale_ptr + at)
     end = tl.where(scale != 0, size, 0)
@@ -159,6 +168,8 @@ def hidden_rows(
         row_scale.contiguous(),
         rows,
         rows if dz is None else dz,
+        None,
+        0,
         student.stride(0),
         teacher.stride(0),
         size,
@@ -169,68 +180,47 @@ def hidden_rows(
         BLOCK=block,
         LAYERS=None,
         ALIGNMENT=1,
+        PROJECTED=False,
         **options,
     )
     return rows, dz
 
 
-def hidden_layers(
-    students: list[Tensor], teachers: list[Tensor], row_scale: Tensor, kind: str, activation: str, need_grad: bool
-) -> tuple[Tensor, Tensor | None]:
-    """All layers, (N, D) each in one dtype, in one launch: rows (L, N) times row_scale (L, N), and the gradients
-    (L, N, D) in the layers' dtype."""
-    first, (layers, count) = students[0], row_scale.shape
-    same = {x.stride() for x in (*students, *teachers)} == {first.stride()} and first.stride(1) == 1
-    students, teachers = ((x if same else x.contiguous() for x in xs) for xs in (students, teachers))  # type: ignore[assignment]
-    students, teachers = [*students], [*teachers]
-    rows = torch.empty_like(row_scale)
-    dz = torch.empty((layers, *first.shape), dtype=first.dtype, device=first.device) if need_grad else None
-    if count == 0:
-        return rows, dz
-    addresses = [[x.data_ptr() for x in xs] for xs in (students, teachers)]
-    z, t = torch.tensor(addresses, dtype=torch.int64).to(first.device, non_blocking=True)
-    aligned = all(address % 16 == 0 for xs in addresses for address in xs)
-    size, stride = first.shape[1], students[0].stride(0)
-    block, options = hidden_config(size)
-    hidden_fwd_kernel[(count, layers)](
-        z, t, row_scale, row_scale.contiguous(), rows, rows if dz is None else dz, stride, stride, size, KIND=kind,
-        GELU=activation == "gelu", HAS_BIAS=False, NEED_GRAD=need_grad, BLOCK=block, LAYERS=_ELEMENTS[first.dtype],
-        ALIGNMENT=16 if aligned else first.element_size(), **options,
-    )  # fmt: skip
-    return rows, dz
+AOT_CHOICES = (  # elements, kind, with bias and activation, with the gradient
+    ("fp32", "mse", True, True),
+    ("bf16", "mse", False, True),
+    ("bf16", "cosine", False, True),
+    ("fp16", "cosine", True, False),
+    ("fp32", "kl", True, True),
+    ("bf16", "kl", False, True),
+)
 
 
 def aot_cases() -> list[dict[str, object]]:
-    """Each kind with and without bias, activation and gradient, for narrow, wide and odd rows; lists of layers."""
-    choices = (
-        ("fp32", "mse", True, True),
-        ("bf16", "mse", False, True),
-        ("bf16", "cosine", False, True),
-        ("fp16", "cosine", True, False),
-        ("fp32", "kl", True, True),
-        ("bf16", "kl", False, True),
-    )
-    single = [_aot_case(size, *choice, layers=False) for size in (384, 1024, 7168) for choice in choices]
-    return single + [_aot_case(768, *choice, layers=True) for choice in choices if not choice[2]]
+    """Each kind with and without bias, activation and gradient, for narrow, wide and odd rows."""
+    return [aot_case(size, *choice) for size in (384, 1024, 7168) for choice in AOT_CHOICES]
 
 
-def _aot_case(size: int, dtype: str, kind: str, extras: bool, need_grad: bool, layers: bool) -> dict[str, object]:
+def aot_case(
+    size: int, dtype: str, kind: str, extras: bool, need_grad: bool, *, layers: str = "", indexed: bool = False
+) -> dict[str, object]:
+    """layers: "" one layer, "layers" a list of them, "projected" a list whose projected states are float32."""
     block, options = hidden_config(size)
-    state = "*i64" if layers else f"*{dtype}"
-    names = (f"hidden_fwd_kernel-{dtype}-{size}-{kind}", "bias-gelu" * extras, "grad" * need_grad, "layers" * layers)
+    state, projected = f"*{dtype}", layers == "projected"
+    parts = (dtype, str(size), kind, "bias-gelu" * extras, "grad" * need_grad, layers, "indexed" * indexed)
     return {
-        "name": "-".join(name for name in names if name),
+        "name": "-".join(part for part in ("hidden_fwd_kernel", *parts) if part),
         "kernel": hidden_fwd_kernel,
         "signature": {
-            "z_ptr": state,
-            "t_ptr": state,
-            "bias_ptr": "*fp32",
-            "scale_ptr": "*fp32",
-            "rows_ptr": "*fp32",
-            "dz_ptr": f"*{dtype}",
-            **dict.fromkeys(("z_stride", "t_stride", "size"), "i32"),
+            "z_ptr": "*fp32" if projected else "*i64" if layers else state,
+            "t_ptr": "*i64" if layers else state,
+            **dict.fromkeys(("bias_ptr", "scale_ptr", "rows_ptr"), "*fp32"),
+            "dz_ptr": "*fp32" if projected else state,
+            **({"index_ptr": "*i64"} if indexed else {}),
+            **dict.fromkeys(("first", "z_stride", "t_stride", "size"), "i32"),
         },
         "constants": {
+            **({} if indexed else {"index_ptr": None}),
             "KIND": kind,
             "GELU": extras,
             "HAS_BIAS": extras,
@@ -238,6 +228,7 @@ def _aot_case(size: int, dtype: str, kind: str, extras: bool, need_grad: bool, l
             "BLOCK": block,
             "LAYERS": {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}[dtype] if layers else None,
             "ALIGNMENT": 16 if layers else 1,
+            "PROJECTED": projected,
         },
         "divisible": ["z_ptr", "t_ptr", "bias_ptr", "dz_ptr", "z_stride", "t_stride", "size"],
         "options": options,
