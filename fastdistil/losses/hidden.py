@@ -85,7 +85,7 @@ def hidden_loss(
     alone = all(x is None for x in projections)
     if name == "triton" and alone and not wide and len(layers) > 1 and _alike([*layers, *teachers]):
         scales = torch.stack([scale * factor for factor in factors])
-        flat = [[x.flatten(0, -2) for x in xs] for xs in (layers, teachers)]
+        flat = [[x.reshape(-1, x.shape[-1]) for x in xs] for xs in (layers, teachers)]
         rows: Tensor = hidden_layers(*flat, scales, kind, activation, backend).sum(0)
         return rows.reshape(shape) if reduction == "none" else rows.sum()
     losses = [
@@ -118,7 +118,7 @@ def _layer(
     dense: bool,
 ) -> Tensor:
     """One layer's loss; see ops/hidden.py for which op serves which case."""
-    states = student.flatten(0, -2), teacher.flatten(0, -2)
+    states = student.reshape(-1, student.shape[-1]), teacher.reshape(-1, teacher.shape[-1])
     arguments = (*states, projection, bias, scale, kind, activation, backend, dense)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (student, projection, bias)]
     at_once = projection is not None or student.device.type == "cpu"  # where computing twice costs more than keeping
