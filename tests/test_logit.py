@@ -297,6 +297,29 @@ def test_nothing_counts(backend: str, reduction: str) -> None:
         assert (found.gradients[0] == 0).all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_item_in_any_batch(backend: str) -> None:
+    student, teacher = draw(3, 11, torch.float32)
+    none = torch.tensor(0, device=DEVICE)
+    options = {"weight": torch.zeros(3, device=DEVICE), "num_items": none, "backend": backend}
+    found = outcome(lambda x: fd.logit_loss(x, teacher, **options), student)
+    assert found.value == 0
+    assert (found.gradients[0] == 0).all()
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_gradient_of_the_gradient_is_refused(inplace: bool) -> None:
+    student, teacher = draw(3, 11, torch.float32)
+    leaf = student.requires_grad_()
+    values, indices = teacher.log_softmax(-1).topk(4)
+    for loss in (
+        fd.logit_loss(leaf.clone(), teacher, inplace_backward=inplace),
+        fd.topk_logit_loss(leaf.clone(), values, indices, inplace_backward=inplace),
+    ):
+        with pytest.raises(RuntimeError, match="logit_loss: its gradient cannot be differentiated again"):
+            torch.autograd.grad(loss, leaf, create_graph=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("backend", BACKENDS)
