@@ -469,6 +469,7 @@ BAD = [
     ("num_items shape", lambda: fd.logit_loss(GOOD, GOOD, num_items=torch.ones(2)), ValueError, r"num_items has shape \(2,\)"),
     ("backend", lambda: fd.logit_loss(GOOD, GOOD, backend="gpu"), ValueError, "backend is 'gpu', expected 'auto' or one of"),
     ("leaf in place", lambda: fd.logit_loss(GOOD.clone().requires_grad_(), GOOD, inplace_backward=True), ValueError, "inplace_backward came with student_logits that are a leaf"),
+    ("expanded in place", lambda: fd.logit_loss(GOOD[:1].expand(4, 8), GOOD, inplace_backward=True), ValueError, r"inplace_backward came with expanded student_logits, of strides \(0, 1\)"),
 ]  # fmt: skip
 
 
