@@ -91,7 +91,7 @@ class SparseAdamW(torch.optim.Optimizer):
                 self.state[param]["base"] = self._entries(param)
             self._add_hook(param)
 
-    def _add_hook(self, param: Tensor) -> None:
+    def _add_hook(self, param: Any) -> None:
         if self._in_backward and param.requires_grad:
             hook = _backward_hook(weakref.ref(self))
             self._hooks.append(param.register_post_accumulate_grad_hook(hook))
