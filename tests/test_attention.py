@@ -153,6 +153,16 @@ def test_padding_may_hold_anything(backend: str, kind: str, causal: bool) -> Non
         assert (g.masked_select(hidden) == 0).all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_item_in_any_batch(backend: str) -> None:
+    tensors, mask = draw(SHAPES["padded"], torch.float32)
+    assert mask is not None
+    none = torch.tensor(0, device=mask.device)
+    options: dict[str, Any] = {"mask": torch.zeros_like(mask), "num_items": none, "backend": backend}
+    found = outcome(lambda *x: attention_loss(*x, **options), tensors)
+    assert all((x == 0).all() for x in (found.value, *found.gradients))
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_real_token(backend: str, reduction: str) -> None:

@@ -181,6 +181,16 @@ def test_rows_of_weight_0_may_hold_anything(backend: str, kind: str, projected: 
     assert none.value == 0 and all((g == 0).all() for g in none.gradients)
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_single_state(backend: str, layers: int) -> None:
+    x, y = torch.randn(2, 7, device=DEVICE)
+    for reduction in ("mean", "none"):
+        value = hidden_loss([x] * layers, [y] * layers, reduction=reduction, backend=backend)
+        assert value.shape == ()
+        torch.testing.assert_close(value, (x - y).square().mean())
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_zero_vectors_have_cosine_0_and_no_gradient(backend: str) -> None:
     zero, other = torch.zeros(2, 8, device=DEVICE), torch.ones(2, 8, device=DEVICE)

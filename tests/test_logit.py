@@ -297,6 +297,29 @@ def test_nothing_counts(backend: str, reduction: str) -> None:
         assert (found.gradients[0] == 0).all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_item_in_any_batch(backend: str) -> None:
+    student, teacher = draw(3, 11, torch.float32)
+    none = torch.tensor(0, device=DEVICE)
+    options = {"weight": torch.zeros(3, device=DEVICE), "num_items": none, "backend": backend}
+    found = outcome(lambda x: fd.logit_loss(x, teacher, **options), student)
+    assert found.value == 0
+    assert (found.gradients[0] == 0).all()
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_gradient_of_the_gradient_is_refused(inplace: bool) -> None:
+    student, teacher = draw(3, 11, torch.float32)
+    leaf = student.requires_grad_()
+    values, indices = teacher.log_softmax(-1).topk(4)
+    for loss in (
+        fd.logit_loss(leaf.clone(), teacher, inplace_backward=inplace),
+        fd.topk_logit_loss(leaf.clone(), values, indices, inplace_backward=inplace),
+    ):
+        with pytest.raises(RuntimeError, match="logit_loss: its gradient cannot be differentiated again"):
+            torch.autograd.grad(loss, leaf, create_graph=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -446,6 +469,7 @@ BAD = [
     ("num_items shape", lambda: fd.logit_loss(GOOD, GOOD, num_items=torch.ones(2)), ValueError, r"num_items has shape \(2,\)"),
     ("backend", lambda: fd.logit_loss(GOOD, GOOD, backend="gpu"), ValueError, "backend is 'gpu', expected 'auto' or one of"),
     ("leaf in place", lambda: fd.logit_loss(GOOD.clone().requires_grad_(), GOOD, inplace_backward=True), ValueError, "inplace_backward came with student_logits that are a leaf"),
+    ("expanded in place", lambda: fd.logit_loss(GOOD[:1].expand(4, 8), GOOD, inplace_backward=True), ValueError, r"inplace_backward came with expanded student_logits, of strides \(0, 1\)"),
 ]  # fmt: skip
 
 

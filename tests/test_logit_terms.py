@@ -324,9 +324,30 @@ def test_inplace_backward_writes_over_the_logits(reduction: str, dtype: torch.dt
 
     found = outcome(overwritten, x["student"])
     torch.testing.assert_close(found.value, wanted.value, rtol=1e-6, atol=0)
-    assert found.gradients[0].data_ptr() == logits[0].data_ptr()
+    overwrites = found.gradients[0].data_ptr() == logits[0].data_ptr()
+    assert overwrites == (dtype != torch.float16)  # whose gradient waits for the incoming one
     # An incoming gradient other than 1 costs a rounding more.
     assert error(found.gradients[0], wanted.gradients[0]) <= (2 if reduction == "none" else 1) * SLACK[dtype]
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(("mapped", "labelled"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float16_gradients_do_not_underflow_before_they_are_scaled(
+    backend: str, mapped: bool, labelled: bool, inplace: bool
+) -> None:
+    """A GradScaler begins with 65536, which float16 does not have either."""
+    x = draw(torch.float16)
+    more: dict[str, Any] = {"num_items": 1e5, "inplace_backward": inplace}  # rows' gradients below float16's smallest
+
+    def run(s: Tensor, backend: str = backend) -> Tensor:
+        value: Tensor = ours(s.clone(), x, "forward_kl", 0.5, mapped, labelled, backend=backend, **more)
+        return 65536.0 * value
+
+    found = outcome(run, x["student"])
+    x = {name: y.double() if y.is_floating_point() else y for name, y in x.items()}
+    truth = outcome(lambda s: run(s, "reference"), x["student"])
+    assert error(found.gradients[0], truth.gradients[0]) <= SLACK[torch.float16]
 
 
 def test_backward_twice() -> None:

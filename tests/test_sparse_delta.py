@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import struct
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,6 @@ from fastdistil.sparse import Checkpoint, SparseDelta, SparseMask, files, load_i
 
 def tuned(base: nn.Module, density: float, seed: int = 1) -> tuple[nn.Module, SparseMask]:
     """The base with small changes at a random mask of the first layer."""
-    import copy
-
     model = copy.deepcopy(base)
     mask = fd.sparse.random_mask(model, density=density, include="0.", seed=seed)
     generator = torch.Generator().manual_seed(seed)
@@ -60,6 +60,20 @@ def test_revert_is_exact_where_the_sum_was_rounded() -> None:
     assert layer.weight[0].item() == 1e8
     delta.revert_(layer)
     assert torch.equal(layer.weight.detach().view(torch.int32), before.view(torch.int32))  # the sign of zero as well
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+def test_a_copy_is_applied_to_nothing(copied: Any) -> None:
+    base = network()
+    model, mask = tuned(base, 0.2)
+    delta = SparseDelta.from_params(model, base, mask, base_model="mbert").apply_(base)
+    other = copied(delta)
+    assert repr(other) == repr(delta)
+    with pytest.raises(ValueError, match="the delta is not applied to module"):
+        other.revert_(base)
+    delta.revert_(base)
+    other.apply_(base)
+    assert equal(state(base), state(model))
 
 
 def test_sum_and_scale() -> None:

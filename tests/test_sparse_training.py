@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import io
 import math
+import pickle
 from typing import Any
 
 import pytest
@@ -160,3 +162,24 @@ def test_step_in_backward_refuses_accumulation_and_ends_with_its_owner() -> None
     model(torch.randn(2, 31)).sum().backward()
     assert torch.equal(flat(model, "2.bias"), before)
     assert model[2].bias.grad is not None
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+def test_a_copy_of_model_and_optimizer_goes_its_own_way(copied: Any, in_backward: bool) -> None:
+    def step(model: nn.Module, optimizer: SparseAdamW, data: Tensor) -> None:
+        optimizer.zero_grad()
+        model(data).square().mean().backward()
+        assert all((p.grad is None) == in_backward for p in model.parameters())
+        optimizer.step()
+
+    model, data = network(), torch.randn(16, 31)
+    optimizer = SparseAdamW(model, masks(model), **HYPER, l1=0.1, step_in_backward=in_backward)
+    step(model, optimizer, data)
+    other, its = copied((model, optimizer))
+    step(model, optimizer, data)
+    assert not torch.equal(flat(other, "0.weight"), flat(model, "0.weight"))
+    step(other, its, data)
+    for name in LAYERS:
+        assert torch.equal(flat(other, name), flat(model, name))
+    its.load_state_dict(optimizer.state_dict())

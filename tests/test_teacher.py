@@ -219,6 +219,7 @@ BAD = [
     (lambda p: teacher.Writer(p, kind="topk", width=1, vocabulary=2, head_weight=torch.ones(2, 1)), ValueError, "head_weight came with kind='topk'"),
     (lambda p: teacher.Writer(p, kind="hidden", width=3, vocabulary=2), ValueError, r"head_weight is None, expected \(2, 3\)"),
     (lambda p: teacher.Writer(p, kind="hidden", width=3, vocabulary=2, head_weight=torch.ones(3, 2)), ValueError, r"head_weight is of shape \(3, 2\), expected \(2, 3\)"),
+    (lambda p: teacher.Writer(p, kind="topk", width=1, vocabulary=2, temperature=0.0), ValueError, "temperature is 0.0, expected more than 0"),
     (lambda p: topk_writer(p).add(values=torch.ones(3, 2)), TypeError, r"got \['values'\], expected values, indices"),
     (lambda p: topk_writer(p).add(values=torch.ones(3, 2), indices=torch.ones(4, 2).long()), ValueError, r"indices has shape \(4, 2\), expected \(tokens, 2\)"),
     (lambda p: topk_writer(p).add(values=torch.ones(1, 3, 2), indices=torch.ones(1, 3, 2).long()), ValueError, "of one example"),
@@ -232,6 +233,14 @@ def test_bad_calls(tmp_path: Path, call: Callable[[Path], object], kind: type[Ex
     with pytest.raises(kind, match=message) as caught:
         call(tmp_path / "s")
     assert str(caught.value).startswith("teacher.Writer")
+
+
+def test_another_teacher_does_not_continue_a_store(tmp_path: Path) -> None:
+    hidden_writer(tmp_path / "s")
+    assert hidden_writer(tmp_path / "s").examples == 0
+    for change in ({"head_weight": torch.ones(V, D)}, {"head_bias": None}, {"head_bias": torch.arange(V)}):
+        with pytest.raises(ValueError, match=r"head.safetensors: (weight|bias) is not this teacher's"):
+            hidden_writer(tmp_path / "s", **change)
 
 
 def test_other_settings_do_not_continue_a_store(tmp_path: Path) -> None:

@@ -86,8 +86,20 @@ def test_inplace_backward_writes_over_the_logits(dtype: torch.dtype, reduction: 
     wanted = outcome(lambda s: ours(s, x, **options), student, 1.0)
     found = outcome(overwritten, student, 1.0)
     assert error(found.value, wanted.value) <= SLACK[torch.float32]
-    assert found.gradients[0].data_ptr() == logits[0].data_ptr()
+    overwrites = found.gradients[0].data_ptr() == logits[0].data_ptr()
+    assert overwrites == (dtype != torch.float16)  # whose gradient waits for the incoming one
     assert error(found.gradients[0], wanted.gradients[0]) <= SLACK[dtype]
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float16_gradients_do_not_underflow_before_they_are_scaled(backend: str, inplace: bool) -> None:
+    student, x = problem(torch.float16)
+    options: dict[str, Any] = {"num_items": 1e5, "inplace_backward": inplace}  # 65536: what a GradScaler begins with
+    found = outcome(lambda s: 65536.0 * ours(s.clone(), x, backend=backend, **options), student)
+    x["teacher_values"] = x["teacher_values"].double()
+    truth = outcome(lambda s: 65536.0 * ours(s.clone(), x, backend="reference", **options), student.double())
+    assert error(found.gradients[0], truth.gradients[0]) <= SLACK[torch.float16]
 
 
 def test_a_second_backward() -> None:

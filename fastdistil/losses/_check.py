@@ -107,13 +107,14 @@ def row_scale(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The factor of each row (rows,): w/Σw or w/num_items for "mean" (0 where Σw = 0), w for "sum" and "none".
+    """The factor of each row (rows,): w/Σw or w/num_items for "mean" (0 where w = 0), w for "sum" and "none".
 
     `weight` is what `row_weight` returned. Nothing here waits for the device.
     """
     items = given_items(function, reduction, num_items, device, dtype)
     if items is not None:
-        pass
+        if weight is not None and isinstance(items, Tensor):  # a tensor may hold 0 where no row of any batch counts
+            return torch.where(weight == 0, 0.0, weight / items)
     elif reduction != "mean":
         return torch.ones(rows, device=device, dtype=dtype) if weight is None else weight
     elif weight is None:

@@ -216,8 +216,8 @@ def _row_scale(
     dtype = accumulator(student_q.dtype)
     real = torch.ones(batch, length, dtype=torch.bool, device=student_q.device) if mask is None else mask
     keep = (real if mask_queries else torch.ones_like(real)).to(dtype)
-    if items is not None:
-        keep = keep / (heads * items)
+    if items is not None:  # a tensor may hold 0 where no token of any batch counts
+        keep = torch.where(keep == 0, 0.0, keep / (heads * items))
     elif reduction == "mean":
         if kind == "prob_kl":
             terms = keep

@@ -127,7 +127,7 @@ def _plain_layers(
 ) -> Tensor:
     """Rows (N,) of a list without projections, summed over its layers."""
     scales = torch.stack([scale * factor for factor in factors])
-    flat = [[x.flatten(0, -2) for x in xs] for xs in (layers, teachers)]
+    flat = [[x.reshape(-1, x.shape[-1]) for x in xs] for xs in (layers, teachers)]
     rows: Tensor = hidden_layers(*flat, scales, kind, activation, backend).sum(0)
     return rows
 
@@ -148,7 +148,7 @@ def _projected_layers(
     """Rows (N,) of a list with projections, summed over its layers, or their sum ()."""
     matrices, projection_of = _distinct(projections)
     shifts, bias_of = _distinct(biases)
-    flat = [[x.flatten(0, -2) for x in xs] for xs in (layers, teachers)]
+    flat = [[x.reshape(-1, x.shape[-1]) for x in xs] for xs in (layers, teachers)]
     arguments = (*flat, matrices, shifts, scale, projection_of, bias_of, factors, kind, activation, backend, dense)
     wanted = [torch.is_grad_enabled() and x.requires_grad for x in (*layers, *matrices, *shifts)]
     if not by_row and any(wanted):
@@ -183,7 +183,7 @@ def _layer(
     dense: bool,
 ) -> Tensor:
     """One layer's loss; see ops/hidden.py for which op serves which case."""
-    states = student.flatten(0, -2), teacher.flatten(0, -2)
+    states = student.reshape(-1, student.shape[-1]), teacher.reshape(-1, teacher.shape[-1])
     arguments = (*states, projection, bias, scale, kind, activation, backend, dense)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (student, projection, bias)]
     at_once = projection is not None or student.device.type == "cpu"  # where computing twice costs more than keeping

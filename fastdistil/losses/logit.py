@@ -87,8 +87,9 @@ def logit_loss(  # type: ignore[misc] # the overloads need not repeat what is wr
         reduction: "mean" is sum(w * loss) / sum(w), "sum" is sum(w * loss), "none" is w * loss, one entry a row.
         num_items: replaces sum(w) in "mean": a number or a tensor of one entry (gradient accumulation, data parallel).
         inplace_backward: lets the gradient overwrite student_logits, which must not be read after this call and cannot
-            be a leaf; a second backward is then an error, and an incoming gradient other than 1 costs 16-bit logits a
-            second rounding. torch.compile, which plans memory itself, ignores it.
+            be a leaf; a second backward is then an error, and an incoming gradient other than 1 costs bfloat16 logits
+            a second rounding. torch.compile, which plans memory itself, ignores it, and so do float16 logits, whose
+            gradient would underflow if it were rounded before the incoming gradient (a GradScaler's scale) is known.
         return_stats: return (loss, LogitStats) with the entropies of student and teacher, their cross entropy and
             whether their most likely columns agree, a number a row, detached.
         group: a process group over whose ranks the vocabulary is split, in the order of ranks: each passes its own
@@ -109,7 +110,7 @@ def logit_loss(  # type: ignore[misc] # the overloads need not repeat what is wr
     device, columns = student.device, _check_pair(student, teacher, vocab_map is not None)
     rule = rule_of(_NAME, divergence, beta, temperature, teacher_temperature, scale_by_t2)
     _check.one_of(_NAME, "reduction", reduction, _check.REDUCTIONS)
-    check_not_leaf(_NAME, student, inplace_backward)
+    check_inplace(_NAME, student, inplace_backward)
     if not torch.compiler.is_compiling():
         choose(backend, device)
 
@@ -124,13 +125,15 @@ def logit_loss(  # type: ignore[misc] # the overloads need not repeat what is wr
     matrices = (matrix(student), matrix(teacher))
     # The gradient ahead of its time, but not where torch.compile plans the memory.
     ahead = student.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    scaled_late = student.dtype == torch.float16  # rounded before a GradScaler's scale it would underflow
+    overwrite = inplace_backward and ahead and not scaled_late
     each = None
     if label is not None or partners is not None or name:
         tensors = (*matrices, scale, label, label_scale, partners)
         arguments = (*tensors, pack(rule, (1.0, 0.0, 1.0, 0.0)), return_stats, backend, name)
-        if inplace_backward and ahead:
+        if overwrite:
             loss, each = ops.Overwrite.apply(_NAME, logit_rows_overwrite_, *arguments)  # type: ignore[no-untyped-call]
-        elif reduction != "none" and student.requires_grad and torch.is_grad_enabled():
+        elif reduction != "none" and student.requires_grad and torch.is_grad_enabled() and not scaled_late:
             loss, each, _ = logit_total(*arguments)
         else:
             loss, each = logit_rows(*arguments)
@@ -138,7 +141,7 @@ def logit_loss(  # type: ignore[misc] # the overloads need not repeat what is wr
         if return_stats:
             detached = (matrices[0].detach(), matrices[1])
             each = row_statistics(*detached, scale, rule[2], rule[3], backend)
-        if inplace_backward and ahead:
+        if overwrite:
             loss = ops.Overwrite.apply(_NAME, ops.logit_overwrite_, *matrices, scale, *rule, backend)  # type: ignore[no-untyped-call]
         else:  # "none" is rarely followed by a gradient of ones
             loss, _, _ = ops.logit(*matrices, scale, *rule, ahead and reduction != "none", backend)
@@ -146,10 +149,15 @@ def logit_loss(  # type: ignore[misc] # the overloads need not repeat what is wr
     return (total, _terms.row_stats(each, rows)) if return_stats and each is not None else total
 
 
-def check_not_leaf(function: str, student: Tensor, inplace_backward: bool) -> None:
+def check_inplace(function: str, student: Tensor, inplace_backward: bool) -> None:
     if inplace_backward and student.is_leaf and student.requires_grad:
         raise ValueError(
             f"{function}: inplace_backward came with student_logits that are a leaf, expected a model's output"
+        )
+    if inplace_backward and any(n > 1 and step == 0 for n, step in zip(student.shape, student.stride(), strict=True)):
+        raise ValueError(
+            f"{function}: inplace_backward came with expanded student_logits, of strides {student.stride()}, expected "
+            "memory of its own for each entry"
         )
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastdistil.backends import choose
 from fastdistil.losses import _check, _terms
-from fastdistil.losses.logit import check_not_leaf, matrix, rule_of
+from fastdistil.losses.logit import check_inplace, matrix, rule_of
 from fastdistil.ops import topk as ops
 from fastdistil.ops.logit import Overwrite
 from fastdistil.ops.topk_rows import topk_rows, topk_rows_overwrite_, topk_total
@@ -86,7 +86,7 @@ def topk_logit_loss(
     index, mixture, t, _, factor = rule_of(_NAME, divergence, beta, temperature, None, scale_by_t2)
     _check.one_of(_NAME, "reduction", reduction, _check.REDUCTIONS)
     check_defined(_NAME, tail, divergence, mixture)
-    check_not_leaf(_NAME, student, inplace_backward)
+    check_inplace(_NAME, student, inplace_backward)
     if not torch.compiler.is_compiling():
         choose(backend, student.device)
 
@@ -103,12 +103,14 @@ def topk_logit_loss(
     k = values.shape[-1]
     teacher = (values.reshape(-1, k), teacher_indices.reshape(-1, k))
     ahead = student.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if label is not None or (inplace_backward and ahead):
+    scaled_late = student.dtype == torch.float16  # rounded before a GradScaler's scale it would underflow
+    overwrite = inplace_backward and ahead and not scaled_late
+    if label is not None or overwrite:
         constants = [float(x) for x in (*rule, 1.0, 0.0)]
         arguments = (matrix(student), *teacher, scale, label, label_scale, constants, backend)
-        if inplace_backward and ahead:
+        if overwrite:
             loss = Overwrite.apply(_NAME, topk_rows_overwrite_, *arguments)  # type: ignore[no-untyped-call]
-        elif student.requires_grad and torch.is_grad_enabled() and reduction != "none":
+        elif student.requires_grad and torch.is_grad_enabled() and reduction != "none" and not scaled_late:
             loss, _ = topk_total(*arguments)
         else:
             loss = topk_rows(*arguments)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastdistil.backends import choose, get
 from fastdistil.backends.memory import new_empty
-from fastdistil.ops.gradients import multiply_
+from fastdistil.ops.gradients import multiply_, refuse_double_backward
 from fastdistil.ops.logit_rule import STATS, LogitRule
 
 
@@ -173,6 +173,7 @@ class Overwrite(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *dloss: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward(ctx.function)
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:
             raise RuntimeError(
@@ -196,6 +197,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
 
 
 def _backward(ctx: Any, dloss: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+    refuse_double_backward("logit_loss")
     gradient = None
     if dloss is not None and ctx.needs_input_grad[0]:
         student, teacher, row_scale, stats = ctx.saved_tensors

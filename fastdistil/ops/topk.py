@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastdistil.backends import choose, get
 from fastdistil.backends.memory import new_empty
+from fastdistil.ops.gradients import refuse_double_backward
 from fastdistil.ops.topk_rule import STATS, TopkRule, canonical
 
 
@@ -130,6 +131,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
 
 
 def _backward(ctx: Any, dloss: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+    refuse_double_backward("topk_logit_loss")
     gradient = None
     if dloss is not None and ctx.needs_input_grad[0]:
         tensors = ctx.saved_tensors

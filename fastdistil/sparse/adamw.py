@@ -89,9 +89,24 @@ class SparseAdamW(torch.optim.Optimizer):
             self._place[param] = (len(self.param_groups) - 1, name)
             if group["l1"] and name in self.mask:
                 self.state[param]["base"] = self._entries(param)
-            if self._in_backward and param.requires_grad:
-                hook = _backward_hook(weakref.ref(self))
-                self._hooks.append(param.register_post_accumulate_grad_hook(hook))
+            self._add_hook(param)
+
+    def _add_hook(self, param: Any) -> None:
+        if self._in_backward and param.requires_grad:
+            hook = _backward_hook(weakref.ref(self))
+            self._hooks.append(param.register_post_accumulate_grad_hook(hook))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy.deepcopy and pickle, together with the model: torch.optim's knows nothing of the mask."""
+        own = ("mask", "_index", "_place", "_backend", "_in_backward")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "mask" in state:  # a copy, whose parameters have no hooks yet; load_state_dict comes here as well
+            self._updated, self._hooks = set(), []
+            for param in self._place:
+                self._add_hook(param)
 
     def remove_hooks(self) -> None:
         """End `step_in_backward`: gradients stay where they are until `step()`."""

@@ -6,6 +6,7 @@ import os
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +67,13 @@ class SparseDelta:
         for name, tensor in self.whole.items():
             float_param("SparseDelta", "whole", name, tensor)
             self.shapes[name] = tensor.shape
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, or what a pickle holds, is applied to no module: what was overwritten belongs to the original."""
+        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _kept=weakref.WeakKeyDictionary())
 
     @classmethod
     def from_params(

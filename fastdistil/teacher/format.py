@@ -146,3 +146,14 @@ def check_file(folder: Path, expected: File, contents: bool = False) -> None:
         raise ValueError(f"{path}: {what}, has {size} bytes, expected {expected.bytes}")
     if contents and (found := digest(path)) != expected.sha256:
         raise ValueError(f"{path}: altered, its sha256 is {found}, expected {expected.sha256}")
+
+
+def check_head(folder: Path, expected: dict[str, Tensor]) -> None:
+    """Raises ValueError unless the folder's head holds these very tensors: two teachers do not share a store."""
+    from safetensors.torch import load_file
+
+    found = load_file(folder / HEAD)
+    for name in sorted(expected.keys() | found.keys()):
+        ours, theirs = expected.get(name), found.get(name)
+        if ours is None or theirs is None or ours.dtype != theirs.dtype or not torch.equal(ours, theirs):
+            raise ValueError(f"{folder / HEAD}: {name} is not this teacher's: the store was begun with another one")

@@ -8,6 +8,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from fastdistil.losses._check import positive
 from fastdistil.teacher import format as files
 
 _NAME = "teacher.Writer"
@@ -63,7 +64,9 @@ class Writer:
         if kind == "topk" and width > vocabulary:
             raise ValueError(f"{_NAME}: width is {width}, expected at most the vocabulary, {vocabulary}")
         self.path, self._shard_bytes = Path(path), shard_bytes
-        self._index = files.Index(kind, model, names[dtype], width, vocabulary, float(temperature))
+        self._index = files.Index(
+            kind, model, names[dtype], width, vocabulary, positive(_NAME, "temperature", temperature)
+        )
         self._buffer: list[dict[str, Tensor]] = []
         self._buffered_bytes = 0
         head = self._head(head_weight, head_bias)
@@ -71,7 +74,7 @@ class Writer:
         for left in self.path.glob(files.PARTIAL + "*"):
             left.unlink()
         if (self.path / files.INDEX).exists():
-            self._resume()
+            self._resume(head)
         else:
             if any(self.path.iterdir()):
                 raise ValueError(f"{_NAME}: {self.path} is not empty and holds no store, expected another folder")
@@ -98,7 +101,7 @@ class Writer:
             raise ValueError(f"{_NAME}: head_bias has shape {tuple(bias.shape)}, expected {expected[:1]}")
         return {name: x.detach().cpu() for name, x in (("weight", weight), ("bias", bias)) if x is not None}
 
-    def _resume(self) -> None:
+    def _resume(self, head: dict[str, Tensor]) -> None:
         found = files.read_index(self.path)
         if found.complete:
             raise ValueError(f"{_NAME}: {self.path} holds a complete store, expected another folder")
@@ -108,6 +111,8 @@ class Writer:
         for file in (found.head, *found.shards):
             if file is not None:
                 files.check_file(self.path, file, contents=True)
+        if head:
+            files.check_head(self.path, head)
         self._index = found
 
     def add(self, **example: Tensor) -> None:
