@@ -13,11 +13,14 @@ from torch import Tensor
 from fastdistil.ops.logit_rule import PHASE_ALL, STATS
 
 
-def logit_config(columns: int, lanes: int) -> tuple[int, dict[str, int]]:
+def logit_config(columns: int, lanes: int, labels: bool = False) -> tuple[int, dict[str, int]]:
     """Columns a tile, and warps of `lanes` threads: 8 columns a thread, one 16-byte load of 16-bit logits; 16 columns
     spill. Not yet tuned on a GPU."""
     block = min(max(triton.next_power_of_2(columns), 64), 2048)
-    return block, {"num_warps": max(1, block // (8 * lanes))}
+    options = {"num_warps": max(1, block // (8 * lanes))}
+    if labels and lanes == 32:  # left alone, ptxas takes 64 registers and spills; 80 keep three blocks of 256 threads
+        options["maxnreg"] = 80
+    return block, options
 
 
 def _vector(rows: int, *tensors: Tensor) -> int:
@@ -29,13 +32,13 @@ def _vector(rows: int, *tensors: Tensor) -> int:
 
 
 def _arguments(
-    student: Tensor, teacher: Tensor, gradient: Tensor | None, rule: dict[str, Any]
+    student: Tensor, teacher: Tensor, gradient: Tensor | None, rule: dict[str, Any], labels: bool = False
 ) -> tuple[list[Any], dict[str, Any]]:
     """What both kernels share: sizes, strides and temperatures, and the compile-time choices."""
     divergence = RULES[rule["divergence"]]
     t_s, t_t = rule["student_temperature"], rule["teacher_temperature"]
     rows, columns = student.shape
-    block, options = logit_config(columns, lanes=64 if torch.version.hip else 32)
+    block, options = logit_config(columns, 64 if torch.version.hip else 32, labels)
     stride = student.stride(0) if gradient is None else gradient.stride(0)
     tensors = (student, teacher) if gradient is None else (student, teacher, gradient)
     constants = {
@@ -58,7 +61,7 @@ def logit_fwd(
     **rule: Any,
 ) -> None:
     """As fastdistil.backends.cpu_logit.logit_fwd, for float32, bfloat16 and float16."""
-    sizes, constants = _arguments(student, teacher, gradient, rule)
+    sizes, constants = _arguments(student, teacher, gradient, rule, labels is not None)
     factor = rule["value_factor"]
     if student.shape[0]:
         logit_fwd_kernel[(student.shape[0],)](
@@ -92,9 +95,10 @@ def logit_bwd(
 def aot_cases() -> list[dict[str, Any]]:
     """Every kernel and configuration as ahead-of-time compilation sees it: V 119,547 (odd) and V 32,000."""
     cases = [
-        _aot_case(logit_fwd_kernel, rule, dtype, itemsize, 32, ("sm_80", "sm_90a"), labels=True)
+        _aot_case(logit_fwd_kernel, rule, dtype, itemsize, lanes, targets, labels=True)
         for rule in RULES[:3]
         for dtype, itemsize in (("bf16", 2), ("fp32", 4))
+        for lanes, targets in ((32, ("sm_80", "sm_90a")), (64, ("gfx942",)))
     ]
     for dtype, itemsize in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
         for rule in RULES if dtype == "bf16" else RULES[:3]:
@@ -115,7 +119,7 @@ def _aot_case(
     targets: tuple[str, ...],
     labels: bool = False,
 ) -> dict[str, Any]:
-    block, options = logit_config(119_547, lanes)
+    block, options = logit_config(119_547, lanes, labels)
     pointers = dict.fromkeys(("student_ptr", "teacher_ptr", "gradient_ptr"), f"*{dtype}")
     floats = dict.fromkeys(("scale_ptr", "label_scale_ptr", "dloss_ptr", "loss_ptr", "stats_ptr"), "*fp32")
     floats["labels_ptr"] = "*i64"
