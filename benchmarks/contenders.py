@@ -7,7 +7,7 @@ eager_upcast        eager after .float(), as careful scripts do with 16-bit logi
 compile             torch.compile of eager's formula
 fastdistil:<backend>[:inplace][:two_reads]
 liger_kl, liger_jsd, orda, fla_kl, linear_cross_entropy   other people's, in peers.py
-products            no loss: the matrix products of two heads alone, in one piece, which nothing that multiplies beats
+products            no loss: the matrix products of two heads alone, each one call of the BLAS over all rows and columns
 """
 
 from __future__ import annotations
