@@ -406,6 +406,11 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
         ValueError,
         "labels has 5, expected 0 to 4 or ignore_index = -100",
     ),
+    (
+        {"labels": torch.zeros(3).long(), "label_weight": 0.5, "ignore_index": None},
+        TypeError,
+        "ignore_index is None, expected an integer",
+    ),
     ({"vocab_map": torch.zeros(4).long()}, ValueError, r"vocab_map has shape \(4,\), expected \(5,\)"),
     ({"vocab_map": torch.tensor([0, 1, 2, 3, 5])}, ValueError, "vocab_map has entries from 0 to 5, expected -1"),
     ({"vocab_map": torch.tensor([-2, 1, 2, 3, 4])}, ValueError, "vocab_map has entries from -2 to 4"),

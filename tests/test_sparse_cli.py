@@ -133,6 +133,10 @@ def test_what_is_wrong_is_one_line(tmp_path: Path) -> None:
     assert "enc.w is torch.float32 of shape (40, 30), expected shape (2,)" in text
     text = run("compose", tmp_path / "d.safetensors", "--out", out, "--scale", 1, "--scale", 2, code=1)
     assert "2 scales came with 1 deltas" in text
+    lost = tmp_path / "nowhere" / "d.safetensors"
+    assert "nowhere is not a folder" in run("select", tuned_path, tmp_path / "base", "--out", lost, code=1)
+    text = run("compose", tmp_path / "d.safetensors", "--out", "/dev/null", code=1)
+    assert "/dev/null: cannot be written, it exists and is not a file" in text
     assert not out.exists()
     assert not (tmp_path / "new").exists()
     assert not list(tmp_path.glob(".*"))

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -205,6 +206,28 @@ def test_a_shard_of_another_store_is_noticed(tmp_path: Path) -> None:
         _ = teacher.open(tmp_path / "s")[0]
     with pytest.raises(ValueError, match="altered"):
         teacher.open(tmp_path / "s").verify()
+
+
+def test_another_head_of_the_same_size_is_noticed(tmp_path: Path) -> None:
+    write_hidden(tmp_path / "s")
+    path = tmp_path / "s" / "head.safetensors"
+    head = {name: x.reshape(x.shape[::-1]) for name, x in safetensors.torch.load_file(path).items()}
+    size = path.stat().st_size
+    safetensors.torch.save_file(head, path)
+    assert path.stat().st_size == size
+    with pytest.raises(ValueError, match=r"head.safetensors: foreign, has .*weight"):
+        _ = teacher.open(tmp_path / "s").head
+    path.write_bytes(b"\0" * size)
+    with pytest.raises(ValueError, match="head.safetensors: cannot be read as a head"):
+        _ = teacher.open(tmp_path / "s").head
+
+
+def test_examples_are_looked_up_by_integers(tmp_path: Path) -> None:
+    write_hidden(tmp_path / "s")
+    store = teacher.open(tmp_path / "s")
+    assert torch.equal(store[torch.tensor(1)]["hidden"], store[1]["hidden"])
+    with pytest.raises(TypeError, match=r"example is slice\(0, 2, None\), expected an integer"):
+        store[0:2]
 
 
 def topk_writer(path: Path) -> teacher.Writer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -61,6 +62,8 @@ def labels(
             raise ValueError(f"{function}: label_weight is {alpha} without labels, expected both or neither")
         return None, None, 0.0
     found = _integers(function, "labels", value, rows, device).reshape(-1)
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, Integral):
+        raise TypeError(f"{function}: ignore_index is {ignore_index!r}, expected an integer")
     counted = found != ignore_index
     if columns is not None and device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU would have to wait
         wrong = found[counted & ((found < 0) | (found >= columns))]

@@ -53,6 +53,7 @@ def select(
     `whole` are stored as they are. Raises ValueError naming file and tensor."""
     if k is None and density is None:
         density = 0.08  # BiStil's
+    files.check_target(out)
     after, before = Checkpoint(tuned), Checkpoint(base)
     floating = [name for name, entry in after.entries.items() if entry.dtype in FLOATS]
     if not floating:
@@ -101,6 +102,7 @@ def apply(base: Path, delta_path: Path, out: Path) -> SparseDelta:
             raise ValueError(f"{base}: {name} is {came}, expected shape {tuple(shape)} as in {delta_path}")
     if out.exists():
         raise ValueError(f"{out}: exists already, expected a new name")
+    files.check_target(out)
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
         if base.is_dir():
@@ -129,6 +131,7 @@ def _write(tensor: Tensor, delta: SparseDelta, name: str) -> None:
 
 def compose(paths: Sequence[Path], out: Path, scales: Sequence[float] = ()) -> SparseDelta:
     """Write the sum of deltas, each times its scale (1 where none are given)."""
+    files.check_target(out)
     if scales and len(scales) != len(paths):
         raise ValueError(f"sparse compose: {len(scales)} scales came with {len(paths)} deltas, expected one for each")
     total: SparseDelta | None = None

@@ -160,6 +160,14 @@ def raw_bytes(tensor: Tensor) -> Any:
     return (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()) if tensor.nbytes else b""
 
 
+def check_target(path: Path) -> None:
+    """Raise where no file can be written at `path`."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: cannot be written, {path.parent} is not a folder")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: cannot be written, it exists and is not a file")
+
+
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file, tensor by tensor, to a temporary name beside `path`, then rename."""
     path = Path(path)
@@ -174,6 +182,7 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata:
             "data_offsets": [at, at + tensor.nbytes],
         }
         at += tensor.nbytes
+    check_target(path)
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # so that the data are aligned
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")

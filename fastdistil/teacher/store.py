@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,10 @@ class Store(Dataset[Example]):
         return end - begin
 
     def _place(self, i: int) -> tuple[Any, int, int]:
+        try:
+            i = operator.index(i)
+        except TypeError:
+            raise TypeError(f"{self.path}: example is {i!r}, expected an integer") from None
         if not -len(self) <= i < len(self):
             raise IndexError(f"example {i} of {self.path}, expected less than {len(self)}")
         i %= len(self)
@@ -113,11 +118,22 @@ class Store(Dataset[Example]):
         if self.index.head is None:
             raise ValueError(f"{self.path}: has no head, it is a store of kind {self.index.kind!r}")
         if self._head is None:
-            from safetensors.torch import load_file
-
-            tensors = load_file(self.path / self.index.head.file)
-            self._head = Head(tensors["weight"], tensors.get("bias"))
+            self._head = self._load_head(self.path / self.index.head.file)
         return self._head
+
+    def _load_head(self, path: Path) -> Head:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            tensors = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path}: cannot be read as a head: {error}") from error
+        shapes = {name: tuple(x.shape) for name, x in tensors.items()}
+        wanted = {"weight": (self.index.vocabulary, self.index.width), "bias": (self.index.vocabulary,)}
+        if "weight" not in shapes or not shapes.items() <= wanted.items():
+            raise ValueError(f"{path}: foreign, has {shapes}, expected {wanted}, bias or none")
+        return Head(tensors["weight"], tensors.get("bias"))
 
     def verify(self) -> None:
         """Reads every file and compares its sha256: ValueError or FileNotFoundError name the first that is wrong."""
