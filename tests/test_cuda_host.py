@@ -220,6 +220,9 @@ def test_clusters_of_every_size(emulator: Emulator, blocks: int, columns: int) -
             cuda_logit.logit_fwd(student, teacher, scale, *found, into, **rule)
             assert emulator.library.clusters_seen() == before + (blocks > 1)
             judge_exact(Outcome(found[0], (into,)), Outcome(truth[0], (truth[2],)), dtype)
+            for stats in (found[1], truth[1]):  # where two columns are largest, either may be the reference
+                stats[:, 3] += stats[:, 5]
+                stats[:, 5] = 0
             assert error(found[1], truth[1]) < 1e-5
         for view in (student, gradient):
             view.copy_(sentinels[0, :, 3:-37])

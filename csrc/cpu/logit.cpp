@@ -16,28 +16,29 @@ namespace fastdistil {
 inline namespace FD_ISA {
 namespace {
 
-// ln of sum(exp(a)), by itself: only where the two rows lie too far apart for the exact form.
+// The student's own maximum and ln of sum(exp(a - maximum)): where a column lies too far from the teacher's.
 template <class E>
-double plain_logsumexp(const Row<E>& row, Block<E>& block) {
+void own_softmax(Row<E>& row, Block<E>& block) {
   using T = Compute<E>;
   Masses<T, double> masses;
   for_blocks(row, block, [&](int64_t, int n, int) {
-    const T m = masses.raise(block_max(block.a, n));
+    const T m = masses.raise(block_max(block.a, n), T(0));
     T part = 0;
 #pragma omp simd reduction(+ : part)
     for (int i = 0; i < n; ++i) part += math::exp(block.a[i] - m);
     masses.sum += part;
   });
-  return masses.max + std::log(masses.sum);
+  row.stats.own_max = masses.max, row.stats.own_log = static_cast<T>(std::log(masses.sum));
 }
 
 template <bool kNearBlock, class E>
 void add_block(const Block<E>& block, int n, Masses<Compute<E>, double>& masses) {
-  const Compute<E> m = masses.raise(block_max(block.b, n));
-  Compute<E> sum = 0, difference = 0;
+  using T = Compute<E>;
+  const T m = masses.unit(), r = masses.reference;
+  T sum = 0, difference = 0;
 #pragma omp simd reduction(+ : sum, difference)
   for (int i = 0; i < n; ++i) {
-    const Mass<Compute<E>> part = mass<kNearBlock>(Scores<Compute<E>>{block.a[i], block.b[i], block.d[i]}, m);
+    const Mass<T> part = mass<kNearBlock>(Scores<T>{block.a[i], block.b[i], block.d[i]}, m, r);
     sum += part.sum;
     difference += part.difference;
   }
@@ -50,18 +51,22 @@ template <class E>
 void statistics(Row<E>& row, Block<E>& block, bool part) {
   using T = Compute<E>;
   Masses<T, double> masses;
+  bool near = true;
   for_blocks(row, block, [&](int64_t, int n, int) {
-    block.near ? add_block<true>(block, n, masses) : add_block<false>(block, n, masses);
+    const T largest = block_max(block.b, n);
+    if (largest > masses.max) masses.raise(largest, block.d[std::find(block.b, block.b + n, largest) - block.b]);
+    const bool near_block = block.near && math::magnitude(masses.reference) <= T(kNear);
+    near_block ? add_block<true>(block, n, masses) : add_block<false>(block, n, masses);
+    near = near && near_block;
   });
   const T max = masses.max;
   row.stats.max = max > T(-INFINITY) || part ? max : T(NAN);  // a teacher of -inf alone is an error: keep it visible
   row.stats.inv_sum = static_cast<T>(1.0 / masses.sum);
-  if (!(max > T(-INFINITY)) && part) {
-    row.stats.centre = static_cast<T>(plain_logsumexp(row, block));
-    return;
-  }
-  if (!exact_log_ratio(masses.difference / masses.sum, row.stats.log_ratio))
-    row.stats.log_ratio = static_cast<T>(plain_logsumexp(row, block) - (max + std::log(masses.sum)));
+  row.stats.reference = masses.reference;
+  if (exact_log_ratio(masses.difference / masses.sum, row.stats.log_ratio) && near)
+    own_from_teacher(row.stats, masses.sum);
+  else
+    own_softmax(row, block);
 }
 
 // G: E, or what is computed in.
@@ -69,10 +74,11 @@ template <class Rule, bool kNearBlock, bool kGradient, class E, class G>
 void finish_block(RowStats<Compute<E>> stats, const Block<E>& block, int n, Compute<E> beta, Compute<E> factor,
                   G* gradient, double& value, double& centre) {
   using T = Compute<E>;
+  const T log_sum = -static_cast<T>(std::log(static_cast<double>(stats.inv_sum)));
   T v = 0, f = 0;
 #pragma omp simd reduction(+ : v, f)
   for (int i = 0; i < n; ++i) {
-    const Result<T> r = result<Rule, kNearBlock>(Scores<T>{block.a[i], block.b[i], block.d[i]}, stats, beta);
+    const Result<T> r = result<Rule, kNearBlock>(Scores<T>{block.a[i], block.b[i], block.d[i]}, stats, log_sum, beta);
     v += r.value;
     if constexpr (Rule::centred) f += r.centre;
     if constexpr (kGradient) gradient[i] = from_compute<G>(factor * r.gradient);
@@ -82,9 +88,9 @@ void finish_block(RowStats<Compute<E>> stats, const Block<E>& block, int n, Comp
 }
 
 template <class Rule, bool kGradient, class E, class G>
-void finish(const Row<E>& row, bool near_row, const Block<E>& block, int n, Compute<E> beta, Compute<E> factor,
-            G* gradient, double& value, double& centre) {
-  if (near_row && block.near)
+void finish(const Row<E>& row, bool near, const Block<E>& block, int n, Compute<E> beta, Compute<E> factor, G* gradient,
+            double& value, double& centre) {
+  if (near && block.near)
     finish_block<Rule, true, kGradient>(row.stats, block, n, beta, factor, gradient, value, centre);
   else
     finish_block<Rule, false, kGradient>(row.stats, block, n, beta, factor, gradient, value, centre);
@@ -103,7 +109,7 @@ class Label {
     for (int64_t begin = 0; begin < columns; begin += kBlock) {
       const int n = static_cast<int>(std::min<int64_t>(columns - begin, kBlock));
       const T* z = load_block(logits + begin, buffer, n);
-      const T m = masses.raise(block_max(z, n));
+      const T m = masses.raise(block_max(z, n), T(0));
       T part = 0;
 #pragma omp simd reduction(+ : part)
       for (int i = 0; i < n; ++i) part += math::exp(z[i] - m);
@@ -127,16 +133,16 @@ class Label {
 template <class Rule, bool kGradient, class E>
 void pass(const Row<E>& row, Block<E>& block, Compute<E> beta, Compute<E> factor, E* gradient, double& value,
           double& centre, const Label<E>* label = nullptr) {
-  const bool near_row = Rule::softmax && math::magnitude(row.stats.log_ratio) <= kNear;
+  const bool near = Rule::softmax && near_row(row.stats);
   for_blocks(row, block, [&](int64_t begin, int padded, int n) {
     if constexpr (kGradient) {
       if (label) {
-        finish<Rule, true>(row, near_row, block, padded, beta, factor, block.staged, value, centre);
+        finish<Rule, true>(row, near, block, padded, beta, factor, block.staged, value, centre);
         return label->add(block.logits, begin, n, block.staged, block.staged, gradient + begin);
       }
     }
     E* out = !kGradient ? nullptr : padded == n ? gradient + begin : block.tail;
-    finish<Rule, kGradient>(row, near_row, block, padded, beta, factor, out, value, centre);
+    finish<Rule, kGradient>(row, near, block, padded, beta, factor, out, value, centre);
     if (kGradient && padded != n) std::copy(out, out + n, gradient + begin);
   });
 }
@@ -217,14 +223,15 @@ class Kernel {
 
   void take(int64_t r, Row<E>& row) const {
     const T* s = stats(r);
-    row.stats = {s[kMax], s[kInvSum], s[kLogRatio], s[kCentre]};
+    row.stats = {s[kMax], s[kInvSum], s[kLogRatio], s[kCentre], s[kReference], s[kOwnMax], s[kOwnLog]};
     row.tempering.shift = s[kShift];
   }
 
   void put(int64_t r, const Row<E>& row, T loss) const {
     T* s = stats(r);
     s[kMax] = row.stats.max, s[kInvSum] = row.stats.inv_sum, s[kShift] = row.tempering.shift;
-    s[kLogRatio] = row.stats.log_ratio, s[kCentre] = row.stats.centre;
+    s[kLogRatio] = row.stats.log_ratio, s[kCentre] = row.stats.centre, s[kReference] = row.stats.reference;
+    s[kOwnMax] = row.stats.own_max, s[kOwnLog] = row.stats.own_log;
     static_cast<T*>(args_.loss)[r] = loss;
   }
 

@@ -102,18 +102,28 @@ double rest_of_teacher(const double* u, int64_t k) {
 template <class Rule>
 double divergence(Outcomes& o, double beta) {
   const int n = static_cast<int>(o.student.size());
+  const auto scores = [&o](int i) {
+    const double a = o.student[i], b = o.teacher[i];
+    return Scores<double>{a, b, a == b ? 0.0 : a - b};
+  };
+  Masses<double, double> masses;
+  const int top = static_cast<int>(std::max_element(o.teacher.begin(), o.teacher.end()) - o.teacher.begin());
+  masses.raise(o.teacher[top], scores(top).d);
+  for (int i = 0; i < n; ++i) {
+    const Mass<double> share = mass<false>(scores(i), masses.unit(), masses.reference);
+    masses.sum += share.sum, masses.difference += share.difference;
+  }
   RowStats<double> row{};
-  row.max = block_max(o.teacher.data(), n);
-  if (row.max == -INFINITY) row.max = NAN;  // no teacher at all is an error that must stay visible
-  const double teacher_sum = sum_exp(o.teacher, row.max), largest = block_max(o.student.data(), n);
-  row.inv_sum = 1.0 / teacher_sum;
-  row.log_ratio = (largest + std::log(sum_exp(o.student, largest))) - (row.max + std::log(teacher_sum));
+  row.max = masses.max > -INFINITY ? masses.max : NAN;  // no teacher at all is an error that must stay visible
+  row.inv_sum = 1.0 / masses.sum, row.reference = masses.reference;
+  exact_log_ratio(masses.difference / masses.sum, row.log_ratio);
+  row.own_max = block_max(o.student.data(), n), row.own_log = std::log(sum_exp(o.student, row.own_max));
+  const double log_sum = std::log(masses.sum);
   double value = 0;
   for (int pass = Rule::centred ? 0 : 1; pass < 2; ++pass) {
     double v = 0, centre = 0;
     for (int i = 0; i < n; ++i) {
-      const double a = o.student[i], b = o.teacher[i];
-      const Result<double> r = result<Rule, false>(Scores<double>{a, b, a == b ? 0.0 : a - b}, row, beta);
+      const Result<double> r = result<Rule, false>(scores(i), row, log_sum, beta);
       v += r.value, centre += r.centre;
       o.gradient[i] = r.gradient;
     }

@@ -9,18 +9,21 @@ enum class DType : int { f32, bf16, f16, f64 };
 
 // Columns of the per-row statistics that the forward leaves for the backward.
 enum LogitStat : int {
-  kMax,       // largest tempered teacher logit
-  kInvSum,    // 1 / sum of exp(b - max)
-  kShift,     // constant taken off the student's row before it meets the teacher's
-  kLogRatio,  // D = lse(a) - lse(b), after the shift
-  kCentre,    // sum of p * slope (0 for direct rules)
+  kMax,        // largest tempered teacher logit
+  kInvSum,     // 1 / sum of exp(b - max)
+  kShift,      // constant taken off the student's row before it meets the teacher's
+  kLogRatio,   // D = lse(a) - lse(b) - kReference, after the shift; infinite where the rows lie far apart
+  kCentre,     // sum of p * slope (0 for direct rules)
+  kReference,  // a - b where the teacher is largest
+  kOwnMax,     // the student's log p = (a - kOwnMax) - kOwnLog
+  kOwnLog,
   kStats
 };
 
 // What a forward does. Where a vocabulary is split, each part's statistics are merged in between by whoever holds them.
 enum class Phase : int {
   all,
-  statistics,  // of these columns alone: kMax may be -inf (no teacher mass here), then kCentre is the student's lse
+  statistics,  // of these columns alone: kMax may be -inf (no teacher mass here)
   value        // from statistics that are given: shares of loss and centre, and of the gradient for direct rules
 };
 

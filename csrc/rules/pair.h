@@ -37,7 +37,7 @@ FD_FUNCTION T row_shift(T student, T teacher, Tempering<T> t) {
   return nearbyint(offset * T(1024)) / T(1024);
 }
 
-// Up to this |d| one expm1 serves both sides: beyond, q may underflow where p does not.
+// Up to this |d| (and |r|, and |D|) one expm1 serves both sides: beyond, q may underflow where p does not.
 constexpr double kNear = 20;
 
 template <class T>
@@ -45,68 +45,101 @@ struct Mass {
   T sum, difference;
 };
 
-// A column's share of S = sum e^(b-m) and of X = sum e^(b-m) expm1(d) = sum e^(a-m) - S.
+// A column's share of S = sum e^(b-m) and of X = sum e^(b-m) expm1(d-r) = sum e^(a-m-r) - S, where m and r are b and d
+// of the teacher's largest column so far: a confident teacher's D is d there, and only relative to it has digits left.
 template <bool kNearBlock, class T>
-FD_FUNCTION Mass<T> mass(Scores<T> c, T m) {
-  const T weight = math::exp_nonpositive(c.b - m);
-  if (kNearBlock) return {weight, weight * math::bounded_expm1(c.d).value};
+FD_FUNCTION Mass<T> mass(Scores<T> c, T m, T r) {
+  const T weight = math::exp_nonpositive(c.b - m), d = c.d - r;
+  if (kNearBlock) return {weight, weight * math::bounded_expm1(d).value};
   // Infinite, not large, beyond: a maximum that is found later would scale it down to what looks like a number.
-  const T other = c.a - m > T(math::kExpMax) ? T(INFINITY) : math::exp(c.a - m);
-  return {weight, math::magnitude(c.d) <= T(1) ? weight * math::expm1(c.d) : other - weight};
+  const T exponent = (c.a - m) - r, other = exponent > T(math::kExpMax) ? T(INFINITY) : math::exp(exponent);
+  return {weight, math::magnitude(d) <= T(1) ? weight * math::expm1(d) : other - weight};
+}
+
+// What a column may be measured against: where one side is infinite, nothing.
+template <class T>
+FD_FUNCTION T usable_reference(T d) {
+  return math::magnitude(d) < T(1e6) ? d : T(0);
 }
 
 // S and X relative to a maximum that grows on the way. Until a finite teacher logit is seen the unit is 1: the student
 // may have mass where the teacher has none.
 template <class T, class Accumulator>
 struct Masses {
-  T max = -INFINITY;
+  T max = -INFINITY, reference = 0;
   Accumulator sum = 0, difference = 0;
 
   FD_FUNCTION T unit() const { return max > T(-INFINITY) ? max : T(0); }
 
-  FD_FUNCTION T raise(T x) {
+  // To another unit and reference. 0 stays 0, however far away they are.
+  FD_FUNCTION void move(T unit, T to) {
+    const Accumulator step = static_cast<Accumulator>(this->unit()) - unit;
+    const Accumulator turn = static_cast<Accumulator>(reference) - to;
+    const Accumulator factor = math::exp(step), other = math::exp(step + turn);
+    const Accumulator turned = math::magnitude(turn) <= Accumulator(1) ? factor * math::expm1(turn) : other - factor;
+    difference = (difference == Accumulator(0) ? Accumulator(0) : difference * other) +
+                 (sum == Accumulator(0) ? Accumulator(0) : sum * turned);
+    sum = sum == Accumulator(0) ? Accumulator(0) : sum * factor;
+  }
+
+  // d: at the column of x.
+  FD_FUNCTION T raise(T x, T d) {
     if (x > max) {
-      if (sum != Accumulator(0) || difference != Accumulator(0)) {
-        const Accumulator factor = math::exp(static_cast<Accumulator>(unit() - x));
-        sum = max > T(-INFINITY) ? sum * factor : Accumulator(0);
-        difference = difference == Accumulator(0) ? Accumulator(0) : difference * factor;  // not 0 * inf
-      }
-      max = x;
+      const T to = usable_reference(d);
+      if (sum != Accumulator(0) || difference != Accumulator(0)) move(x, to);
+      max = x, reference = to;
     }
     return unit();
   }
 };
 
-// D = lse(a) - lse(b) from X / S; false where the rows lie so far apart that the plain difference must do.
+// D = lse(a) - lse(b) - reference from X / S; false, and infinite, where the rows lie so far apart that the plain
+// difference of log p and log q is the better one.
 template <class T>
 FD_FUNCTION bool exact_log_ratio(double ratio, T& log_ratio) {
-  if (!(ratio > -0.9 && ratio < 1e30)) return false;
-  log_ratio = static_cast<T>(::log1p(ratio));
-  return true;
+  const bool exact = ratio > -0.9 && ratio < 1e3;
+  log_ratio = exact ? static_cast<T>(::log1p(ratio)) : T(INFINITY);
+  return exact;
 }
 
 template <class T>
 struct RowStats {
-  T max, inv_sum, log_ratio, centre;  // entries of LogitStat
+  T max, inv_sum, log_ratio, centre, reference, own_max, own_log;  // entries of LogitStat
 };
 
+// Up to kNear of each other everything follows from the teacher's mass; rows with columns beyond need the student's.
+template <class T>
+FD_FUNCTION bool near_row(RowStats<T> row) {
+  return math::magnitude(row.log_ratio) <= T(kNear) && math::magnitude(row.reference) <= T(kNear);
+}
+
+template <class T>
+FD_FUNCTION void own_from_teacher(RowStats<T>& row, double sum) {
+  row.own_max = row.max;
+  row.own_log = static_cast<T>(static_cast<double>(row.reference) + row.log_ratio + ::log(sum));
+}
+
 template <bool kNearBlock, class T>
-FD_FUNCTION Column<T> column(Scores<T> c, RowStats<T> row) {
-  const T q = math::exp_nonpositive(c.b - row.max) * row.inv_sum;
-  const T delta = c.d - row.log_ratio;
+FD_FUNCTION Column<T> column(Scores<T> c, RowStats<T> row, T log_sum) {
+  const T log_weight = c.b - row.max, q = math::exp_nonpositive(log_weight) * row.inv_sum;
+  const T near = (c.d - row.reference) - row.log_ratio;
   if (kNearBlock) {
-    const math::Expm1<T> e = math::bounded_expm1(delta);
+    const math::Expm1<T> e = math::bounded_expm1(near);
     const T gap = q * e.value;
-    return {q + gap, q, delta, gap, q * e.excess};
+    return {q + gap, q, near, gap, q * e.excess};
   }
-  const T p = math::exp((c.a - row.max) - row.log_ratio) * row.inv_sum;
-  const T gap = math::magnitude(delta) <= T(1) ? q * math::expm1(delta) : p - q;
+  const bool is_near = math::magnitude(near) <= T(1);
+  const bool absent = c.b == T(-INFINITY) && c.d == T(0);  // on both sides
+  const T log_p = (c.a - row.own_max) - row.own_log;
+  const T delta = is_near ? near : absent ? T(0) : log_p - (log_weight - log_sum);
+  const T difference = q * math::expm1(is_near ? near : T(0)), own = math::exp(log_p);
+  const T gap = is_near ? difference : own - q, p = is_near ? q + difference : own;
   return {p, q, delta, gap, math::excess(q, gap, delta)};
 }
 
 template <class Rule, bool kNearBlock, class T>
-FD_FUNCTION Column<T> rule_column(Scores<T> c, RowStats<T> row) {
-  if (Rule::softmax) return column<kNearBlock>(c, row);
+FD_FUNCTION Column<T> rule_column(Scores<T> c, RowStats<T> row, T log_sum) {
+  if (Rule::softmax) return column<kNearBlock>(c, row, log_sum);
   return {T(0), row.inv_sum, c.d, T(0), T(0)};
 }
 
@@ -116,8 +149,8 @@ struct Result {
 };
 
 template <class Rule, bool kNearBlock, class T>
-FD_FUNCTION Result<T> result(Scores<T> scores, RowStats<T> row, T beta) {
-  const Column<T> c = rule_column<Rule, kNearBlock>(scores, row);
+FD_FUNCTION Result<T> result(Scores<T> scores, RowStats<T> row, T log_sum, T beta) {
+  const Column<T> c = rule_column<Rule, kNearBlock>(scores, row, log_sum);
   const Share<T> share = Rule::share(c, beta);
   if (!Rule::centred) return {share.value, T(0), share.slope};
   return {share.value, c.p * share.slope, c.p * (share.slope - row.centre)};

@@ -7,9 +7,10 @@ from typing import TypedDict
 # The order is the enum Divergence of csrc/rules/divergence.h.
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "mse")
 
-# Columns of the row statistics (LogitStat of csrc/rules/logit_args.h): largest tempered teacher logit, 1 / its sum of
-# exponentials, the shift taken off the student, D = lse(a) - lse(b), and sum of p * slope.
-STATS = 5
+# Columns of the row statistics, enum LogitStat of csrc/rules/logit_args.h: largest tempered teacher logit m, 1 / sum of
+# e^(b - m), the shift taken off the student, D = lse(a) - lse(b) - reference (infinite where the rows lie far apart),
+# sum of p * slope, the reference (a - b where the teacher is largest), and M and L of log p = (a - M) - L.
+STATS = 8
 
 
 # enum Phase of csrc/rules/logit_args.h: what a forward does.

@@ -1,6 +1,6 @@
 """A vocabulary split over the ranks of a process group: one row's statistics from those of its parts.
 
-Every rank has its own columns of both sides. What travels are five numbers a row and rank, then two, and where hidden
+Every rank has its own columns of both sides. What travels are eight numbers a row and rank, then two, and where hidden
 states need a gradient its sum over the ranks; logits never do.
 """
 
@@ -18,7 +18,7 @@ from fastdistil.ops import row_statistics
 from fastdistil.ops.logit_rule import DIVERGENCES, PHASE_STATISTICS, PHASE_VALUE, LogitRule
 
 DIRECT = ("forward_kl", "mse")  # rules whose gradient needs no sum over the row (csrc/rules/divergence.h: not centred)
-LARGEST_EXACT = 30.0  # |lse(a) - lse(b)| of a part, beyond which the plain logsumexp over the parts is good enough
+LARGEST_EXACT = 30.0  # lse(a) - lse(b) of a part, beyond which the rows lie far apart
 
 
 def resolve(name: str) -> dist.ProcessGroup:
@@ -118,27 +118,36 @@ def count(stats: Tensor, group: dist.ProcessGroup) -> None:
 
 
 def merge(stats: Tensor, shift_unit: float, group: dist.ProcessGroup) -> None:
-    """The statistics (n, 5) of these columns become those of all ranks' columns, the same on every rank.
+    """The statistics (n, STATS) of these columns become those of all ranks' columns, the same on every rank.
 
     shift_unit: what a shift of 1 takes off a tempered score.
 
-    With pi the teacher's mass of each part and D_r = lse(a) - lse(b) within it, D = log1p(sum pi_r expm1(D_r)): nothing
-    cancels as the student nears its teacher. Each part took its own shift off its student's logits; the first one's
-    becomes everybody's."""
-    largest, inv_sum, shift, log_ratio, lse = _gather(stats, group).unbind(-1)  # (R, n) each
+    With pi the teacher's mass of each part and D_r = lse(a) - lse(b) within it, relative to the reference r of the part
+    that holds the teacher's largest column: D = log1p(sum pi_r expm1(D_r - r)): nothing cancels as the student nears
+    its teacher. Each part took its own shift off its student's logits; the first one's becomes everybody's."""
+    largest, inv_sum, shift, log_ratio, _, reference, own_max, own_log = _gather(stats, group).unbind(-1)  # (R, n) each
+    back = (shift - shift[0]) * shift_unit
+    own = own_max + back
+    own_top = own.amax(0)
+    own_mass = torch.where(own == -torch.inf, 0.0, torch.exp(own - own_top + own_log)).sum(0)
     seen = largest != -torch.inf
     top = largest.amax(0)
     unit = torch.where(top == -torch.inf, 0.0, top)
     mass = torch.where(seen, torch.exp(largest - unit) / inv_sum, 0.0)
     total = mass.sum(0)
-    moved = torch.where(seen, log_ratio, lse - unit - total.log()) + (shift - shift[0]) * shift_unit
-    log_share = torch.where(seen, (mass / total).log(), 0.0)
-    growth = torch.where(seen, mass / total * torch.expm1(moved.clamp(max=LARGEST_EXACT)), moved.exp())
+    at = largest.argmax(0, keepdim=True)
+    shared = (reference + back).gather(0, at)[0]
+    plain = (own - largest) + (own_log + inv_sum.log())  # lse(a) - lse(b) of a part that lies far from its teacher
+    moved = torch.where(log_ratio.isinf(), plain - shared, log_ratio + (reference + back - shared))
+    absent = torch.exp(own + own_log - unit - total.log() - shared)
+    growth = torch.where(seen, mass / total * torch.expm1(moved.clamp(max=LARGEST_EXACT)), absent)
     ratio = growth.sum(0)
-    near = (torch.where(seen, moved, 0.0).abs() <= LARGEST_EXACT).all(0) & (ratio > -0.9) & ratio.isfinite()
-    plain = (log_share + moved).logsumexp(0)
+    near = (torch.where(seen, moved, 0.0) <= LARGEST_EXACT).all(0) & (ratio > -0.9) & (ratio < 1e3)
     stats[:, 0] = torch.where(top == -torch.inf, torch.nan, top)
     stats[:, 1] = 1 / total
     stats[:, 2] = shift[0]
-    stats[:, 3] = torch.where(near, torch.log1p(torch.where(near, ratio, 0.0)), plain)
+    stats[:, 3] = torch.where(near, torch.log1p(torch.where(near, ratio, 0.0)), torch.inf)
     stats[:, 4] = 0
+    stats[:, 5] = shared
+    stats[:, 6] = own_top
+    stats[:, 7] = own_mass.log()

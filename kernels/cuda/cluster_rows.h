@@ -77,8 +77,9 @@ struct Row {
 template <class E>
 struct Board {
   alignas(16) hopper::Barrier full[kMostChunks];
-  Part warps[2][kWarps];
-  Part blocks[2][kMostBlocks];
+  Part<float> warps[2][kWarps];
+  Part<float> blocks[2][kMostBlocks];
+  float own_max, own_log, log_sum;  // of the row (RowStats; ln of the teacher's sum)
   Row<E> rows[3];
 };
 

@@ -60,19 +60,20 @@ __device__ T block_max(T x) {
   return block_reduce(x, [](T a, T b) { return a > b ? a : b; });
 }
 
+// The student's own maximum and ln of sum(exp(a - maximum)): where a column lies too far from the teacher's.
 template <class E>
-__device__ Compute<E> plain_logsumexp(const E* student, const E* teacher, int64_t columns,
-                                      const Tempering<Compute<E>>& tempering) {
+__device__ void own_softmax(const E* student, const E* teacher, int64_t columns, const Tempering<Compute<E>>& tempering,
+                            RowStats<Compute<E>>& stats) {
   using T = Compute<E>;
   Masses<T, T> masses;
   for_columns(student, teacher, columns, [&](int64_t, T s, T t) {
     const T a = scores(s, t, tempering).a;
-    const T m = masses.raise(a);
+    const T m = masses.raise(a, T(0));
     masses.sum += math::exp(a - m);
   });
-  const T max = block_max(masses.max);
-  const double factor = ::exp(masses.unit() - unit_of(max));
-  return max + static_cast<T>(::log(block_sum(scaled(masses.sum, factor))));
+  const Part<T> own{masses.max, 0, 0, masses.sum, 0};
+  stats.own_max = block_max(masses.max);
+  stats.own_log = static_cast<T>(::log(block_sum(moved(own, stats.own_max, T(0)).sum)));
 }
 
 template <class E>
@@ -80,22 +81,26 @@ __device__ RowStats<Compute<E>> statistics(const E* student, const E* teacher, i
                                            const Tempering<Compute<E>>& tempering, bool part) {
   using T = Compute<E>;
   Masses<T, T> masses;
+  bool far = false;
   for_columns(student, teacher, columns, [&](int64_t, T s, T t) {
     const Scores<T> c = scores(s, t, tempering);
-    const T m = masses.raise(c.b);
-    const Mass<T> share = mass<false>(c, m);
+    const T m = masses.raise(c.b, c.d);
+    const Mass<T> share = mass<false>(c, m, masses.reference);
     masses.sum += share.sum;
     masses.difference += share.difference;
+    far = far || !(math::magnitude(c.d) <= T(kNear));
   });
-  const T max = block_max(masses.max);
-  const double factor = ::exp(masses.unit() - unit_of(max));
-  const double sum = block_sum(scaled(masses.sum, factor));
-  const double difference = block_sum(scaled(masses.difference, factor));
-  if (part && !(max > T(-INFINITY)))  // no teacher mass here
-    return {max, static_cast<T>(1.0 / sum), T(0), plain_logsumexp(student, teacher, columns, tempering)};
-  RowStats<T> stats{max > T(-INFINITY) ? max : T(NAN), static_cast<T>(1.0 / sum), T(0), T(0)};
-  if (!exact_log_ratio(difference / sum, stats.log_ratio))  // the same for every thread of the block
-    stats.log_ratio = static_cast<T>(plain_logsumexp(student, teacher, columns, tempering) - (max + ::log(sum)));
+  const T max = block_max(masses.max), reference = block_max(masses.max == max ? masses.reference : T(-INFINITY));
+  const Part<T> part_of_row{masses.max, masses.reference, T(0), masses.sum, masses.difference};
+  const Mass<double> own = moved(part_of_row, max, reference);
+  const double sum = block_sum(own.sum), difference = block_sum(own.difference);
+  RowStats<T> stats{max, static_cast<T>(1.0 / sum), T(0), T(0), reference, T(0), T(0)};
+  if (!(max > T(-INFINITY)) && !part) stats.max = T(NAN);
+  const bool exact = exact_log_ratio(difference / sum, stats.log_ratio);
+  if (block_max(far ? T(1) : T(0)) == T(0) && exact && near_row(stats))  // the same for every thread of the block
+    own_from_teacher(stats, sum);
+  else
+    own_softmax(student, teacher, columns, tempering, stats);
   return stats;
 }
 
@@ -119,20 +124,22 @@ __global__ void __launch_bounds__(kThreads, 1) logit_kernel(LogitArgs args) {
       continue;
     }
     Tempering<T> tempering = tempering_of<T>(args);
-    RowStats<T> stats{T(0), static_cast<T>(1.0 / args.columns), T(0), T(0)};
+    RowStats<T> stats{T(0), static_cast<T>(1.0 / args.columns), T(0), T(0), T(0), T(0), T(0)};
     if (!args.loss || args.phase == Phase::value) {
-      stats = {saved[kMax], saved[kInvSum], saved[kLogRatio], saved[kCentre]};
+      stats = {saved[kMax],       saved[kInvSum], saved[kLogRatio], saved[kCentre],
+               saved[kReference], saved[kOwnMax], saved[kOwnLog]};
       tempering.shift = saved[kShift];
     } else if (Rule::softmax) {
       tempering.shift = row_shift<T>(to_compute(student[0]), to_compute(teacher[0]), tempering);
       stats = statistics(student, teacher, args.columns, tempering, args.phase == Phase::statistics);
     }
     const T factor = static_cast<T>(scale * dloss * args.value_factor / args.student_temperature);
+    const T log_sum = -static_cast<T>(::log(static_cast<double>(stats.inv_sum)));
     const bool shares = args.loss && args.phase != Phase::statistics;
     T value = 0, centre = 0;
     if (shares) {
       for_columns(student, teacher, args.columns, [&](int64_t i, T s, T t) {
-        const Result<T> part = result<Rule, false>(scores(s, t, tempering), stats, beta);
+        const Result<T> part = result<Rule, false>(scores(s, t, tempering), stats, log_sum, beta);
         value += part.value;
         centre += part.centre;
         if (!Rule::centred && gradient) from_compute(factor * part.gradient, gradient[i]);
@@ -145,13 +152,14 @@ __global__ void __launch_bounds__(kThreads, 1) logit_kernel(LogitArgs args) {
       if (threadIdx.x == 0) {
         static_cast<T*>(args.loss)[r] = static_cast<T>(value * args.value_factor * scale);
         saved[kMax] = stats.max, saved[kInvSum] = stats.inv_sum, saved[kShift] = tempering.shift;
-        saved[kLogRatio] = stats.log_ratio, saved[kCentre] = stats.centre;
+        saved[kLogRatio] = stats.log_ratio, saved[kCentre] = stats.centre, saved[kReference] = stats.reference;
+        saved[kOwnMax] = stats.own_max, saved[kOwnLog] = stats.own_log;
       }
     }
     // Where the vocabulary is split, a centred rule's gradient waits for the whole centre.
     if (gradient && (!args.loss || (Rule::centred && args.phase == Phase::all)))
       for_columns(student, teacher, args.columns, [&](int64_t i, T s, T t) {
-        from_compute(factor * result<Rule, false>(scores(s, t, tempering), stats, beta).gradient, gradient[i]);
+        from_compute(factor * result<Rule, false>(scores(s, t, tempering), stats, log_sum, beta).gradient, gradient[i]);
       });
   }
 }

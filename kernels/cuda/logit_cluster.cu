@@ -101,9 +101,9 @@ class Worker {
   }
 
   // The whole cluster's part, for every thread. Callers come together, all threads of all blocks.
-  __device__ Part exchange(Part own) {
+  __device__ Part<float> exchange(Part<float> own) {
     const int turn = exchanges_++ & 1, lane = threadIdx.x % 32;
-    const Part none{-INFINITY, 0, 0};
+    const Part<float> none{-INFINITY, 0, 0, 0, 0};
     own = merge_lanes(own);
     if (lane == 0) board_.warps[turn][threadIdx.x / 32] = own;
     __syncthreads();
@@ -116,38 +116,48 @@ class Worker {
     return merge_lanes(lane < blocks ? board_.blocks[turn][lane] : none);
   }
 
-  __device__ double student_logsumexp(const Row<E>& row) {
+  __device__ void own_softmax(const Row<E>& row) {
     Masses<float, float> masses;
     for_columns<false, false>(row, nullptr, [&](const auto& found, bool, E*) {
       for (const Scores<float>& c : found) {
-        const float m = masses.raise(c.a);
+        const float m = masses.raise(c.a, 0);
         masses.sum += math::exp(c.a - m);
       }
     });
-    const Part all = exchange({masses.max, masses.sum, 0});
-    return all.max + ::log(all.sum);
+    const Part<float> all = exchange({masses.max, 0, 0, masses.sum, 0});
+    stats_.own_max = all.max, stats_.own_log = static_cast<float>(::log(all.sum));
   }
 
   __device__ void statistics(const Row<E>& row) {
     Masses<float, float> masses;
+    bool far = false;
     for_columns<true, false>(row, nullptr, [&](const auto& found, bool near, E*) {
-      float largest = found[0].b;
+      float largest = found[0].b, difference = found[0].d;
 #pragma unroll
-      for (const Scores<float>& c : found) largest = c.b > largest ? c.b : largest;
-      const float m = masses.raise(largest);
-      near ? add<true>(found, m, masses) : add<false>(found, m, masses);
+      for (const Scores<float>& c : found)
+        if (c.b > largest) largest = c.b, difference = c.d;
+      masses.raise(largest, difference);
+      near ? add<true>(found, masses) : add<false>(found, masses);
+      far = far || !near;
     });
-    const Part all = exchange({masses.max, masses.sum, masses.difference});
-    stats_ = {all.max > -INFINITY ? static_cast<float>(all.max) : NAN, static_cast<float>(1.0 / all.sum), 0, 0};
-    if (!exact_log_ratio(all.difference / all.sum, stats_.log_ratio))  // the same for every thread of the cluster
-      stats_.log_ratio = static_cast<float>(student_logsumexp(row) - (all.max + ::log(all.sum)));
+    const Part<float> all = exchange({masses.max, masses.reference, far ? 1.0f : 0.0f, masses.sum, masses.difference});
+    stats_ = {all.max > -INFINITY ? all.max : NAN, static_cast<float>(1.0 / all.sum), 0, 0, all.reference, 0, 0};
+    const bool exact = exact_log_ratio(all.difference / all.sum, stats_.log_ratio);
+    if (all.far == 0 && exact && near_row(stats_))  // the same for every thread of the cluster
+      own_from_teacher(stats_, all.sum);
+    else
+      own_softmax(row);
+    // Registers are short where the passes are long; every thread is behind the last row's use of these.
+    if (threadIdx.x == 0)
+      board_.own_max = stats_.own_max, board_.own_log = stats_.own_log, board_.log_sum = -::logf(stats_.inv_sum);
+    __syncthreads();
   }
 
   template <bool kNearGroup, class Found>
-  __device__ static void add(const Found& found, float m, Masses<float, float>& masses) {
+  __device__ static void add(const Found& found, Masses<float, float>& masses) {
 #pragma unroll
     for (const Scores<float>& c : found) {
-      const Mass<float> share = mass<kNearGroup>(c, m);
+      const Mass<float> share = mass<kNearGroup>(c, masses.unit(), masses.reference);
       masses.sum += share.sum;
       masses.difference += share.difference;
     }
@@ -161,19 +171,22 @@ class Worker {
   template <bool kWrite>
   __device__ Totals finish(const Row<E>& row, const Row<E>* next, float factor) {
     Totals totals;
-    const bool near_row = math::magnitude(stats_.log_ratio) <= float(kNear);
+    const bool near_stats = near_row(stats_);
     for_columns<false, kWrite>(row, next, [&](const auto& found, bool near, E* out) {
-      near&& near_row ? columns<kWrite, true>(found, factor, totals, out)
-                      : columns<kWrite, false>(found, factor, totals, out);
+      near&& near_stats ? columns<kWrite, true>(found, factor, totals, out)
+                        : columns<kWrite, false>(found, factor, totals, out);
     });
     return totals;
   }
 
   template <bool kWrite, bool kNearGroup, int kColumns>
   __device__ void columns(const Scores<float> (&found)[kColumns], float factor, Totals& totals, E* out) const {
+    RowStats<float> stats = stats_;
+    if (!kNearGroup) stats.own_max = board_.own_max, stats.own_log = board_.own_log;
+    const float log_sum = kNearGroup ? 0.0f : board_.log_sum;
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {
-      const Result<float> share = result<Rule, kNearGroup>(found[j], stats_, static_cast<float>(args_.beta));
+      const Result<float> share = result<Rule, kNearGroup>(found[j], stats, log_sum, static_cast<float>(args_.beta));
       totals.value += share.value;
       totals.centre += share.centre;
       if (kWrite) from_compute(factor * share.gradient, out[j]);
@@ -193,14 +206,15 @@ class Worker {
       own = finish<false>(row, write ? nullptr : next, 0);
     else
       own = finish<true>(row, next, factor);
-    const Part all = exchange({0, own.value, own.centre});
+    const Part<float> all = exchange({0, 0, 0, own.value, own.centre});
     stats_.centre = static_cast<float>(all.difference);
     if (Rule::centred && write) finish<true>(row, next, factor);
     if (hopper::cluster_rank() != 0 || threadIdx.x != 0) return;
     static_cast<float*>(args_.loss)[r] = static_cast<float>(all.sum * args_.value_factor * scale);
     float* saved = static_cast<float*>(args_.stats) + r * kStats;
     saved[kMax] = stats_.max, saved[kInvSum] = stats_.inv_sum, saved[kShift] = tempering_.shift;
-    saved[kLogRatio] = stats_.log_ratio, saved[kCentre] = stats_.centre;
+    saved[kLogRatio] = stats_.log_ratio, saved[kCentre] = stats_.centre, saved[kReference] = stats_.reference;
+    saved[kOwnMax] = board_.own_max, saved[kOwnLog] = board_.own_log;
   }
 
   __device__ void skip(int64_t r) const {

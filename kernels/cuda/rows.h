@@ -42,18 +42,28 @@ __device__ int ahead(const E* p) {
   return static_cast<int>((16 - reinterpret_cast<uintptr_t>(p) % 16) % 16 / sizeof(E));
 }
 
-// Masses of a part of a row, relative to the unit of its maximum (csrc/rules/pair.h, Masses).
+// Masses of a part of a row (csrc/rules/pair.h); `far` is 1 where a column of it lies too far from the teacher's.
+template <class T>
 struct Part {
-  double max, sum, difference;
+  T max, reference, far;
+  double sum, difference;
 };
 
-__device__ inline double unit_of(double max) { return max > -INFINITY ? max : 0.0; }
+template <class T>
+__device__ T larger(T a, T b) {
+  return a > b ? a : b;
+}
 
-// 0 stays 0: a part without mass may lie infinitely far from the unit.
-__device__ inline double scaled(double x, double factor) { return x == 0 ? 0.0 : x * factor; }
+// Sum and difference of a part, in the unit of all parts' maximum and relative to the reference that goes with it.
+template <class T>
+__device__ Mass<double> moved(Part<T> own, T max, T reference) {
+  Masses<T, double> masses{own.max, own.reference, own.sum, own.difference};
+  masses.move(max > T(-INFINITY) ? max : T(0), reference);
+  return {masses.sum, masses.difference};
+}
 
-template <class Combine>
-__device__ double combine_lanes(double x, Combine&& combine) {
+template <class T, class Combine>
+__device__ T combine_lanes(T x, Combine&& combine) {
   for (int offset = 16; offset > 0; offset /= 2) x = combine(x, __shfl_xor_sync(0xffffffffu, x, offset));
   return x;
 }
@@ -62,10 +72,12 @@ __device__ inline double sum_lanes(double x) {
 }
 
 // The whole of the warp's parts, for every lane.
-__device__ inline Part merge_lanes(Part own) {
-  const double max = combine_lanes(own.max, [](double a, double b) { return a > b ? a : b; });
-  const double factor = ::exp(unit_of(own.max) - unit_of(max));
-  return {max, sum_lanes(scaled(own.sum, factor)), sum_lanes(scaled(own.difference, factor))};
+template <class T>
+__device__ Part<T> merge_lanes(Part<T> own) {
+  const T max = combine_lanes(own.max, larger<T>);
+  const T reference = combine_lanes(own.max == max ? own.reference : T(-INFINITY), larger<T>);
+  const Mass<double> part = moved(own, max, reference);
+  return {max, reference, combine_lanes(own.far, larger<T>), sum_lanes(part.sum), sum_lanes(part.difference)};
 }
 
 template <class T>
