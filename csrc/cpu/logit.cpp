@@ -75,10 +75,12 @@ void finish_block(RowStats<Compute<E>> stats, const Block<E>& block, int n, Comp
                   G* gradient, double& value, double& centre) {
   using T = Compute<E>;
   const T log_sum = -static_cast<T>(std::log(static_cast<double>(stats.inv_sum)));
+  const T anchor = fastdistil::anchor<Rule>(stats, beta);
   T v = 0, f = 0;
 #pragma omp simd reduction(+ : v, f)
   for (int i = 0; i < n; ++i) {
-    const Result<T> r = result<Rule, kNearBlock>(Scores<T>{block.a[i], block.b[i], block.d[i]}, stats, log_sum, beta);
+    const Result<T> r =
+        result<Rule, kNearBlock>(Scores<T>{block.a[i], block.b[i], block.d[i]}, stats, anchor, log_sum, beta);
     v += r.value;
     if constexpr (Rule::centred) f += r.centre;
     if constexpr (kGradient) gradient[i] = from_compute<G>(factor * r.gradient);

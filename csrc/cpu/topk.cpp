@@ -118,12 +118,12 @@ double divergence(Outcomes& o, double beta) {
   row.inv_sum = 1.0 / masses.sum, row.reference = masses.reference;
   exact_log_ratio(masses.difference / masses.sum, row.log_ratio);
   row.own_max = block_max(o.student.data(), n), row.own_log = std::log(sum_exp(o.student, row.own_max));
-  const double log_sum = std::log(masses.sum);
+  const double log_sum = std::log(masses.sum), slope = anchor<Rule>(row, beta);
   double value = 0;
   for (int pass = Rule::centred ? 0 : 1; pass < 2; ++pass) {
     double v = 0, centre = 0;
     for (int i = 0; i < n; ++i) {
-      const Result<double> r = result<Rule, false>(scores(i), row, log_sum, beta);
+      const Result<double> r = result<Rule, false>(scores(i), row, slope, log_sum, beta);
       v += r.value, centre += r.centre;
       o.gradient[i] = r.gradient;
     }

@@ -13,7 +13,7 @@ enum LogitStat : int {
   kInvSum,     // 1 / sum of exp(b - max)
   kShift,      // constant taken off the student's row before it meets the teacher's
   kLogRatio,   // D = lse(a) - lse(b) - kReference, after the shift; infinite where the rows lie far apart
-  kCentre,     // sum of p * slope (0 for direct rules)
+  kCentre,     // sum of p * (slope - anchor), rules/pair.h (0 for direct rules)
   kReference,  // a - b where the teacher is largest
   kOwnMax,     // the student's log p = (a - kOwnMax) - kOwnLog
   kOwnLog,

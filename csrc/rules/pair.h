@@ -148,12 +148,24 @@ struct Result {
   T value, centre, gradient;  // shares of the row's value and centre; the gradient in the tempered student logit
 };
 
+// The slope at the teacher's largest column. A centred rule's gradient is the same if all slopes are taken from there;
+// else a confident teacher's own would be 1/2 - (1/2 - 1e-8) in the total variation.
+template <class Rule, class T>
+FD_FUNCTION T anchor(RowStats<T> row, T beta) {
+  if (!Rule::centred) return T(0);
+  const T delta = math::magnitude(row.log_ratio) <= T(kNear) ? -row.log_ratio : T(0);
+  const T gap = row.inv_sum * math::expm1(delta);
+  return Rule::share(Column<T>{row.inv_sum + gap, row.inv_sum, delta, gap, T(0)}, beta).slope;
+}
+
+// anchor, log_sum: of the row, the teacher's ln of the sum of e^(b - max).
 template <class Rule, bool kNearBlock, class T>
-FD_FUNCTION Result<T> result(Scores<T> scores, RowStats<T> row, T log_sum, T beta) {
+FD_FUNCTION Result<T> result(Scores<T> scores, RowStats<T> row, T anchor, T log_sum, T beta) {
   const Column<T> c = rule_column<Rule, kNearBlock>(scores, row, log_sum);
   const Share<T> share = Rule::share(c, beta);
   if (!Rule::centred) return {share.value, T(0), share.slope};
-  return {share.value, c.p * share.slope, c.p * (share.slope - row.centre)};
+  const T slope = share.slope - anchor;
+  return {share.value, c.p * slope, c.p * (slope - row.centre)};
 }
 
 }  // namespace FD_ISA

@@ -135,11 +135,12 @@ __global__ void __launch_bounds__(kThreads, 1) logit_kernel(LogitArgs args) {
     }
     const T factor = static_cast<T>(scale * dloss * args.value_factor / args.student_temperature);
     const T log_sum = -static_cast<T>(::log(static_cast<double>(stats.inv_sum)));
+    const T anchor = fastdistil::anchor<Rule>(stats, beta);
     const bool shares = args.loss && args.phase != Phase::statistics;
     T value = 0, centre = 0;
     if (shares) {
       for_columns(student, teacher, args.columns, [&](int64_t i, T s, T t) {
-        const Result<T> part = result<Rule, false>(scores(s, t, tempering), stats, log_sum, beta);
+        const Result<T> part = result<Rule, false>(scores(s, t, tempering), stats, anchor, log_sum, beta);
         value += part.value;
         centre += part.centre;
         if (!Rule::centred && gradient) from_compute(factor * part.gradient, gradient[i]);
@@ -159,7 +160,8 @@ __global__ void __launch_bounds__(kThreads, 1) logit_kernel(LogitArgs args) {
     // Where the vocabulary is split, a centred rule's gradient waits for the whole centre.
     if (gradient && (!args.loss || (Rule::centred && args.phase == Phase::all)))
       for_columns(student, teacher, args.columns, [&](int64_t i, T s, T t) {
-        from_compute(factor * result<Rule, false>(scores(s, t, tempering), stats, log_sum, beta).gradient, gradient[i]);
+        from_compute(factor * result<Rule, false>(scores(s, t, tempering), stats, anchor, log_sum, beta).gradient,
+                     gradient[i]);
       });
   }
 }

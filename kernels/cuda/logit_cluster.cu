@@ -149,7 +149,8 @@ class Worker {
       own_softmax(row);
     // Registers are short where the passes are long; every thread is behind the last row's use of these.
     if (threadIdx.x == 0)
-      board_.own_max = stats_.own_max, board_.own_log = stats_.own_log, board_.log_sum = -::logf(stats_.inv_sum);
+      board_.own_max = stats_.own_max, board_.own_log = stats_.own_log, board_.log_sum = -::logf(stats_.inv_sum),
+      board_.anchor = anchor<Rule>(stats_, static_cast<float>(args_.beta));
     __syncthreads();
   }
 
@@ -186,7 +187,8 @@ class Worker {
     const float log_sum = kNearGroup ? 0.0f : board_.log_sum;
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {
-      const Result<float> share = result<Rule, kNearGroup>(found[j], stats, log_sum, static_cast<float>(args_.beta));
+      const Result<float> share =
+          result<Rule, kNearGroup>(found[j], stats, board_.anchor, log_sum, static_cast<float>(args_.beta));
       totals.value += share.value;
       totals.centre += share.centre;
       if (kWrite) from_compute(factor * share.gradient, out[j]);
