@@ -3,7 +3,10 @@ wanted."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -104,11 +107,18 @@ def entries(function: str, k: object, density: object, total: int) -> int:
         if not 0 <= share <= 1:
             raise ValueError(f"{function}: density is {share}, expected 0 to 1")
         return round(share * total)
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise TypeError(f"{function}: k is {type(k).__name__}, expected an int")
-    if not 0 <= k <= total:
-        raise ValueError(f"{function}: k is {k}, expected 0 to the {total} elements of the parameters")
-    return k
+    count = whole_number(function, "k", k)
+    if not 0 <= count <= total:
+        raise ValueError(f"{function}: k is {count}, expected 0 to the {total} elements of the parameters")
+    return count
+
+
+def whole_number(function: str, name: str, value: Any) -> int:
+    """An int, or what stands for one (numpy's integers); a bool does not."""
+    if not isinstance(value, bool) and getattr(value, "dtype", None) != torch.bool:
+        with suppress(TypeError):
+            return operator.index(value)
+    raise TypeError(f"{function}: {name} is {type(value).__name__}, expected an int")
 
 
 def position_dtype(size: int) -> torch.dtype:
