@@ -166,7 +166,8 @@ def _state(x: Tensor | None) -> tuple[Any, ...]:
     if x.device.type != "cpu":
         return (x.data_ptr(), x._version, x.shape)
     matrix = x if x.ndim == 2 else x[:, None]
-    columns, rows = torch.linspace(0.5, 1.5, matrix.shape[1]), torch.linspace(1.0, 2.0, len(matrix))
+    exact = {"dtype": torch.float32, "device": x.device}  # whatever the default dtype
+    columns, rows = torch.linspace(0.5, 1.5, matrix.shape[1], **exact), torch.linspace(1.0, 2.0, len(matrix), **exact)
     parts = [slice(start, start + 8192) for start in range(0, len(matrix), 8192)]
     total = sum(float(torch.dot(torch.mv(matrix[part].float(), columns), rows[part])) for part in parts)
     return (x.data_ptr(), x._version, x.shape, total)
