@@ -174,11 +174,12 @@ class SparseDelta:
     def _read(self, name: str, param: Tensor) -> Tensor:
         if name in self.whole:
             return param.clone()
-        return kernels(param.device).sparse_take(param, self.positions[name].to(param.device))
+        taken: Tensor = kernels(param.device).sparse_take(param, self.positions[name].to(param.device))
+        return taken
 
     def _changed(self, name: str, old: Tensor) -> Tensor:
         """What `apply_` makes of `old`."""
-        return self.whole[name].to(old) if name in self.whole else added(old, self.values[name])
+        return self.whole[name].to(old.device, old.dtype) if name in self.whole else added(old, self.values[name])
 
     def _write(self, name: str, param: Tensor, values: Tensor) -> None:
         if name in self.whole:
