@@ -55,7 +55,7 @@ def lottery_ticket(
     **What lies in `out` wins over the model's values**: a run that continues may be handed a half-trained model, or one
     with a new random head, so a model of other values cannot be told from them. It is refused where its `base_model`,
     its parameters' names or shapes, or a value of a parameter without requires_grad differ from the start's; of any
-    other parameter's difference a warning tells. Another model, or a ticket from the beginning, needs a folder of its own.
+    other parameter's difference a warning tells. Another model, or another attempt, needs a folder of its own.
 
     Raises ValueError where `out` holds another ticket, `train_fn` changed what the mask does not hold, or a parameter
     that the mask may hold is not dense; else as `select_topk`. Source: Ansell et al. 2022 (arXiv 2110.07560); BiStil's
