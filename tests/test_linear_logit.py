@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -169,6 +170,34 @@ def test_mse_of_heads_of_inference_mode() -> None:
         truth = plain(*(x.double() for x in heads), **widened(options))
         assert error(found, truth) <= EXACT_VALUE
     assert heads[1] not in linear_mse._frozen
+
+
+@pytest.fixture(params=[torch.float64, torch.bfloat16], ids=str)
+def default_dtype(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(request.param)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.usefixtures("default_dtype")
+@pytest.mark.parametrize("widths", [(48, 48), (48, 64)], ids=["equal", "unequal"])
+@pytest.mark.parametrize("trained", [True, False], ids=["trained heads", "frozen heads"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_mse_without_logits_under_another_default_dtype(
+    dtype: torch.dtype, trained: bool, widths: tuple[int, int]
+) -> None:
+    inputs, teacher = draw((2000, *widths, 1500, True), dtype)
+    linear_mse.forget()
+    options = teacher | {"divergence": "mse"}
+    count = 3 if trained else 1  # hidden states, weight, bias
+    assert linear_mse.pays(inputs[0], inputs[1], teacher["teacher_hidden"], (True, trained, trained))
+    heads, wide = inputs[count:], [x.double() for x in inputs]
+    truth = outcome(lambda *x: plain(*x, *wide[count:], **widened(options)), wide[:count])
+    for _ in range(2):  # frozen heads' Gram matrices are kept from the first
+        found = outcome(lambda *x: ours(*x, *heads, **options), inputs[:count])
+        assert found.value.dtype == torch.float32
+        judge_exact(found, truth, dtype)
 
 
 def test_mse_of_frozen_heads_keeps_the_gram_matrices() -> None:

@@ -164,6 +164,43 @@ def test_rows_of_weight_0_may_hold_anything(backend: str) -> None:
     assert none.value == 0 and not none.gradients[0].any()
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("alpha", [0.5, 1.0])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_labels_of_rows_of_weight_0_may_be_anything(backend: str, alpha: float, reduction: str) -> None:
+    x = draw()
+    function = partial(ours, divergence="jsd", alpha=alpha, mapped=False, labelled=True, backend=backend)
+    weight = torch.tensor([1.0, 0.0, 0.0, 0.5, 0.0, 0.0], device=DEVICE)
+    good, wild = x | {"weight": weight}, x | {"weight": weight, "labels": x["labels"].clone()}
+    wild["labels"][[1, 2, 4, 5]] = torch.tensor([COLUMNS, -1, 2**40, -(2**62)], device=DEVICE)
+    expected = outcome(partial(function, x=good, reduction=reduction), x["student"])
+    found = outcome(partial(function, x=wild, reduction=reduction), x["student"])
+    assert torch.equal(found.value, expected.value)
+    assert torch.equal(found.gradients[0], expected.gradients[0])
+    assert not found.gradients[0][[1, 2, 4, 5]].any()
+    value = found.value.sum()
+    if reduction == "mean":
+        truth = plain(x["student"].double(), good, "jsd", alpha, mapped=False, labelled=True)
+        assert error(value, truth) <= SLACK[torch.float32]
+    counted = wild | {"weight": torch.tensor([True, False, False, True, True, False], device=DEVICE)}
+    if DEVICE.type == "cpu":
+        with pytest.raises(ValueError, match=f"^logit_loss: labels has {2**40}, expected 0 to {COLUMNS - 1} or"):
+            function(x["student"], x=counted)
+
+
+@pytest.mark.parametrize("nan", [False, True], ids=["weights", "a weight of NaN"])
+def test_labels_of_two_heads_where_rows_do_not_count(nan: bool) -> None:
+    """With a weight of NaN every row is computed: even then nothing is read where a label of no row points to."""
+    student, head, labels = torch.randn(4, 8), torch.randn(11, 8), torch.tensor([3, 11, -(2**62), 10])
+    weight = torch.tensor([1.0, 0.0, 0.0, torch.nan if nan else 2.0])
+    arguments = (student.to(DEVICE), head.to(DEVICE), 2 * student.to(DEVICE), head.to(DEVICE))
+    options: dict[str, Any] = {"weight": weight.to(DEVICE), "label_weight": 0.5}
+    found, wanted = (
+        fd.linear_logit_loss(*arguments, labels=x.to(DEVICE), **options) for x in (labels, labels.clamp(0, 10))
+    )
+    assert found.isnan() if nan else torch.equal(found, wanted)
+
+
 def test_only_labels_do_not_look_at_the_teacher() -> None:
     x = draw()
     clean = outcome(lambda s: ours(s, x, "forward_kl", 1.0, False, True), x["student"])

@@ -32,6 +32,11 @@ def tuned(base: nn.Module, density: float, seed: int = 1) -> tuple[nn.Module, Sp
     return model, mask
 
 
+def change(base: nn.Module, density: float, seed: int) -> SparseDelta:
+    model, mask = tuned(base, density, seed)
+    return SparseDelta.from_params(model, base, mask)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_apply_and_revert_are_exact(dtype: torch.dtype) -> None:
     base = network(dtype)
@@ -74,6 +79,77 @@ def test_a_copy_is_applied_to_nothing(copied: Any) -> None:
     delta.revert_(base)
     other.apply_(base)
     assert equal(state(base), state(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_deltas_that_share_entries_are_reverted_last_one_first(dtype: torch.dtype) -> None:
+    base = network(dtype)
+    before, whole = state(base), {"2.bias": torch.ones(3, dtype=dtype)}
+    one, two = (change(base, 0.3, seed) for seed in (1, 2))
+    three = SparseDelta({}, {}, {}, whole=whole)
+    one.apply_(base)
+    first = state(base)
+    two.apply_(base)
+    three.apply_(base)
+    applied = state(base)
+    with pytest.raises(
+        ValueError, match=r"revert_: module's '0\.\w+' is not what apply_ left, expected deltas that were"
+    ):
+        one.revert_(base)
+    assert equal(state(base), applied)
+    two.revert_(base)  # the whole tensor that came later is another one
+    with torch.no_grad():
+        base[2].bias[1] = -0.0
+    with pytest.raises(ValueError, match="revert_: module's '2.bias' is not what apply_ left"):
+        three.revert_(base)
+    with torch.no_grad():
+        base[2].bias[1] = 1.0
+    three.revert_(base)
+    assert equal(state(base), first)
+    one.revert_(base)
+    assert equal(state(base), before)
+
+
+def test_deltas_without_common_entries_are_reverted_in_any_order() -> None:
+    base = network()
+    before, half = state(base), {"0.bias": torch.arange(20), "2.bias": torch.tensor([1])}
+    rest = {"0.bias": torch.arange(20, 47), "2.bias": torch.tensor([0, 2])}
+    shapes = {"0.bias": (47,), "2.bias": (3,)}
+    one, two = (SparseDelta(at, {n: torch.rand(len(x)) for n, x in at.items()}, shapes) for at in (half, rest))
+    for order in ((one, two), (two, one)):
+        one.apply_(base)
+        two.apply_(base)
+        for delta in order:
+            delta.revert_(base)
+        assert equal(state(base), before)
+
+
+def test_reverting_follows_a_parameter_that_was_replaced() -> None:
+    """Module.to gives the parameters other memory; another dtype cannot be reverted, and nothing is written."""
+    base = network()
+    model, mask = tuned(base, 0.3)
+    before = state(base)
+    delta = SparseDelta.from_params(model, base, mask).apply_(base)
+    after = state(base)
+    base.double()
+    with pytest.raises(ValueError, match=r"module's '0\.\w+' is not what apply_ left"):
+        delta.revert_(base)
+    base.float()
+    assert equal(state(base), after)
+    delta.revert_(base)
+    assert equal(state(base), before)
+
+
+def test_sum_of_a_list() -> None:
+    base = network()
+    deltas = [change(base, 0.1, seed) for seed in range(3)]
+    total, expected = sum(deltas), deltas[0] + deltas[1] + deltas[2]
+    assert isinstance(total, SparseDelta)
+    assert total.mask.digest() == expected.mask.digest()
+    assert all(torch.equal(x, expected.values[name]) for name, x in total.values.items())
+    for wrong in (1, 0.0, False):
+        with pytest.raises(TypeError):
+            wrong + deltas[0]  # type: ignore[operator]
 
 
 def test_sum_and_scale() -> None:

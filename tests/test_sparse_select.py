@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from sparse_cases import DTYPES, model, moved, sorted_selection
@@ -167,6 +168,26 @@ def test_positions_beyond_int32_are_int64(monkeypatch: pytest.MonkeyPatch) -> No
     assert mask["s"].dtype == torch.int32
 
 
+@pytest.mark.parametrize("k", [np.int64(3), np.int32(3), np.uint8(3), torch.tensor(3)], ids=lambda k: type(k).__name__)
+def test_k_is_any_integer(k: Any) -> None:
+    params = {"x": torch.tensor([0.0, 3.0, -2.0, 1.0, 0.5])}
+    mask = select_topk(params, {"x": torch.zeros(5)}, k=k)
+    assert mask["x"].tolist() == [1, 2, 3]
+    assert fd.sparse.random_mask(params, k=k).nnz == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_a_random_mask_is_the_same_under_any_default_dtype(dtype: torch.dtype) -> None:
+    params = {"x": torch.zeros(5000), "y": torch.zeros(70, 3)}
+    expected = fd.sparse.random_mask(params, density=0.1, seed=3).digest()
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        assert fd.sparse.random_mask(params, density=0.1, seed=3).digest() == expected
+    finally:
+        torch.set_default_dtype(before)
+
+
 NAN = float("nan")
 X = {"x": torch.zeros(4)}
 BAD: list[tuple[tuple[Any, Any], dict[str, Any], type[Exception], str]] = [
@@ -175,6 +196,10 @@ BAD: list[tuple[tuple[Any, Any], dict[str, Any], type[Exception], str]] = [
     ((X, X), {"k": 5}, ValueError, "k is 5, expected 0 to the 4 elements"),
     ((X, X), {"k": -1}, ValueError, "k is -1, expected 0 to"),
     ((X, X), {"k": 1.0}, TypeError, "k is float, expected an int"),
+    ((X, X), {"k": True}, TypeError, "k is bool, expected an int"),
+    ((X, X), {"k": np.float64(1)}, TypeError, "k is float64, expected an int"),
+    ((X, X), {"k": np.bool_(True)}, TypeError, "k is bool, expected an int"),
+    ((X, X), {"k": torch.tensor(True)}, TypeError, "k is Tensor, expected an int"),
     ((X, X), {"density": 1.5}, ValueError, "density is 1.5, expected 0 to 1"),
     ((X, X), {"density": NAN}, ValueError, "density is nan, expected a finite number"),
     ((X, {}), {"k": 1}, ValueError, "base_params has no 'x', which params has"),

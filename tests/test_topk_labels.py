@@ -68,6 +68,31 @@ def test_against_the_formula(backend: str, alpha: float, tail: str, dtype: torch
     assert not found.gradients[0][2].any()
 
 
+@pytest.mark.parametrize("linear", [False, True], ids=["logits", "head"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_labels_of_rows_of_weight_0_may_be_anything(backend: str, linear: bool) -> None:
+    student, x = problem(torch.float32)
+    x["weight"][4] = 0.0
+    wild = x | {"labels": x["labels"].clone()}
+    wild["labels"][[2, 4]] = torch.tensor([COLUMNS, -(2**62)], device=DEVICE)
+
+    def loss(z: Tensor, x: dict[str, Any]) -> Tensor:
+        if not linear:
+            return ours(z, x, backend=backend)
+        options = {"temperature": 2.0, "label_weight": ALPHA, "backend": backend} | x
+        known = (options.pop("teacher_values"), options.pop("teacher_indices"))
+        return fd.linear_topk_logit_loss(z, torch.eye(COLUMNS, device=DEVICE), *known, **options)
+
+    found, expected = (outcome(partial(loss, x=labels), student) for labels in (wild, x))
+    assert torch.equal(found.value, expected.value)
+    assert torch.equal(found.gradients[0], expected.gradients[0])
+    assert error(found.value, plain(student.double(), x, "bucket", ALPHA)) <= SLACK[torch.float32]
+    if DEVICE.type == "cpu":
+        wild["weight"] = torch.ones(ROWS)
+        with pytest.raises(ValueError, match=f"labels has {COLUMNS}, expected 0 to {COLUMNS - 1} or ignore_index"):
+            loss(student.nan_to_num(), wild)
+
+
 @pytest.mark.parametrize("labelled", [True, False])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

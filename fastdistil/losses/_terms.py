@@ -48,12 +48,14 @@ def labels(
     value: object,
     label_weight: object,
     ignore_index: int,
+    weight: Tensor | None,
     rows: torch.Size,
     columns: int | None,
     device: torch.device,
 ) -> tuple[Tensor | None, Tensor | None, float]:
     """Flat labels int64 and which of them count, both (N,), and the checked label_weight; None where that is 0.
-    columns: None where they lie on several ranks, which check together."""
+    Rows that are ignored or of weight 0 may hold anything, and get label 0, which no kernel can read beyond.
+    weight: what `row_weight` returned. columns: None where they lie on several ranks, which check together."""
     alpha = _check.number(function, "label_weight", label_weight)
     if not 0 <= alpha <= 1:
         raise ValueError(f"{function}: label_weight is {alpha}, expected 0 to 1")
@@ -65,13 +67,15 @@ def labels(
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, Integral):
         raise TypeError(f"{function}: ignore_index is {ignore_index!r}, expected an integer")
     counted = found != ignore_index
+    if weight is not None:
+        counted = counted & (weight != 0)
     if columns is not None and device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU would have to wait
         wrong = found[counted & ((found < 0) | (found >= columns))]
         if len(wrong):
             raise ValueError(
                 f"{function}: labels has {int(wrong[0])}, expected 0 to {columns - 1} or ignore_index = {ignore_index}"
             )
-    return (found, counted, alpha) if alpha > 0 else (None, None, 0.0)
+    return (torch.where(counted, found, 0), counted, alpha) if alpha > 0 else (None, None, 0.0)
 
 
 def scales(

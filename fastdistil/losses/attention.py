@@ -34,6 +34,9 @@ def attention_loss(
 ) -> Tensor:
     """The distance between two attention maps `A = scale * Q K^T`, `P = softmax(A)`, which never exist in memory.
 
+    That is the whole map: softcaps on the scores (Gemma 2) and sliding windows (ModernBERT's local layers, Gemma) are
+    no part of it, so such a layer's map is not the one that its model used.
+
     Args:
         student_q: (B, H, S, d_s) float32, bfloat16, float16 or float64, any strides; after rotary embedding.
         teacher_q: (B, H, S, d_t), a constant. d_s and d_t may differ, B and S may not.
@@ -43,7 +46,9 @@ def attention_loss(
             1909.10351); "prob_kl" KL(P_t || P_s) (MiniLM, arXiv 2002.10957).
         mask: (B, S) bool, True = real token; the rest is no key, whatever it holds.
         causal: a query sees no key behind it.
-        student_scale, teacher_scale: 1 / sqrt(d) by default.
+        student_scale, teacher_scale: 1 / sqrt(d) by default. Models that scale otherwise need theirs, such as Gemma 2
+            and 3 (config.query_pre_attn_scalar ** -0.5) or Granite (config.attention_multiplier): the attention
+            module's `scaling` in transformers.
         mask_queries: False keeps the padded tokens as query rows, as BiStil does (they must then be finite).
         cu_seqlens: (n + 1,) int32 or int64, for n sequences packed without padding: all tensors are (total, H, d), and
             sequence i is tokens cu_seqlens[i] to cu_seqlens[i + 1], as in FlashAttention. No mask then.

@@ -137,7 +137,7 @@ def linear_logit_loss(  # type: ignore[misc] # the overloads need not repeat wha
     if vocab_map is not None:
         partners = _terms.vocab_map(_NAME, vocab_map, columns, teacher_weight.shape[0], device, bool(name))
     columns_here = None if name else columns
-    label, counted, alpha = _terms.labels(_NAME, labels, label_weight, ignore_index, rows, columns_here, device)
+    label, counted, alpha = _terms.labels(_NAME, labels, label_weight, ignore_index, w, rows, columns_here, device)
     caps = _terms.caps(_NAME, student_logit_scale, student_softcap, teacher_logit_scale, teacher_softcap)
     scale, label_scale = _terms.scales(_NAME, rows.numel(), w, counted, alpha, reduction, num_items, device, dtype)
     hidden, matrix, bias, *teacher = heads

@@ -77,7 +77,7 @@ def linear_topk_logit_loss(
     dtype = torch.float64 if wide else torch.float32
     w = None if weight is None else _check.row_weight(_NAME, weight, rows, device, dtype)
     columns = student_weight.shape[0]
-    label, counted, alpha = _terms.labels(_NAME, labels, label_weight, ignore_index, rows, columns, device)
+    label, counted, alpha = _terms.labels(_NAME, labels, label_weight, ignore_index, w, rows, columns, device)
     scale, label_scale = _terms.scales(_NAME, rows.numel(), w, counted, alpha, reduction, num_items, device, dtype)
     caps = _terms.caps(_NAME, student_logit_scale, student_softcap, 1.0, None)[:2]
     k, constants = values.shape[-1], [float(x) for x in (index, mixture, TAILS.index(tail), t, factor, *caps)]

@@ -120,7 +120,7 @@ def logit_loss(  # type: ignore[misc] # the overloads need not repeat what is wr
     name = _terms.group_name(_NAME, group)
     partners = None if vocab_map is None else _terms.vocab_map(_NAME, vocab_map, *columns, device, bool(name))
     columns_here = None if name else columns[0]
-    label, counted, alpha = _terms.labels(_NAME, labels, label_weight, ignore_index, rows, columns_here, device)
+    label, counted, alpha = _terms.labels(_NAME, labels, label_weight, ignore_index, w, rows, columns_here, device)
     scale, label_scale = _terms.scales(_NAME, rows.numel(), w, counted, alpha, reduction, num_items, device, dtype)
     matrices = (matrix(student), matrix(teacher))
     # The gradient ahead of its time, but not where torch.compile plans the memory.

@@ -94,7 +94,7 @@ def topk_logit_loss(
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     w = None if weight is None else _check.row_weight(_NAME, weight, rows, student.device, dtype)
     label, counted, alpha = _terms.labels(
-        _NAME, labels, label_weight, ignore_index, rows, student.shape[-1], student.device
+        _NAME, labels, label_weight, ignore_index, w, rows, student.shape[-1], student.device
     )
     scale, label_scale = _terms.scales(
         _NAME, rows.numel(), w, counted, alpha, reduction, num_items, student.device, dtype

@@ -53,7 +53,8 @@ def capture(
             with checkpointing inside, fullgraph=True needs Dynamo's leave not to repeat what a block leaves behind when
             it is computed again: torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True.
         hidden_states: layers; 0 is what the first block gets, l the output of block l, before any norm behind the last.
-        queries, keys, values: blocks, from 1, as the attention function gets them: after the rotary embedding.
+        queries, keys, values: blocks, from 1, as the attention function gets them: after the rotary embedding, before
+            the scale. Where that is not 1 / sqrt(d), `attention_loss` needs it as student_scale or teacher_scale.
 
     Raises:
         TypeError, ValueError: a model that is none of these, a layer that it does not have.

@@ -12,6 +12,7 @@ the gradient of the weight; the chunks of linear_logit.py take 2 N V (2 D_s + D_
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -166,7 +167,8 @@ def _state(x: Tensor | None) -> tuple[Any, ...]:
     if x.device.type != "cpu":
         return (x.data_ptr(), x._version, x.shape)
     matrix = x if x.ndim == 2 else x[:, None]
-    columns, rows = torch.linspace(0.5, 1.5, matrix.shape[1]), torch.linspace(1.0, 2.0, len(matrix))
+    single = partial(torch.linspace, dtype=torch.float32, device=x.device)  # whatever the default dtype
+    columns, rows = single(0.5, 1.5, matrix.shape[1]), single(1.0, 2.0, len(matrix))
     parts = [slice(start, start + 8192) for start in range(0, len(matrix), 8192)]
     total = sum(float(torch.dot(torch.mv(matrix[part].float(), columns), rows[part])) for part in parts)
     return (x.data_ptr(), x._version, x.shape, total)

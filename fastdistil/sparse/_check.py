@@ -3,7 +3,10 @@ wanted."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +91,13 @@ def chosen_names(
     return found
 
 
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same bytes, on whatever devices: 0 is not -0, a NaN is itself."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(a.reshape(-1).view(torch.uint8), b.to(a.device).reshape(-1).view(torch.uint8))
+
+
 def entries(function: str, k: object, density: object, total: int) -> int:
     """How many entries `k` or `density` asks for; exactly one of the two is not None."""
     if (k is None) == (density is None):
@@ -97,11 +107,18 @@ def entries(function: str, k: object, density: object, total: int) -> int:
         if not 0 <= share <= 1:
             raise ValueError(f"{function}: density is {share}, expected 0 to 1")
         return round(share * total)
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise TypeError(f"{function}: k is {type(k).__name__}, expected an int")
-    if not 0 <= k <= total:
-        raise ValueError(f"{function}: k is {k}, expected 0 to the {total} elements of the parameters")
-    return k
+    count = whole_number(function, "k", k)
+    if not 0 <= count <= total:
+        raise ValueError(f"{function}: k is {count}, expected 0 to the {total} elements of the parameters")
+    return count
+
+
+def whole_number(function: str, name: str, value: Any) -> int:
+    """An int, or what stands for one (numpy's integers); a bool does not."""
+    if not isinstance(value, bool) and getattr(value, "dtype", None) != torch.bool:
+        with suppress(TypeError):
+            return operator.index(value)
+    raise TypeError(f"{function}: {name} is {type(value).__name__}, expected an int")
 
 
 def position_dtype(size: int) -> torch.dtype:
@@ -118,3 +135,11 @@ def check_positions(function: str, what: str, index: Tensor, size: int) -> None:
         raise ValueError(f"{function}: {what} goes from {index[0]} to {index[-1]}, expected 0 to {size - 1}")
     if not bool((index[1:] > index[:-1]).all()):
         raise ValueError(f"{function}: {what} is not ascending, expected sorted positions without repetition")
+
+
+def check_values(function: str, name: str, value: Tensor, count: int) -> None:
+    if value.dtype not in (torch.float32, torch.float64) or value.shape != (count,):
+        came = f"{value.dtype} of shape {tuple(value.shape)}"
+        raise ValueError(f"{function}: values[{name!r}] is {came}, expected ({count},) of float32 or float64")
+    if not bool(value.isfinite().all()):
+        raise ValueError(f"{function}: values[{name!r}] holds NaN or an infinity, expected finite numbers")

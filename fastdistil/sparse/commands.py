@@ -12,11 +12,12 @@ from torch import Tensor
 from fastdistil.losses._check import FLOATS
 from fastdistil.sparse import composable, files
 from fastdistil.sparse._check import chosen_names
-from fastdistil.sparse.delta import SparseDelta, added
+from fastdistil.sparse.delta import SparseDelta
 from fastdistil.sparse.files import Checkpoint
 from fastdistil.sparse.mask import FORMAT as MASK_FORMAT
 from fastdistil.sparse.mask import SparseMask
 from fastdistil.sparse.select import kernels, select_topk
+from fastdistil.sparse.sums import added
 
 
 class _Part(Mapping[str, Tensor]):

@@ -17,17 +17,19 @@ from fastdistil.sparse._check import (
     Named,
     base_param,
     check_positions,
+    check_values,
     float_param,
     named_tensors,
-    position_dtype,
+    same_bits,
 )
 from fastdistil.sparse.mask import SparseMask
 from fastdistil.sparse.select import kernels
+from fastdistil.sparse.sums import added, common_base, merged
 
 FORMAT = "fastdistil.sparse_delta"
 _POSITIONS, _VALUES, _WHOLE = ".positions", ".values", ".whole"  # behind the parameter's name in a file
 
-Kept = list[tuple[Tensor, Tensor | None, Tensor]]  # parameter, positions (None: all), what stood there
+Kept = dict[str, Tensor]  # what stood in each parameter, at the positions or, of one that is stored whole, everywhere
 
 
 class SparseDelta:
@@ -63,7 +65,7 @@ class SparseDelta:
             if name not in self.shapes or name in self.whole:
                 raise ValueError(f"SparseDelta: {name!r} has no shape, or is stored whole as well")
             check_positions("SparseDelta", f"positions[{name!r}]", index, self.shapes[name].numel())
-            _check_values("SparseDelta", name, self.values[name], len(index))
+            check_values("SparseDelta", name, self.values[name], len(index))
         for name, tensor in self.whole.items():
             float_param("SparseDelta", "whole", name, tensor)
             self.shapes[name] = tensor.shape
@@ -133,32 +135,58 @@ class SparseDelta:
         """
         if module in self._kept:
             raise ValueError("SparseDelta.apply_: the delta is applied to module already, expected revert_ first")
-        self.check(dict(module.named_parameters()), "SparseDelta.apply_", "module")
-        kept: Kept = []
+        params = self._params("SparseDelta.apply_", module)
+        kept: Kept = {}
         with torch.no_grad():
-            for name, index in self.positions.items():
-                param = module.get_parameter(name).detach()
-                kernel, at = kernels(param.device), index.to(param.device)
-                old = kernel.sparse_take(param, at)
-                kernel.sparse_put_(param, at, added(old, self.values[name]))
-                kept.append((param, at, old))
-            for name, tensor in self.whole.items():
-                param = module.get_parameter(name).detach()
-                kept.append((param, None, param.clone()))
-                param.copy_(tensor)
+            for name, param in params.items():
+                kept[name] = self._read(name, param)
+                self._write(name, param, self._changed(name, kept[name]))
         self._kept[module] = kept
         return self
 
     def revert_(self, module: nn.Module) -> None:
-        """Put back, bit for bit, what `apply_` overwrote; of several deltas the last one first."""
+        """Put back, bit for bit, what `apply_` overwrote; of several deltas that share entries the last one first.
+
+        Raises ValueError, before anything is written, where an entry is no longer what `apply_` left there: a delta
+        that was applied later has to be reverted before, and a parameter that was trained since cannot be.
+        """
+        function = "SparseDelta.revert_"
         if module not in self._kept:
-            raise ValueError("SparseDelta.revert_: the delta is not applied to module, expected apply_ first")
+            raise ValueError(f"{function}: the delta is not applied to module, expected apply_ first")
+        params, kept = self._params(function, module), self._kept[module]
         with torch.no_grad():
-            for param, at, old in self._kept.pop(module):
-                if at is None:
-                    param.copy_(old)
-                else:
-                    kernels(param.device).sparse_put_(param, at, old)
+            for name, param in params.items():
+                if not same_bits(self._read(name, param), self._changed(name, kept[name])):
+                    raise ValueError(
+                        f"{function}: module's {name!r} is not what apply_ left, expected deltas that were applied "
+                        "later to be reverted first, and no training in between"
+                    )
+            for name, param in params.items():
+                self._write(name, param, kept[name])
+        del self._kept[module]
+
+    def _params(self, function: str, module: nn.Module) -> dict[str, Tensor]:
+        """The module's parameters that the delta changes, checked, detached."""
+        params = dict(module.named_parameters())
+        self.check(params, function, "module")
+        return {name: params[name].detach() for name in self.shapes}
+
+    def _read(self, name: str, param: Tensor) -> Tensor:
+        if name in self.whole:
+            return param.clone()
+        taken: Tensor = kernels(param.device).sparse_take(param, self.positions[name].to(param.device))
+        return taken
+
+    def _changed(self, name: str, old: Tensor) -> Tensor:
+        """What `apply_` makes of `old`."""
+        return self.whole[name].to(old.device, old.dtype) if name in self.whole else added(old, self.values[name])
+
+    def _write(self, name: str, param: Tensor, values: Tensor) -> None:
+        if name in self.whole:
+            param.copy_(values)
+        else:
+            at = self.positions[name].to(param.device)
+            kernels(param.device).sparse_put_(param, at, values.to(param.device))
 
     def check(self, params: Mapping[str, Tensor], function: str, argument: str) -> None:
         """Raises ValueError unless `params` has a dense tensor of the right shape for everything in the delta."""
@@ -173,11 +201,15 @@ class SparseDelta:
 
     # ---- with each other
 
+    def __radd__(self, other: object) -> SparseDelta:
+        """sum() begins with 0."""
+        return self * 1 if type(other) is int and other == 0 else NotImplemented
+
     def __add__(self, other: object) -> SparseDelta:
         """Both together: a language's and a task's, say. Values at common positions add up."""
         if not isinstance(other, SparseDelta):
             return NotImplemented
-        base = _common_base(self.base_model, other.base_model)
+        base = common_base(self.base_model, other.base_model)
         names = dict.fromkeys((*self.shapes, *other.shapes))
         for name in names:
             if name in self.shapes and name in other.shapes:
@@ -191,7 +223,7 @@ class SparseDelta:
         positions, values = dict(self.positions), dict(self.values)
         for name, index in other.positions.items():
             if name in positions:
-                positions[name], values[name] = _merge(positions[name], values[name], index, other.values[name])
+                positions[name], values[name] = merged(positions[name], values[name], index, other.values[name])
             else:
                 positions[name], values[name] = index, other.values[name]
         whole = {**self.whole, **other.whole}
@@ -250,16 +282,11 @@ class SparseDelta:
             missing = _POSITIONS if name not in positions else _VALUES if name not in values else None
             if missing:
                 raise found.error(name + missing, "is missing")
-            _named(found, name + _VALUES, _check_values, "SparseDelta.load", name, values[name], len(positions[name]))
+            _named(found, name + _VALUES, check_values, "SparseDelta.load", name, values[name], len(positions[name]))
         absent = shapes.keys() - positions.keys() - whole.keys()
         if absent or found.metadata.get("k") != str(sum(map(len, positions.values()))):
             raise found.error("metadata", f"promises other tensors than there are (k, or {sorted(absent)})")
         return cls(positions, values, shapes, whole=whole, base_model=found.metadata.get("base_model"))
-
-
-def added(old: Tensor, value: Tensor) -> Tensor:
-    """old + value, formed in the wider of both dtypes and rounded once to the old one."""
-    return (old.to(torch.promote_types(value.dtype, old.dtype)) + value.to(old.device)).to(old.dtype)
 
 
 def load_into(model: nn.Module, path: str | os.PathLike[str], *, whole: bool = True) -> SparseDelta:
@@ -276,33 +303,8 @@ def load_into(model: nn.Module, path: str | os.PathLike[str], *, whole: bool = T
         raise ValueError(f"load_into: {path}: {error}") from error
 
 
-def _check_values(function: str, name: str, value: Tensor, count: int) -> None:
-    if value.dtype not in (torch.float32, torch.float64) or value.shape != (count,):
-        came = f"{value.dtype} of shape {tuple(value.shape)}"
-        raise ValueError(f"{function}: values[{name!r}] is {came}, expected ({count},) of float32 or float64")
-    if not bool(value.isfinite().all()):
-        raise ValueError(f"{function}: values[{name!r}] holds NaN or an infinity, expected finite numbers")
-
-
 def _named(found: files.Checkpoint, tensor: str, check: Callable[..., None], *arguments: object) -> None:
     try:
         check(*arguments)
     except ValueError as error:
         raise found.error(tensor, str(error)) from error
-
-
-def _common_base(one: str | None, other: str | None) -> str | None:
-    if one is not None and other is not None and one != other:
-        raise ValueError(f"SparseDelta +: one is to {one!r}, the other to {other!r}, expected the same base_model")
-    return one if one is not None else other
-
-
-def _merge(a: Tensor, a_values: Tensor, b: Tensor, b_values: Tensor) -> tuple[Tensor, Tensor]:
-    """Sorted union of two sorted runs of positions; values of the same position add up."""
-    dtype = torch.promote_types(a_values.dtype, b_values.dtype)
-    index, order = torch.cat([a.long(), b.long()]).sort(stable=True)
-    values = torch.cat([a_values.to(dtype), b_values.to(dtype)])[order]
-    union, place = torch.unique_consecutive(index, return_inverse=True)
-    total = torch.zeros(len(union), dtype=dtype).index_add_(0, place, values)
-    wide = len(union) > 0 and int(union[-1]) >= 2**31
-    return union.to(torch.int64 if wide else position_dtype(1)), total

@@ -39,7 +39,7 @@ class _Draws(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.order[name])
-        return torch.rand(self.shapes[name], generator=generator)
+        return torch.rand(self.shapes[name], generator=generator, dtype=torch.float32)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
@@ -53,4 +53,4 @@ class _Zeros(_Draws):
         super().__init__(shapes, 0)
 
     def __getitem__(self, name: str) -> Tensor:
-        return torch.zeros(()).expand(self.shapes[name])
+        return torch.zeros((), dtype=torch.float32).expand(self.shapes[name])

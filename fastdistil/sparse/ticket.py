@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdistil.losses._check import number
 from fastdistil.sparse import files
+from fastdistil.sparse._check import chosen_names, entries, same_bits, whole_number
 from fastdistil.sparse.delta import SparseDelta
 from fastdistil.sparse.mask import SparseMask
-from fastdistil.sparse.select import select_topk
+from fastdistil.sparse.select import kernels, select_topk
 
 TrainFn = Callable[[nn.Module, SparseMask | None, Path | None], object]
+_NAME = "lottery_ticket"
+DELTA, TUNED = "delta.safetensors", "tuned.safetensors"
 
 
 def lottery_ticket(
@@ -44,19 +49,31 @@ def lottery_ticket(
 
     With `out` every phase can be interrupted and the same call continues: the folder keeps the start
     (base.safetensors), the mask, and the difference (delta.safetensors); inside of a phase `train_fn` continues from
-    its own folder (`fastdistil.train.train` does). Nothing but the start is kept in memory without `out`.
+    its own folder (`fastdistil.train.train` does). A finished ticket is not trained again: its difference is returned,
+    and the model is the tuned one bit for bit, buffers included. Nothing but the start is kept in memory without `out`.
 
-    Raises ValueError where `out` holds another ticket, or `train_fn` changed what the mask does not hold; else as
-    `select_topk`. Source: Ansell et al. 2022 (arXiv 2110.07560); BiStil's phase 2 (arXiv 2306.01709).
+    **What lies in `out` wins over the model's values**: a run that continues may be handed a half-trained model, or one
+    with a new random head, so a model of other values cannot be told from them. It is refused where its `base_model`,
+    its parameters' names or shapes, or a value of a parameter without requires_grad differ from the start's; of any
+    other parameter's difference a warning tells. Another model, or another attempt, needs a folder of its own.
+
+    Raises ValueError where `out` holds another ticket, `train_fn` changed what the mask does not hold, or a parameter
+    that the mask may hold is not dense; else as `select_topk`. Source: Ansell et al. 2022 (arXiv 2110.07560); BiStil's
+    phase 2 (arXiv 2306.01709).
     """
     folder = None if out is None else Path(out)
-    share = None if k is not None else density
-    given = None if mask is None else mask.digest()
-    asked = {"density": share, "k": k, "include": include, "exclude": exclude, "mask": given}
+    k = None if k is None else whole_number(_NAME, "k", k)
+    share = None if density is None or k is not None else number(_NAME, "density", density)
+    _check_parameters(model, k, share, include, exclude, mask)
     if folder is not None:
+        shapes = files.hash_shapes({name: p.shape for name, p in model.named_parameters()})
+        given = None if mask is None else mask.digest()
+        asked = {"density": share, "k": k, "include": include, "exclude": exclude, "mask": given}
         folder.mkdir(parents=True, exist_ok=True)
-        _check_settings(folder, asked)
+        _check_settings(folder, asked | {"base_model": base_model, "shapes": shapes})
     start = _start(model, folder)
+    if folder is not None and (folder / DELTA).exists() and (folder / TUNED).exists():
+        return _finished(model, folder)
     mask = _kept_mask(folder) if mask is None else mask
     if mask is None:
         train_fn(model, None, None if folder is None else folder / "full")
@@ -68,7 +85,8 @@ def lottery_ticket(
     train_fn(model, mask, None if folder is None else folder / "sparse")
     delta = SparseDelta.from_params(model, start, mask, whole=_whole(model, start, mask), base_model=base_model)
     if folder is not None:
-        delta.save(folder / "delta.safetensors")
+        _save_tuned(model, delta, folder / TUNED)
+        delta.save(folder / DELTA)
     return delta
 
 
@@ -76,19 +94,64 @@ def lottery_ticket(
 def rewind_(model: nn.Module, start: Mapping[str, Tensor]) -> None:
     """Every parameter and buffer back to `start`, bit for bit. Raises ValueError, before anything is written, where
     `start` lacks one or has it in another shape or dtype."""
-    tensors = _tensors(model)
-    for name, tensor in tensors.items():
+    _check_start(model, start)
+    for name, tensor in _tensors(model).items():
+        tensor.copy_(start[name])
+
+
+def _check_start(model: nn.Module, start: Mapping[str, Tensor]) -> None:
+    for name, tensor in _tensors(model).items():
         if name not in start:
             raise ValueError(f"rewind_: start has no {name!r}, which model has")
         if start[name].shape != tensor.shape or start[name].dtype != tensor.dtype:
             came = f"{start[name].dtype} of shape {tuple(start[name].shape)}"
             raise ValueError(f"rewind_: start[{name!r}] is {came}, expected {tensor.dtype} of {tuple(tensor.shape)}")
-    for name, tensor in tensors.items():
-        tensor.copy_(start[name])
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: x.detach() for name, x in (*model.named_parameters(), *model.named_buffers())}
+
+
+def _check_parameters(
+    model: nn.Module,
+    k: int | None,
+    density: float | None,
+    include: str | Sequence[str] | None,
+    exclude: str | Sequence[str] | None,
+    mask: SparseMask | None,
+) -> None:
+    """Raises, before hours of training, what the selection and the sparse training would raise behind them."""
+    params = dict(model.named_parameters())
+    if mask is None:
+        names = chosen_names(_NAME, list(params), include, exclude)
+        entries(_NAME, k, density, sum(params[name].numel() for name in names))
+        names = [name for name in names if params[name].requires_grad]
+    else:
+        names = list(mask)
+    for name in names:
+        if name not in params:
+            raise ValueError(f"{_NAME}: model has no parameter {name!r}, which mask has")
+        if not params[name].is_contiguous():
+            raise ValueError(f"{_NAME}: model's {name!r} has strides {params[name].stride()}, expected it dense")
+
+
+def _check_same(model: nn.Module, start: files.Checkpoint) -> None:
+    """Refuse a model that cannot have had this start; tell of one that has moved away from it, or is another."""
+    moved = ""
+    for name, param in model.named_parameters():
+        if same_bits(start[name], param.detach()):
+            continue
+        if not param.requires_grad:
+            raise ValueError(
+                f"{_NAME}: model's {name!r}, which is not trained, is not that of the start in {start.path}, expected "
+                "the model that the ticket was begun with, or another out"
+            )
+        moved = moved or name
+    if moved:
+        warnings.warn(
+            f"{_NAME}: model's {moved!r} is not that of the start in {start.path}, which is taken in its place",
+            stacklevel=4,  # of the caller of lottery_ticket
+        )
 
 
 def _start(model: nn.Module, folder: Path | None) -> Mapping[str, Tensor]:
@@ -98,10 +161,38 @@ def _start(model: nn.Module, folder: Path | None) -> Mapping[str, Tensor]:
     path = folder / "base.safetensors"
     if path.exists():
         start = files.Checkpoint(path)
+        _check_start(model, start)
+        _check_same(model, start)
         rewind_(model, start)
         return start
     files.write(path, _tensors(model), {"format": "pt"})
     return files.Checkpoint(path)
+
+
+def _save_tuned(model: nn.Module, delta: SparseDelta, path: Path) -> None:
+    """What the difference leaves open of the tuned model: its entries as they are, without a rounding, and buffers."""
+    tuned = {name: x.detach() for name, x in model.named_buffers()}
+    for name, index in delta.positions.items():
+        param = model.get_parameter(name).detach().contiguous()
+        tuned[name] = kernels(param.device).sparse_take(param, index.to(param.device))
+    files.write(path, tuned, {"format": "fastdistil.sparse_tuned"})
+
+
+@torch.no_grad()
+def _finished(model: nn.Module, folder: Path) -> SparseDelta:
+    """The difference of a finished ticket; the model, which stands at the start, becomes the tuned one."""
+    delta, tuned = SparseDelta.load(folder / DELTA), files.Checkpoint(folder / TUNED)
+    tensors = _tensors(model)
+    for name, shape in delta.shapes.items():
+        if name not in tensors or tensors[name].shape != shape:
+            raise ValueError(f"{_NAME}: {folder / DELTA} holds {name!r} of shape {tuple(shape)}, which model has not")
+    for name, tensor in tensors.items():
+        if name in delta.positions:
+            at = delta.positions[name].to(tensor.device)
+            kernels(tensor.device).sparse_put_(tensor, at, tuned[name].to(tensor.device))
+        elif name in delta.whole or name in tuned:
+            tensor.copy_(delta.whole[name] if name in delta.whole else tuned[name])
+    return delta
 
 
 def _kept_mask(folder: Path | None) -> SparseMask | None:
@@ -116,7 +207,7 @@ def _check_settings(folder: Path, asked: dict[str, Any]) -> None:
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
         if before != wanted:
-            raise ValueError(f"lottery_ticket: out holds a ticket of {before} ({path}), this call wants {wanted}")
+            raise ValueError(f"{_NAME}: out holds a ticket of {before} ({path}), this call wants {wanted}")
         return
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(wanted) + "\n", encoding="utf-8")
@@ -132,12 +223,12 @@ def _whole(model: nn.Module, start: Mapping[str, Tensor], mask: SparseMask) -> d
             if not torch.equal(now, before):
                 whole[name] = now
             continue
-        expected = before.clone().view(-1)
+        expected = before.reshape(-1).clone()
         at = mask[name].cpu().long()
         expected[at] = now.reshape(-1)[at]
         if not torch.equal(expected.view(now.shape), now):
             raise ValueError(
-                f"lottery_ticket: train_fn changed {name!r} outside of its mask, expected it to train with "
+                f"{_NAME}: train_fn changed {name!r} outside of its mask, expected it to train with "
                 "SparseAdamW(model.named_parameters(), mask, ...)"
             )
     return whole
