@@ -88,7 +88,8 @@ def pair_rows(name: str, beta: float, a: Tensor, b: Tensor, d: Tensor) -> tuple[
     if name == "forward_kl":
         return value.sum(-1), slope
     # The same for all slopes taken from that column's, whose own would be 1/2 - (1/2 - 1e-8) in the total variation.
-    slope = slope - slope.gather(-1, b.argmax(-1, keepdim=True))
+    top = b.argmax(-1, keepdim=True)
+    slope = slope - torch.where(near, slope, 0.0).gather(-1, top)
     return value.sum(-1), p * (slope - (p * slope).sum(-1, keepdim=True))
 
 
