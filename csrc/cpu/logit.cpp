@@ -76,6 +76,7 @@ void finish_block(RowStats<Compute<E>> stats, const Block<E>& block, int n, Comp
   using T = Compute<E>;
   const T log_sum = -static_cast<T>(std::log(static_cast<double>(stats.inv_sum)));
   const T anchor = fastdistil::anchor<Rule>(stats, beta);
+  stats.own_log += T(0) * stats.inv_sum;  // a teacher that is NaN, or nothing at all, stays visible on both sides
   T v = 0, f = 0;
 #pragma omp simd reduction(+ : v, f)
   for (int i = 0; i < n; ++i) {

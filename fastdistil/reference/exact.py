@@ -59,6 +59,13 @@ def log_mass_ratio(b: Tensor, c: Tensor, a: Tensor | None = None) -> Tensor:
     return torch.where(torch.isfinite(ratio), exact, plain)
 
 
+def usable_reference(b: Tensor, c: Tensor) -> Tensor:
+    """c at the largest teacher score of each row (..., 1), 0 where that is not finite. Relative to it the D of a
+    confident teacher is small, and leaves delta its digits."""
+    found = c.gather(-1, b.argmax(-1, keepdim=True))
+    return torch.where(found.abs() < 1e6, found, 0.0)
+
+
 def softmax_difference(
     b: Tensor, c: Tensor, visible: Tensor | None = None, a: Tensor | None = None
 ) -> SoftmaxDifference:
@@ -71,6 +78,8 @@ def softmax_difference(
     if visible is not None:
         a, b = (x.masked_fill(~visible, float("-inf")) for x in (a, b))
         c = c.masked_fill(~visible, 0.0)
+    reference = usable_reference(b, c)
+    a, c = a - reference, c - reference
     log_p, log_q = torch.log_softmax(a, -1), torch.log_softmax(b, -1)  # unlike x - logsumexp(x), exact for large scores
     p, q = log_p.exp(), log_q.exp()
     delta = c - log_mass_ratio(b, c)

@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastdistil.ops.logit_rule import DIVERGENCES, PHASE_ALL, LogitRule
-from fastdistil.reference.exact import LARGEST_EXACT, expm1_minus_x, log_mass_ratio
+from fastdistil.reference.exact import LARGEST_EXACT, expm1_minus_x, log_mass_ratio, usable_reference
 
 
 def _excess(w: Tensor, gap: Tensor, l: Tensor) -> Tensor:
@@ -72,9 +72,7 @@ def _log_softmax(x: Tensor) -> Tensor:
 def pair_rows(name: str, beta: float, a: Tensor, b: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     """The divergence of the softmaxes of student scores a and teacher scores b (N, V), d = a - b known exactly: the
     value of each row (N,) and its gradient in a (N, V)."""
-    # Relative to the teacher's largest column: a confident teacher's D is d there, and would take delta's digits.
-    reference = d.gather(-1, b.argmax(-1, keepdim=True))
-    reference = torch.where(reference.abs() < 1e6, reference, 0.0)
+    reference = usable_reference(b, d)
     log_p, log_q = _log_softmax(a), _log_softmax(b)
     c = d - reference
     exact = c - log_mass_ratio(b, c, a - reference)
@@ -83,7 +81,7 @@ def pair_rows(name: str, beta: float, a: Tensor, b: Tensor, d: Tensor) -> tuple[
     delta = torch.where(near, exact, torch.where(absent, 0.0, log_p - log_q))
     p, q = log_p.exp(), log_q.exp()
     gap = torch.where(near, q * torch.expm1(delta.clamp(-1, 1)), p - q)
-    p = torch.where(near, q + gap, p)
+    p = torch.where(near, q + gap, p + (q - q))  # a teacher that is NaN stays visible
     value, slope = _shares(name, beta, p, q, delta, gap)
     if name == "forward_kl":
         return value.sum(-1), slope

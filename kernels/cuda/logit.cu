@@ -136,6 +136,8 @@ __global__ void __launch_bounds__(kThreads, 1) logit_kernel(LogitArgs args) {
     const T factor = static_cast<T>(scale * dloss * args.value_factor / args.student_temperature);
     const T log_sum = -static_cast<T>(::log(static_cast<double>(stats.inv_sum)));
     const T anchor = fastdistil::anchor<Rule>(stats, beta);
+    const T own_log = stats.own_log;
+    stats.own_log += T(0) * stats.inv_sum;  // a teacher that is NaN, or nothing at all, stays visible on both sides
     const bool shares = args.loss && args.phase != Phase::statistics;
     T value = 0, centre = 0;
     if (shares) {
@@ -154,7 +156,7 @@ __global__ void __launch_bounds__(kThreads, 1) logit_kernel(LogitArgs args) {
         static_cast<T*>(args.loss)[r] = static_cast<T>(value * args.value_factor * scale);
         saved[kMax] = stats.max, saved[kInvSum] = stats.inv_sum, saved[kShift] = tempering.shift;
         saved[kLogRatio] = stats.log_ratio, saved[kCentre] = stats.centre, saved[kReference] = stats.reference;
-        saved[kOwnMax] = stats.own_max, saved[kOwnLog] = stats.own_log;
+        saved[kOwnMax] = stats.own_max, saved[kOwnLog] = own_log;
       }
     }
     // Where the vocabulary is split, a centred rule's gradient waits for the whole centre.

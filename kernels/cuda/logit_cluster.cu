@@ -149,7 +149,9 @@ class Worker {
       own_softmax(row);
     // Registers are short where the passes are long; every thread is behind the last row's use of these.
     if (threadIdx.x == 0)
-      board_.own_max = stats_.own_max, board_.own_log = stats_.own_log, board_.log_sum = -::logf(stats_.inv_sum),
+      board_.own_max = stats_.own_max,
+      board_.own_log = stats_.own_log + 0.0f * stats_.inv_sum,  // a teacher that is NaN stays visible on both sides
+      board_.log_sum = -::logf(stats_.inv_sum),
       board_.anchor = anchor<Rule>(stats_, static_cast<float>(args_.beta));
     __syncthreads();
   }
