@@ -9,7 +9,7 @@ DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", 
 
 # Columns of the row statistics (LogitStat of csrc/rules/logit_args.h): largest tempered teacher logit, 1 / its sum of
 # exponentials, the shift taken off the student, D = lse(a) - lse(b), and sum of p * slope.
-STATS = 5
+STATS = 8
 
 
 # enum Phase of csrc/rules/logit_args.h: what a forward does.
