@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from fastdistil.kernels.triton.logit_statistics import _body, _edge, _layout, _load, _statistics
-from fastdistil.kernels.triton.numerics import expm1_near
+from fastdistil.kernels.triton.numerics import expm1, expm1_near
 
 
 @triton.jit
@@ -40,7 +40,7 @@ def _share(
 @triton.jit
 def _tile(
     s_ptr, t_ptr, g_ptr, columns, exists, live, factor, largest, inv_sum, log_sum, shift, log_ratio, centre, ref,
-    own_max, own_log, inv_s, inv_t, beta, label, label_max, label_factor, label_share,
+    own_max, own_log, anchor, inv_s, inv_t, beta, label, label_max, label_factor, label_share,
     RULE: tl.constexpr, CENTRED: tl.constexpr, SOFTMAX: tl.constexpr, EQUAL: tl.constexpr, WRITE: tl.constexpr,
     LABELS: tl.constexpr,
 ):  # fmt: skip
@@ -51,6 +51,8 @@ def _tile(
     p, value, slope = _share(
         a, b, d, mask, largest, inv_sum, log_sum, log_ratio, ref, own_max, own_log, beta, RULE, SOFTMAX
     )
+    if CENTRED:
+        slope -= anchor
     if WRITE:
         g = p * (slope - centre) if CENTRED else slope
         g = tl.where(live, g * factor, 0.0)
@@ -59,6 +61,16 @@ def _tile(
             g += label_factor * tl.exp(z - label_max) - tl.where(columns == label, label_share, 0.0)
         tl.store(g_ptr + columns, g.to(g_ptr.dtype.element_ty), mask=exists)
     return tl.sum(value, 0), tl.sum(p * slope, 0) if CENTRED else 0.0
+
+
+@triton.jit
+def _anchor(inv_sum, log_ratio, beta, RULE: tl.constexpr):
+    """The slope at the teacher's largest column. A centred rule's gradient is the same if all slopes are taken from
+    there; else a confident teacher's column would be 1/2 - (1/2 - 1e-7) in the total variation."""
+    delta = tl.where(log_ratio < 1e30, -log_ratio, 0.0)
+    gap = inv_sum * expm1(delta)
+    _, slope = RULE(inv_sum + gap, inv_sum, delta, gap, beta)
+    return slope
 
 
 @triton.jit
@@ -71,12 +83,14 @@ def _pass(
 ):  # fmt: skip
     """The whole row's value and centre; with WRITE its gradient."""
     log_sum = -tl.log(inv_sum)
+    anchor = _anchor(inv_sum, log_ratio, beta, RULE) if CENTRED else 0.0
     head, body = _layout(row, student_stride, V, VEC)
     columns, exists = _edge(head, body, V, VEC)
     value, slopes = _tile(
         student_ptr + row * student_stride, teacher_ptr + row * teacher_stride, gradient_ptr + row * gradient_stride,
         columns, exists, live, factor, largest, inv_sum, log_sum, shift, log_ratio, centre, ref, own_max, own_log,
-        inv_s, inv_t, beta, label, label_max, label_factor, label_share, RULE, CENTRED, SOFTMAX, EQUAL, WRITE, LABELS,
+        anchor, inv_s, inv_t, beta, label, label_max, label_factor, label_share,
+        RULE, CENTRED, SOFTMAX, EQUAL, WRITE, LABELS,
     )  # fmt: skip
     s_body = _body(student_ptr, row, student_stride, VEC)
     t_body = _body(teacher_ptr, row, teacher_stride, VEC)
@@ -85,8 +99,8 @@ def _pass(
     for begin in range(0, body, BLOCK):
         v, f = _tile(
             s_body, t_body, g_body, begin + lanes, begin + lanes < body, live, factor, largest, inv_sum, log_sum,
-            shift, log_ratio, centre, ref, own_max, own_log, inv_s, inv_t, beta, label - head, label_max, label_factor,
-            label_share, RULE, CENTRED, SOFTMAX, EQUAL, WRITE, LABELS,
+            shift, log_ratio, centre, ref, own_max, own_log, anchor, inv_s, inv_t, beta, label - head, label_max,
+            label_factor, label_share, RULE, CENTRED, SOFTMAX, EQUAL, WRITE, LABELS,
         )  # fmt: skip
         value += v
         slopes += f
@@ -155,15 +169,15 @@ def logit_fwd_kernel(
     if PHASE != 1:
         value, centre = _pass(
             student_ptr, teacher_ptr, gradient_ptr, row, V, student_stride, teacher_stride, gradient_stride, live,
-            scale * gradient_factor, largest, inv_sum, shift, log_ratio, 0.0, ref, own_max, own_log, inv_s, inv_t, beta,
-            label, label_max, label_factor, label_share,
+            scale * gradient_factor, largest, inv_sum, shift, log_ratio, 0.0, ref, own_max, own_log,
+            inv_s, inv_t, beta, label, label_max, label_factor, label_share,
             RULE, CENTRED, SOFTMAX, EQUAL, GRADIENT and not CENTRED, LABELS, VEC, BLOCK,
         )  # fmt: skip
     if GRADIENT and CENTRED and PHASE == 0:
         _pass(
             student_ptr, teacher_ptr, gradient_ptr, row, V, student_stride, teacher_stride, gradient_stride, live,
-            scale * gradient_factor, largest, inv_sum, shift, log_ratio, centre, ref, own_max, own_log, inv_s, inv_t, beta,
-            label, label_max, label_factor, label_share, RULE, CENTRED, SOFTMAX, EQUAL, True, LABELS, VEC, BLOCK,
+            scale * gradient_factor, largest, inv_sum, shift, log_ratio, centre, ref, own_max, own_log,
+            inv_s, inv_t, beta, label, label_max, label_factor, label_share, RULE, CENTRED, SOFTMAX, EQUAL, True, LABELS, VEC, BLOCK,
         )  # fmt: skip
     tl.store(loss_ptr + row, tl.where(live, value * value_factor * scale, 0.0) + entropy)
     tl.store(stats_ptr, largest)
