@@ -177,7 +177,8 @@ def logit_fwd_kernel(
         _pass(
             student_ptr, teacher_ptr, gradient_ptr, row, V, student_stride, teacher_stride, gradient_stride, live,
             scale * gradient_factor, largest, inv_sum, shift, log_ratio, centre, ref, own_max, own_log,
-            inv_s, inv_t, beta, label, label_max, label_factor, label_share, RULE, CENTRED, SOFTMAX, EQUAL, True, LABELS, VEC, BLOCK,
+            inv_s, inv_t, beta, label, label_max, label_factor, label_share,
+            RULE, CENTRED, SOFTMAX, EQUAL, True, LABELS, VEC, BLOCK,
         )  # fmt: skip
     tl.store(loss_ptr + row, tl.where(live, value * value_factor * scale, 0.0) + entropy)
     tl.store(stats_ptr, largest)
