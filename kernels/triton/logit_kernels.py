@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from fastdistil.kernels.triton.logit_statistics import _body, _edge, _layout, _load, _statistics
-from fastdistil.kernels.triton.numerics import expm1, expm1_near
+from fastdistil.kernels.triton.numerics import expm1_near
 
 
 @triton.jit
@@ -67,8 +67,8 @@ def _tile(
 def _anchor(inv_sum, log_ratio, beta, RULE: tl.constexpr):
     """The slope at the teacher's largest column. A centred rule's gradient is the same if all slopes are taken from
     there; else a confident teacher's column would be 1/2 - (1/2 - 1e-7) in the total variation."""
-    delta = tl.where(log_ratio < 1e30, -log_ratio, 0.0)
-    gap = inv_sum * expm1(delta)
+    delta = tl.where(tl.abs(log_ratio) <= 1.0, -log_ratio, 0.0)  # farther, p's rounding would count times the anchor
+    gap = inv_sum * expm1_near(delta)
     _, slope = RULE(inv_sum + gap, inv_sum, delta, gap, beta)
     return slope
 

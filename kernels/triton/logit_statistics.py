@@ -133,12 +133,12 @@ def _statistics(
             s_body, t_body, columns, columns < end, inv_s, inv_t, shift, largest, ref, total, difference, EQUAL
         )
     ratio = difference / total
-    near = (ratio > -0.9) & (ratio < 1e6)
+    near = (ratio > -0.9) & (ratio < 1e3)
     log_ratio = tl.where(near, log1p(tl.where(near, ratio, 0.0)), float("inf"))
     if not PART:  # nothing is close here, and what the shift rounds off would be p's error
         shift = tl.where(near, shift, 0.0)
-    own_max = largest
-    own_log = ref + log_ratio + tl.log(total)
+    own_max = largest + ref  # the student's score there; a large ref in own_log would round its probabilities
+    own_log = (ref - (own_max - largest)) + log_ratio + tl.log(total)
     if live & (PART | (near == 0) | (tl.abs(ref) > 20.0)):
         own_max, mass = _add_to_lse(s_row, t_row, edge, at_edge, inv_s, inv_t, shift, float("-inf"), 0.0, EQUAL)
         for begin in range(0, end, BLOCK):
