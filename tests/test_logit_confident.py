@@ -99,3 +99,14 @@ def test_one_far_column_leaves_the_others_exact(backend: str, divergence: str, c
     truth = exact(student, teacher, divergence)
     assert error(found.gradients[0][:, others], truth.gradients[0][:, others]) < 1e-5
     assert found.gradients[0].isfinite().all()
+
+
+@pytest.mark.parametrize("noise", [1e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize("columns", [2, 13, 3000])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_hidden_kl_of_confident_teachers(backend: str, columns: int, noise: float) -> None:
+    teacher = torch.randn(4, columns, device=DEVICE)
+    teacher[:, columns // 4 * 3] += 18
+    student = teacher + noise * torch.randn(4, columns, device=DEVICE)
+    found = outcome(lambda s: fd.hidden_loss(s, teacher, kind="kl", reduction="none", backend=backend), student)
+    judge_exact(found, exact(student, teacher, "forward_kl"), torch.float32)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from fastdistil.kernels.triton.exact import move_unit
 from fastdistil.kernels.triton.numerics import expm1_near, log1p
 
 
@@ -40,19 +41,6 @@ def _load(s_ptr, t_ptr, columns, mask, inv_s, inv_t, shift, EQUAL: tl.constexpr)
 
 
 @triton.jit
-def _move_unit(largest, ref, total, difference, new, new_ref):
-    """S and X relative to another maximum and reference: X + S = sum e^(a-m-ref) scales, and X stays a small number
-    where the student is near. Up to the first finite b the unit is 1, and there may be mass of the student alone."""
-    up = tl.where(largest == float("-inf"), 0.0, largest) - new
-    r = ref - new_ref
-    factor = tl.exp(up)
-    both = tl.exp(up + r)
-    growth = tl.where(tl.abs(r) <= 1.0, factor * expm1_near(r), both - factor)
-    moved = tl.where(difference == 0.0, 0.0, difference * both)  # not 0 * inf
-    return tl.where(total == 0.0, 0.0, total * factor), moved + tl.where(total == 0.0, 0.0, total * growth)
-
-
-@triton.jit
 def _add_masses(
     s_ptr, t_ptr, columns, mask, inv_s, inv_t, shift, largest, ref, total, difference, EQUAL: tl.constexpr
 ):  # fmt: skip
@@ -63,7 +51,7 @@ def _add_masses(
     if top > largest:
         at_top = tl.max(tl.where(b == top, d, float("-inf")), 0)
         at_top = tl.where(tl.abs(at_top) <= 1e6, at_top, 0.0)
-        total, difference = _move_unit(largest, ref, total, difference, top, at_top)
+        total, difference = move_unit(largest, ref, total, difference, top, at_top)
         largest = top
         ref = at_top
     m = tl.where(largest == float("-inf"), 0.0, largest)
