@@ -12,7 +12,8 @@ from test_logit import Outcome, outcome, textbook
 from torch import Tensor
 
 import fastdistil as fd
-from fastdistil.ops.logit_rule import DIVERGENCES
+from fastdistil.backends import get
+from fastdistil.ops.logit_rule import DIVERGENCES, PHASE_STATISTICS, PHASE_VALUE, STATS, LogitRule
 
 BACKENDS = available("triton")
 SOFTMAX = [d for d in DIVERGENCES if d != "mse"]
@@ -110,3 +111,48 @@ def test_hidden_kl_of_confident_teachers(backend: str, columns: int, noise: floa
     student = teacher + noise * torch.randn(4, columns, device=DEVICE)
     found = outcome(lambda s: fd.hidden_loss(s, teacher, kind="kl", reduction="none", backend=backend), student)
     judge_exact(found, exact(student, teacher, "forward_kl"), torch.float32)
+
+
+@pytest.mark.parametrize("divergence", SOFTMAX)
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"])
+def test_a_row_in_two_phases(backend: str, divergence: str) -> None:
+    """Confident, far apart, and a part of a row in which the teacher, or nobody, has any mass."""
+    teacher = torch.randn(5, 70, device=DEVICE)
+    student = teacher + 1e-3 * torch.randn(5, 70, device=DEVICE)
+    teacher[0, 3] += 18
+    student[0, 3] += 18
+    student[1] = 100 * torch.randn(70, device=DEVICE)
+    teacher[2:4] = student[3] = -math.inf
+    ones = torch.ones(5, device=DEVICE)
+    rule: LogitRule = {
+        "divergence": DIVERGENCES.index(divergence), "beta": 0.3,
+        "student_temperature": 1.0, "teacher_temperature": 1.0, "value_factor": 1.0,
+    }  # fmt: skip
+    module = get("logit", backend, DEVICE)
+    stats, loss, gradient = torch.empty(5, STATS, device=DEVICE), torch.empty_like(ones), torch.empty_like(student)
+    module.logit_fwd(student, teacher, ones, loss, stats, None, phase=PHASE_STATISTICS, **rule)
+    own = stats[:, 6] + stats[:, 7]
+    lse = [x.double().logsumexp(-1) for x in (student - stats[:, 2:3], teacher)]
+    assert error(own[:3], lse[0][:3]) < 1e-6
+    assert own[3] == -math.inf
+    assert (stats[2:4, 0] == -math.inf).all()
+    assert error((stats[:, 5] + stats[:, 3])[[0, 4]], (lse[0] - lse[1])[[0, 4]]) < 1e-3
+    assert (stats[1:4, 3] == math.inf).all()
+    whole = [0, 1, 4]
+    module.logit_fwd(student, teacher, ones, loss, stats, None, phase=PHASE_VALUE, **rule)
+    module.logit_bwd(student, teacher, ones, stats, gradient, ones, False, **rule)
+    truth = outcome(lambda s: rows(s, teacher[whole].double(), divergence, "reference"), student[whole].double())
+    assert error(loss[whole], truth.value) < 1e-5
+    assert error(gradient[[0, 4]], truth.gradients[0][[0, 2]]) < 1e-5
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("divergence", SOFTMAX)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_stays_visible(backend: str, divergence: str, side: str) -> None:
+    student, teacher = torch.randn(3, 2100, device=DEVICE), torch.randn(3, 2100, device=DEVICE)
+    (student if side == "student" else teacher)[1, 2090] = math.nan
+    (student if side == "student" else teacher)[2] = -math.inf
+    found = outcome(lambda s: rows(s, teacher, divergence, backend), student)
+    assert found.value.isnan().tolist() == [False, True, True]
+    assert found.gradients[0][1:].isnan().all()

@@ -83,6 +83,8 @@ def _pass(
 ):  # fmt: skip
     """The whole row's value and centre; with WRITE its gradient."""
     log_sum = -tl.log(inv_sum)
+    if SOFTMAX:  # a slope may be a number where the teacher's row is none
+        own_log = tl.where((largest != largest) | (inv_sum != inv_sum), float("nan"), own_log)
     anchor = _anchor(inv_sum, log_ratio, beta, RULE) if CENTRED else 0.0
     head, body = _layout(row, student_stride, V, VEC)
     columns, exists = _edge(head, body, V, VEC)
