@@ -151,7 +151,7 @@ class Worker {
     if (threadIdx.x == 0)
       board_.own_max = stats_.own_max,
       board_.own_log = stats_.own_log + 0.0f * stats_.inv_sum,  // a teacher that is NaN stays visible on both sides
-      board_.log_sum = -::logf(stats_.inv_sum),
+          board_.log_sum = -::logf(stats_.inv_sum),
       board_.anchor = anchor<Rule>(stats_, static_cast<float>(args_.beta));
     __syncthreads();
   }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from fastdistil.kernels.triton.numerics import expm1, expm1_minus_x, log1p
+from fastdistil.kernels.triton.numerics import expm1, expm1_minus_x, expm1_near, log1p
 
 
 @triton.jit
@@ -13,6 +13,19 @@ def scaled_expm1(weight, x, log_product):
     overflows."""
     near = tl.abs(x) <= 1.0
     return tl.where(near, weight * expm1(tl.where(near, x, 0.0)), tl.exp(log_product) - weight)
+
+
+@triton.jit
+def move_unit(largest, ref, total, difference, new, new_ref):
+    """S and X relative to another maximum and reference: X + S = sum e^(a-m-ref) scales, and X stays a small number
+    where the student is near. Up to the first finite b the unit is 1, and there may be mass of the student alone."""
+    up = tl.where(largest == float("-inf"), 0.0, largest) - new
+    r = ref - new_ref
+    factor = tl.exp(up)
+    both = tl.exp(up + r)
+    growth = tl.where(tl.abs(r) <= 1.0, factor * expm1_near(r), both - factor)
+    moved = tl.where(difference == 0.0, 0.0, difference * both)  # not 0 * inf
+    return tl.where(total == 0.0, 0.0, total * factor), moved + tl.where(total == 0.0, 0.0, total * growth)
 
 
 @triton.jit

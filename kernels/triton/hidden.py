@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fastdistil.kernels.triton.exact import add_to_masses, forward_kl_terms, log_mass_ratio, scaled_expm1
+from fastdistil.kernels.triton.exact import forward_kl_terms, move_unit, scaled_expm1
+from fastdistil.kernels.triton.numerics import log1p
 from torch import Tensor
 
 
@@ -38,6 +39,24 @@ def _offset(h, t):
     """The multiple of 1/1024 nearest to the row's first difference, which kl does not see; 0 where it is not finite."""
     steps = tl.floor((h - t) * 1024.0 + 0.5)
     return tl.where(tl.abs(steps) < 1e30, steps, 0.0) / 1024.0
+
+
+@triton.jit
+def _add_masses(b, c, max_a, mass_a, max_b, ref, mass_b, excess):
+    """One more tile in both sides' maxima and masses and in sum of exp(b - max_b) expm1(c - ref), where ref is c at the
+    largest b (logit_statistics.py); b = -inf and c = 0 where nothing is."""
+    top = tl.max(b, 0)
+    if top > max_b:
+        at_top = tl.max(tl.where(b == top, c, float("-inf")), 0)
+        at_top = tl.where(tl.abs(at_top) <= 1e6, at_top, 0.0)
+        mass_b, excess = move_unit(max_b, ref, mass_b, excess, top, at_top)
+        max_b = top
+        ref = at_top
+    new_a = tl.maximum(max_a, tl.max(b + c, 0))
+    mass_a = mass_a * tl.exp(max_a - new_a) + tl.sum(tl.exp(b + c - new_a), 0)
+    weight = tl.exp(b - max_b)
+    excess += tl.sum(scaled_expm1(weight, c - ref, (b + c - max_b) - ref), 0)
+    return new_a, mass_a, max_b, ref, mass_b + tl.sum(weight, 0), excess
 
 
 @triton.jit
@@ -75,7 +94,7 @@ def hidden_fwd_kernel(
     end = tl.where(scale != 0, size, 0)
     lanes = tl.arange(0, BLOCK)
 
-    # Statistics of the row. cosine: |h|^2, |t|^2, h t, (h - t) h. kl: see exact.py.
+    # Statistics of the row. cosine: |h|^2, |t|^2, h t, (h - t) h. kl: see _add_masses.
     hh = 0.0
     tt = 0.0
     ht = 0.0
@@ -85,6 +104,7 @@ def hidden_fwd_kernel(
     mass_a = 0.0
     mass_b = 0.0
     excess = 0.0
+    ref = 0.0
     offset = 0.0
     if KIND == "kl":
         _, h, t = _load_pair(z_ptr, t_ptr, bias_ptr, lanes, lanes < tl.minimum(end, 1), HAS_BIAS, GELU)
@@ -102,8 +122,14 @@ def hidden_fwd_kernel(
             else:
                 b = tl.where(inside, t, -float("inf"))
                 c = tl.where(inside, (h - offset) - t, 0.0)
-                max_a, mass_a, max_b, mass_b, excess = add_to_masses(b, c, 0, max_a, mass_a, max_b, mass_b, excess)
-    max_a, log_mass_a, max_b, log_mass_b, log_ratio = log_mass_ratio(max_a, mass_a, max_b, mass_b, excess)
+                max_a, mass_a, max_b, ref, mass_b, excess = _add_masses(b, c, max_a, mass_a, max_b, ref, mass_b, excess)
+    if KIND == "kl":
+        log_mass_a = tl.log(mass_a)
+        log_mass_b = tl.log(mass_b)
+        ratio = excess / mass_b
+        near = (ratio > -0.9) & (ratio < 1e3)  # beyond, the plain difference of the logsumexps is good enough
+        plain = ((max_a - max_b) - ref) + (log_mass_a - log_mass_b)
+        log_ratio = tl.where(near, log1p(tl.where(near, ratio, 0.0)), plain)
     nonzero = (hh > 0) & (tt > 0)
     hh = tl.where(nonzero, hh, 1.0)
     tt = tl.where(nonzero, tt, 1.0)
@@ -126,7 +152,7 @@ def hidden_fwd_kernel(
         else:
             q = tl.where(inside, tl.exp((t - max_b) - log_mass_b), 0.0)
             c = (h - offset) - t
-            delta = tl.where(inside, c - log_ratio, 0.0)
+            delta = tl.where(inside, (c - ref) - log_ratio, 0.0)
             d = scaled_expm1(q, delta, tl.where(inside, (t + c - max_a) - log_mass_a, -float("inf")))
             value += tl.sum(forward_kl_terms(q, delta, d), 0)
         if NEED_GRAD:

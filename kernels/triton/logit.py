@@ -6,21 +6,26 @@ from typing import Any
 
 import torch
 import triton
-from fastdistil.kernels.triton.divergence import RULES, Rule
+from fastdistil.kernels.triton.divergence import RULES, Rule, jsd, skew_kl, skew_reverse_kl
 from fastdistil.kernels.triton.logit_kernels import logit_bwd_kernel, logit_fwd_kernel
 from torch import Tensor
 
 from fastdistil.ops.logit_rule import PHASE_ALL, STATS
 
 
-def logit_config(columns: int, lanes: int, labels: bool = False) -> tuple[int, dict[str, int]]:
+def logit_config(columns: int, lanes: int, most: int = 2048) -> tuple[int, dict[str, int]]:
     """Columns a tile, and warps of `lanes` threads: 8 columns a thread, one 16-byte load of 16-bit logits; 16 columns
     spill. Not yet tuned on a GPU."""
-    block = min(max(triton.next_power_of_2(columns), 64), 2048)
-    options = {"num_warps": max(1, block // (8 * lanes))}
-    if labels and lanes == 32:  # left alone, ptxas takes 64 registers and spills; 80 keep three blocks of 256 threads
-        options["maxnreg"] = 80
-    return block, options
+    block = min(max(triton.next_power_of_2(columns), 64), most)
+    return block, {"num_warps": max(1, block // (8 * lanes))}
+
+
+def forward_config(columns: int, lanes: int, rule: Rule) -> tuple[int, dict[str, int]]:
+    """The forward's. Left alone, ptxas takes 64 or 80 registers and spills: 80 hold all but the mixtures, and keep
+    three blocks of 256 threads; 96 hold those, and keep five blocks of 128."""
+    mixture = rule.share in (jsd, skew_kl, skew_reverse_kl)
+    block, options = logit_config(columns, lanes, 1024 if mixture else 2048)
+    return block, options | ({"maxnreg": 96 if mixture else 80} if lanes == 32 else {})
 
 
 def _vector(rows: int, *tensors: Tensor) -> int:
@@ -32,13 +37,14 @@ def _vector(rows: int, *tensors: Tensor) -> int:
 
 
 def _arguments(
-    student: Tensor, teacher: Tensor, gradient: Tensor | None, rule: dict[str, Any], labels: bool = False
+    student: Tensor, teacher: Tensor, gradient: Tensor | None, rule: dict[str, Any], forward: bool
 ) -> tuple[list[Any], dict[str, Any]]:
     """What both kernels share: sizes, strides and temperatures, and the compile-time choices."""
     divergence = RULES[rule["divergence"]]
     t_s, t_t = rule["student_temperature"], rule["teacher_temperature"]
     rows, columns = student.shape
-    block, options = logit_config(columns, 64 if torch.version.hip else 32, labels)
+    lanes = 64 if torch.version.hip else 32
+    block, options = forward_config(columns, lanes, divergence) if forward else logit_config(columns, lanes)
     stride = student.stride(0) if gradient is None else gradient.stride(0)
     tensors = (student, teacher) if gradient is None else (student, teacher, gradient)
     constants = {
@@ -61,7 +67,7 @@ def logit_fwd(
     **rule: Any,
 ) -> None:
     """As fastdistil.backends.cpu_logit.logit_fwd, for float32, bfloat16 and float16."""
-    sizes, constants = _arguments(student, teacher, gradient, rule, labels is not None)
+    sizes, constants = _arguments(student, teacher, gradient, rule, forward=True)
     factor = rule["value_factor"]
     if student.shape[0]:
         logit_fwd_kernel[(student.shape[0],)](
@@ -84,7 +90,7 @@ def logit_bwd(
     **rule: Any,
 ) -> None:
     """As fastdistil.backends.cpu_logit.logit_bwd, for float32, bfloat16 and float16."""
-    sizes, constants = _arguments(student, teacher, gradient, rule)
+    sizes, constants = _arguments(student, teacher, gradient, rule, forward=False)
     if student.shape[0]:
         logit_bwd_kernel[(student.shape[0],)](
             student, teacher, row_scale, dloss, stats, gradient,
@@ -119,7 +125,8 @@ def _aot_case(
     targets: tuple[str, ...],
     labels: bool = False,
 ) -> dict[str, Any]:
-    block, options = logit_config(119_547, lanes, labels)
+    forward = kernel is logit_fwd_kernel
+    block, options = forward_config(119_547, lanes, rule) if forward else logit_config(119_547, lanes)
     pointers = dict.fromkeys(("student_ptr", "teacher_ptr", "gradient_ptr"), f"*{dtype}")
     floats = dict.fromkeys(("scale_ptr", "label_scale_ptr", "dloss_ptr", "loss_ptr", "stats_ptr"), "*fp32")
     floats["labels_ptr"] = "*i64"

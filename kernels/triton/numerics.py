@@ -24,9 +24,15 @@ def _excess_series(x):
 
 
 @triton.jit
+def expm1_near(x):
+    """e^x - 1 with full relative precision for |x| <= 1; of no use beyond."""
+    return x + x * x * _excess_series(x)
+
+
+@triton.jit
 def expm1(x):
     """e^x - 1 with full relative precision."""
-    return tl.where(tl.abs(x) <= 1.0, x + x * x * _excess_series(x), tl.exp(x) - 1.0)
+    return tl.where(tl.abs(x) <= 1.0, expm1_near(x), tl.exp(x) - 1.0)
 
 
 @triton.jit
