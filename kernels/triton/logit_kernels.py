@@ -24,10 +24,9 @@ def _share(
         near = tl.abs(c) <= 1.0
         log_q = (b - largest) - log_sum
         log_p = (a - own_max) - own_log
-        p = tl.exp(log_p)
+        p = tl.exp(tl.where(near, c, log_p)) * tl.where(near, q, 1.0)
         delta = tl.where(near, c, tl.where(log_p == log_q, 0.0, log_p - log_q))  # also where both are -inf
         gap = tl.where(near, q * expm1_near(c), p - q)
-        p = tl.where(near, q + gap, p)
     else:
         q = inv_sum
         p = a
