@@ -226,8 +226,8 @@ def test_clusters_of_every_size(emulator: Emulator, blocks: int, columns: int) -
             for stats in (found[1], truth[1]):  # where two columns are largest, either may be the reference
                 stats[:, 3] += stats[:, 5]
                 stats[:, 5] = 0
-            far = torch.full((), 1e3)  # log ratios are infinite there
-            assert error(found[1].clamp(max=far), truth[1].clamp(max=far)) < 1e-5
+            near = [r for r in range(7) if r != 5]
+            assert error(found[1][near], truth[1][near]) < 1e-5
         for view in (student, gradient):
             view.copy_(sentinels[0, :, 3:-37])
             sentinels[0 if view is student else 2].copy_(memory[0 if view is student else 2])

@@ -148,11 +148,11 @@ class Worker {
     else
       own_softmax(row);
     // Registers are short where the passes are long; every thread is behind the last row's use of these.
-    if (threadIdx.x == 0)
-      board_.own_max = stats_.own_max,
-      board_.own_log = stats_.own_log + 0.0f * stats_.inv_sum,  // a teacher that is NaN stays visible on both sides
-          board_.log_sum = -::logf(stats_.inv_sum),
+    if (threadIdx.x == 0) {
+      board_.own_max = stats_.own_max, board_.log_sum = -::logf(stats_.inv_sum);
+      board_.own_log = stats_.own_log + 0.0f * stats_.inv_sum;  // a teacher that is NaN stays visible on both sides
       board_.anchor = anchor<Rule>(stats_, static_cast<float>(args_.beta));
+    }
     __syncthreads();
   }
 
