@@ -153,7 +153,7 @@ struct Result {
 template <class Rule, class T>
 FD_FUNCTION T anchor(RowStats<T> row, T beta) {
   if (!Rule::centred) return T(0);
-  const T delta = math::magnitude(row.log_ratio) <= T(kNear) ? -row.log_ratio : T(0);
+  const T delta = math::magnitude(row.log_ratio) <= T(1) ? -row.log_ratio : T(0);
   const T gap = row.inv_sum * math::expm1(delta);
   return Rule::share(Column<T>{row.inv_sum + gap, row.inv_sum, delta, gap, T(0)}, beta).slope;
 }
