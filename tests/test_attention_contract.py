@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from functools import partial
@@ -128,11 +129,20 @@ print(peak() - before)
 """
 
 
+@functools.cache
+def _peak_mem_mib(which: str, kind: str, batch: int, length: int) -> float:
+    command = [sys.executable, "-c", _MEMORY, which, kind, str(batch), str(length)]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc")
 @pytest.mark.parametrize(
     ("which", "kind", "batch", "length", "at_least"),
     [
         ("ours", "prob_kl", 8, 512, 10),
+        ("ours", "prob_mse", 8, 512, 10),
+        ("ours", "score_mse", 8, 512, 10),
+        ("ours", "prob_kl", 2, 2048, 50),
         ("ours", "prob_mse", 2, 2048, 50),
         ("ours", "score_mse", 2, 2048, 40),
         ("mean", "prob_mse", 2, 2048, 30),  # blocks of a MiB, and copies of the keys and queries
@@ -141,12 +151,7 @@ print(peak() - before)
 def test_peak_memory(which: str, kind: str, batch: int, length: int, at_least: int) -> None:
     """Beyond the inputs, the gradients included: eager holds several maps, we two blocks of 256 KiB a thread. For
     score_mse eager holds so little that the gradients alone, 24 MiB, are 1/48 of it."""
-
-    def peak_mem_mib(which: str) -> float:
-        command = [sys.executable, "-c", _MEMORY, which, kind, str(batch), str(length)]
-        return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-
-    ours, eager = peak_mem_mib(which), peak_mem_mib("eager")
+    ours, eager = (_peak_mem_mib(x, kind, batch, length) for x in (which, "eager"))
     assert 0 < ours < eager / at_least, f"{ours:.0f} MiB, eager {eager:.0f} MiB"
 
 
