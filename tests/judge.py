@@ -23,6 +23,9 @@ EXACT_GRADIENT = {
     torch.bfloat16: 2**-8 + 3e-3,
 }
 
+# Of rows whose truth may be 0: absolute, a row, of values in nats and gradients in the tempered logits.
+SMALLEST = 1e-6
+
 
 @dataclass
 class Outcome:
@@ -59,6 +62,15 @@ def judge_exact(found: Outcome, truth: Outcome, dtype: torch.dtype) -> None:
     _at_most("value", error(found.value, truth.value), EXACT_VALUE)
     for i, (g, t) in enumerate(zip(found.gradients, truth.gradients, strict=True)):
         _at_most(f"gradient {i}", error(g, t), EXACT_GRADIENT[dtype])
+
+
+def judge_rows(found: Tensor, truth: Tensor, eager: Tensor) -> None:
+    """As `judge`, of float32 rows (N, ...) that may be 0, which have no relative error."""
+    ours, plain, size = (
+        (x.double() - y.double()).norm() for x, y in ((found, truth), (eager, truth), (truth, 0 * truth))
+    )
+    allowed = 2 * plain + SLACK[torch.float32] * size + SMALLEST * len(truth) ** 0.5
+    assert ours <= allowed, f"absolute error {ours:.2e}, allowed {allowed:.2e}"
 
 
 def _at_most(what: str, found: float, allowed: float) -> None:
