@@ -178,9 +178,9 @@ def without(file: str, barrier: str, which: int) -> Path:
 
 BARRIERS = [
     ("logit.cu", "__syncthreads();", 0),  # before a reduction writes its parts
-    ("logit_cluster.cu", "__syncthreads();", 0),  # before a chunk is filled with the next row
+    ("cluster_chunks.h", "__syncthreads();", 0),  # before a chunk is filled with the next row
     ("logit_cluster.cu", "hopper::cluster_sync();", 0),  # before a block's totals are read by the others
-    ("logit_cluster.cu", "hopper::wait(board_.full + c, parities_ >> c & 1);", 0),  # before a chunk is read
+    ("cluster_chunks.h", "hopper::wait(full_ + c, parities_ >> c & 1);", 0),  # before a chunk is read
 ]
 
 
@@ -188,7 +188,7 @@ BARRIERS = [
 def test_a_missing_barrier_is_noticed(file: str, barrier: str, which: int, monkeypatch: pytest.MonkeyPatch) -> None:
     emulator = Emulator(without(file, barrier, which))
     install(emulator, monkeypatch)
-    clustered = file == "logit_cluster.cu"
+    clustered = file != "logit.cu"
     with contextlib.suppress(RuntimeError):  # threads that part for good are a deadlock, which the emulator reports
         assert not orders_agree(emulator, "jsd", cluster=2 if clustered else 0, active_clusters=1)
 

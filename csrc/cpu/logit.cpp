@@ -10,7 +10,7 @@
 
 #include <optional>
 
-#include "logit_block.h"
+#include "logit_label.h"
 
 namespace fastdistil {
 inline namespace FD_ISA {
@@ -71,17 +71,13 @@ void statistics(Row<E>& row, Block<E>& block, bool part) {
 
 // G: E, or what is computed in.
 template <class Rule, bool kNearBlock, bool kGradient, class E, class G>
-void finish_block(RowStats<Compute<E>> stats, const Block<E>& block, int n, Compute<E> beta, Compute<E> factor,
+void finish_block(RowTerms<Compute<E>> row, const Block<E>& block, int n, Compute<E> beta, Compute<E> factor,
                   G* gradient, double& value, double& centre) {
   using T = Compute<E>;
-  const T log_sum = -static_cast<T>(std::log(static_cast<double>(stats.inv_sum)));
-  const T anchor = fastdistil::anchor<Rule>(stats, beta);
-  stats.own_log += T(0) * stats.inv_sum;  // a teacher that is NaN, or nothing at all, stays visible on both sides
   T v = 0, f = 0;
 #pragma omp simd reduction(+ : v, f)
   for (int i = 0; i < n; ++i) {
-    const Result<T> r =
-        result<Rule, kNearBlock>(Scores<T>{block.a[i], block.b[i], block.d[i]}, stats, anchor, log_sum, beta);
+    const Result<T> r = result<Rule, kNearBlock>(Scores<T>{block.a[i], block.b[i], block.d[i]}, row, beta);
     v += r.value;
     if constexpr (Rule::centred) f += r.centre;
     if constexpr (kGradient) gradient[i] = from_compute<G>(factor * r.gradient);
@@ -91,61 +87,28 @@ void finish_block(RowStats<Compute<E>> stats, const Block<E>& block, int n, Comp
 }
 
 template <class Rule, bool kGradient, class E, class G>
-void finish(const Row<E>& row, bool near, const Block<E>& block, int n, Compute<E> beta, Compute<E> factor, G* gradient,
-            double& value, double& centre) {
+void finish(const RowTerms<Compute<E>>& row, bool near, const Block<E>& block, int n, Compute<E> beta,
+            Compute<E> factor, G* gradient, double& value, double& centre) {
   if (near && block.near)
-    finish_block<Rule, true, kGradient>(row.stats, block, n, beta, factor, gradient, value, centre);
+    finish_block<Rule, true, kGradient>(row, block, n, beta, factor, gradient, value, centre);
   else
-    finish_block<Rule, false, kGradient>(row.stats, block, n, beta, factor, gradient, value, centre);
+    finish_block<Rule, false, kGradient>(row, block, n, beta, factor, gradient, value, centre);
 }
-
-// The cross entropy of a row with its label, times `scale`.
-template <class E>
-class Label {
-  using T = Compute<E>;
-  int64_t column_;
-  T max_, factor_, scale_, value_;  // the largest logit, scale / sum of exp(z - max)
-
- public:
-  Label(const E* logits, int64_t columns, int64_t column, T scale, T* buffer) : column_(column), scale_(scale) {
-    Masses<T, double> masses;
-    for (int64_t begin = 0; begin < columns; begin += kBlock) {
-      const int n = static_cast<int>(std::min<int64_t>(columns - begin, kBlock));
-      const T* z = load_block(logits + begin, buffer, n);
-      const T m = masses.raise(block_max(z, n), T(0));
-      T part = 0;
-#pragma omp simd reduction(+ : part)
-      for (int i = 0; i < n; ++i) part += math::exp(z[i] - m);
-      masses.sum += part;
-    }
-    max_ = masses.max, factor_ = static_cast<T>(scale / masses.sum);
-    value_ = static_cast<T>(scale * (std::log(masses.sum) + (max_ - to_compute(logits[column]))));
-  }
-
-  T value() const { return value_; }
-
-  // gradient (n,) of the columns from `begin` on, plus `other` unless that is null; `sum` may be `other`.
-  void add(const T* logits, int64_t begin, int n, const T* other, T* sum, E* gradient) const {
-#pragma omp simd
-    for (int i = 0; i < n; ++i) sum[i] = (other ? other[i] : T(0)) + factor_ * math::exp_nonpositive(logits[i] - max_);
-    if (column_ >= begin && column_ < begin + n) sum[column_ - begin] -= scale_;
-    for (int i = 0; i < n; ++i) gradient[i] = from_compute<E>(sum[i]);
-  }
-};
 
 template <class Rule, bool kGradient, class E>
 void pass(const Row<E>& row, Block<E>& block, Compute<E> beta, Compute<E> factor, E* gradient, double& value,
           double& centre, const Label<E>* label = nullptr) {
   const bool near = Rule::softmax && near_row(row.stats);
+  const RowTerms<Compute<E>> terms = row_terms<Rule>(row.stats, beta);
   for_blocks(row, block, [&](int64_t begin, int padded, int n) {
     if constexpr (kGradient) {
       if (label) {
-        finish<Rule, true>(row, near, block, padded, beta, factor, block.staged, value, centre);
+        finish<Rule, true>(terms, near, block, padded, beta, factor, block.staged, value, centre);
         return label->add(block.logits, begin, n, block.staged, block.staged, gradient + begin);
       }
     }
     E* out = !kGradient ? nullptr : padded == n ? gradient + begin : block.tail;
-    finish<Rule, kGradient>(row, near, block, padded, beta, factor, out, value, centre);
+    finish<Rule, kGradient>(terms, near, block, padded, beta, factor, out, value, centre);
     if (kGradient && padded != n) std::copy(out, out + n, gradient + begin);
   });
 }

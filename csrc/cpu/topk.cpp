@@ -113,22 +113,22 @@ double divergence(Outcomes& o, double beta) {
     const Mass<double> share = mass<false>(scores(i), masses.unit(), masses.reference);
     masses.sum += share.sum, masses.difference += share.difference;
   }
-  RowStats<double> row{};
-  row.max = masses.max > -INFINITY ? masses.max : NAN;  // no teacher at all is an error that must stay visible
-  row.inv_sum = 1.0 / masses.sum, row.reference = masses.reference;
-  exact_log_ratio(masses.difference / masses.sum, row.log_ratio);
-  row.own_max = block_max(o.student.data(), n), row.own_log = std::log(sum_exp(o.student, row.own_max));
-  const double log_sum = std::log(masses.sum), slope = anchor<Rule>(row, beta);
+  RowStats<double> stats{};
+  stats.max = masses.max > -INFINITY ? masses.max : NAN;  // no teacher at all is an error that must stay visible
+  stats.inv_sum = 1.0 / masses.sum, stats.reference = masses.reference;
+  exact_log_ratio(masses.difference / masses.sum, stats.log_ratio);
+  stats.own_max = block_max(o.student.data(), n), stats.own_log = std::log(sum_exp(o.student, stats.own_max));
+  RowTerms<double> row = row_terms<Rule>(stats, beta);
   double value = 0;
   for (int pass = Rule::centred ? 0 : 1; pass < 2; ++pass) {
     double v = 0, centre = 0;
     for (int i = 0; i < n; ++i) {
-      const Result<double> r = result<Rule, false>(scores(i), row, slope, log_sum, beta);
+      const Result<double> r = result<Rule, false>(scores(i), row, beta);
       v += r.value, centre += r.centre;
       o.gradient[i] = r.gradient;
     }
     value = v;
-    if (pass == 0) row.centre = centre;
+    if (pass == 0) row.stats.centre = centre;
   }
   return value;
 }

@@ -119,35 +119,6 @@ FD_FUNCTION void own_from_teacher(RowStats<T>& row, double sum) {
   row.own_log = static_cast<T>(static_cast<double>(row.reference) + row.log_ratio + ::log(sum));
 }
 
-template <bool kNearBlock, class T>
-FD_FUNCTION Column<T> column(Scores<T> c, RowStats<T> row, T log_sum) {
-  const T log_weight = c.b - row.max, q = math::exp_nonpositive(log_weight) * row.inv_sum;
-  const T near = (c.d - row.reference) - row.log_ratio;
-  if (kNearBlock) {
-    const math::Expm1<T> e = math::bounded_expm1(near);
-    const T gap = q * e.value;
-    return {q + gap, q, near, gap, q * e.excess};
-  }
-  const bool is_near = math::magnitude(near) <= T(1);
-  const bool absent = c.b == T(-INFINITY) && c.d == T(0);  // on both sides
-  const T log_p = (c.a - row.own_max) - row.own_log;
-  const T delta = is_near ? near : absent ? T(0) : log_p - (log_weight - log_sum);
-  const T difference = q * math::expm1(is_near ? near : T(0)), own = math::exp(log_p);
-  const T gap = is_near ? difference : own - q, p = is_near ? q + difference : own;
-  return {p, q, delta, gap, math::excess(q, gap, delta)};
-}
-
-template <class Rule, bool kNearBlock, class T>
-FD_FUNCTION Column<T> rule_column(Scores<T> c, RowStats<T> row, T log_sum) {
-  if (Rule::softmax) return column<kNearBlock>(c, row, log_sum);
-  return {T(0), row.inv_sum, c.d, T(0), T(0)};
-}
-
-template <class T>
-struct Result {
-  T value, centre, gradient;  // shares of the row's value and centre; the gradient in the tempered student logit
-};
-
 // The slope at the teacher's largest column. A centred rule's gradient is the same if all slopes are taken from there;
 // else a confident teacher's own would be 1/2 - (1/2 - 1e-8) in the total variation.
 template <class Rule, class T>
@@ -158,14 +129,57 @@ FD_FUNCTION T anchor(RowStats<T> row, T beta) {
   return Rule::share(Column<T>{row.inv_sum + gap, row.inv_sum, delta, gap, T(0)}, beta).slope;
 }
 
-// anchor, log_sum: of the row, the teacher's ln of the sum of e^(b - max).
+// What a loop over a row's columns needs: the statistics and what follows from them once a row.
+template <class T>
+struct RowTerms {
+  RowStats<T> stats;
+  T log_sum, anchor;  // the teacher's ln of sum e^(b - max)
+};
+
+template <class Rule, class T>
+FD_FUNCTION RowTerms<T> row_terms(RowStats<T> stats, T beta) {
+  const T log_sum = -static_cast<T>(::log(static_cast<double>(stats.inv_sum)));
+  stats.own_log += T(0) * stats.inv_sum;  // a teacher that is NaN, or nothing at all, stays visible on both sides
+  return {stats, log_sum, anchor<Rule>(stats, beta)};
+}
+
+template <bool kNearBlock, class T>
+FD_FUNCTION Column<T> column(Scores<T> c, RowTerms<T> terms) {
+  const RowStats<T> row = terms.stats;
+  const T log_weight = c.b - row.max, q = math::exp_nonpositive(log_weight) * row.inv_sum;
+  const T near = (c.d - row.reference) - row.log_ratio;
+  if (kNearBlock) {
+    const math::Expm1<T> e = math::bounded_expm1(near);
+    const T gap = q * e.value;
+    return {q + gap, q, near, gap, q * e.excess};
+  }
+  const bool is_near = math::magnitude(near) <= T(1);
+  const bool absent = c.b == T(-INFINITY) && c.d == T(0);  // on both sides
+  const T log_p = (c.a - row.own_max) - row.own_log;
+  const T delta = is_near ? near : absent ? T(0) : log_p - (log_weight - terms.log_sum);
+  const T difference = q * math::expm1(is_near ? near : T(0)), own = math::exp(log_p);
+  const T gap = is_near ? difference : own - q, p = is_near ? q + difference : own;
+  return {p, q, delta, gap, math::excess(q, gap, delta)};
+}
+
 template <class Rule, bool kNearBlock, class T>
-FD_FUNCTION Result<T> result(Scores<T> scores, RowStats<T> row, T anchor, T log_sum, T beta) {
-  const Column<T> c = rule_column<Rule, kNearBlock>(scores, row, log_sum);
+FD_FUNCTION Column<T> rule_column(Scores<T> c, RowTerms<T> row) {
+  if (Rule::softmax) return column<kNearBlock>(c, row);
+  return {T(0), row.stats.inv_sum, c.d, T(0), T(0)};
+}
+
+template <class T>
+struct Result {
+  T value, centre, gradient;  // shares of the row's value and centre; the gradient in the tempered student logit
+};
+
+template <class Rule, bool kNearBlock, class T>
+FD_FUNCTION Result<T> result(Scores<T> scores, RowTerms<T> row, T beta) {
+  const Column<T> c = rule_column<Rule, kNearBlock>(scores, row);
   const Share<T> share = Rule::share(c, beta);
   if (!Rule::centred) return {share.value, T(0), share.slope};
-  const T slope = share.slope - anchor;
-  return {share.value, c.p * slope, c.p * (slope - row.centre)};
+  const T slope = share.slope - row.anchor;
+  return {share.value, c.p * slope, c.p * (slope - row.stats.centre)};
 }
 
 }  // namespace FD_ISA

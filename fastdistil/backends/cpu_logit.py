@@ -22,7 +22,7 @@ def logit_fwd(
     label_scale: Tensor | None = None,
     **rule: Unpack[LogitRule],
 ) -> None:
-    """Writes loss (N,), stats (N, 5) and, where given, gradient (N, V) = d sum(loss) / d student.
+    """Writes loss (N,), stats (N, STATS) and, where given, gradient (N, V) = d sum(loss) / d student.
 
     labels (N,) int64 and label_scale (N,) add the cross entropy of the student's own logits to loss and gradient, which
     is rounded once; rows of label_scale 0 have none, their label may be anything.

@@ -54,7 +54,7 @@ def logit(
     with_gradient: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Row losses (N,), row statistics (N, 5) and the gradient for dloss = 1 ((N, V), or (0, V) if not wanted)."""
+    """Row losses (N,), row statistics (N, STATS) and the gradient for dloss = 1 ((N, V), or (0, V) if not wanted)."""
     loss, stats, gradient = _outputs(student, row_scale, with_gradient, new_empty)
     rule = _rule(divergence, beta, student_temperature, teacher_temperature, value_factor)
     module = _module(backend, student)

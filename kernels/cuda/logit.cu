@@ -134,36 +134,32 @@ __global__ void __launch_bounds__(kThreads, 1) logit_kernel(LogitArgs args) {
       stats = statistics(student, teacher, args.columns, tempering, args.phase == Phase::statistics);
     }
     const T factor = static_cast<T>(scale * dloss * args.value_factor / args.student_temperature);
-    const T log_sum = -static_cast<T>(::log(static_cast<double>(stats.inv_sum)));
-    const T anchor = fastdistil::anchor<Rule>(stats, beta);
-    const T own_log = stats.own_log;
-    stats.own_log += T(0) * stats.inv_sum;  // a teacher that is NaN, or nothing at all, stays visible on both sides
+    RowTerms<T> row = row_terms<Rule>(stats, beta);
     const bool shares = args.loss && args.phase != Phase::statistics;
     T value = 0, centre = 0;
     if (shares) {
       for_columns(student, teacher, args.columns, [&](int64_t i, T s, T t) {
-        const Result<T> part = result<Rule, false>(scores(s, t, tempering), stats, anchor, log_sum, beta);
+        const Result<T> part = result<Rule, false>(scores(s, t, tempering), row, beta);
         value += part.value;
         centre += part.centre;
         if (!Rule::centred && gradient) from_compute(factor * part.gradient, gradient[i]);
       });
       value = static_cast<T>(block_sum(static_cast<double>(value)));
-      if (Rule::centred) stats.centre = static_cast<T>(block_sum(static_cast<double>(centre)));
+      if (Rule::centred) row.stats.centre = static_cast<T>(block_sum(static_cast<double>(centre)));
     }
     if (args.loss) {
       __syncthreads();  // every thread has read what was given
       if (threadIdx.x == 0) {
         static_cast<T*>(args.loss)[r] = static_cast<T>(value * args.value_factor * scale);
         saved[kMax] = stats.max, saved[kInvSum] = stats.inv_sum, saved[kShift] = tempering.shift;
-        saved[kLogRatio] = stats.log_ratio, saved[kCentre] = stats.centre, saved[kReference] = stats.reference;
-        saved[kOwnMax] = stats.own_max, saved[kOwnLog] = own_log;
+        saved[kLogRatio] = stats.log_ratio, saved[kCentre] = row.stats.centre, saved[kReference] = stats.reference;
+        saved[kOwnMax] = stats.own_max, saved[kOwnLog] = stats.own_log;
       }
     }
     // Where the vocabulary is split, a centred rule's gradient waits for the whole centre.
     if (gradient && (!args.loss || (Rule::centred && args.phase == Phase::all)))
       for_columns(student, teacher, args.columns, [&](int64_t i, T s, T t) {
-        from_compute(factor * result<Rule, false>(scores(s, t, tempering), stats, anchor, log_sum, beta).gradient,
-                     gradient[i]);
+        from_compute(factor * result<Rule, false>(scores(s, t, tempering), row, beta).gradient, gradient[i]);
       });
   }
 }

@@ -11,7 +11,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "cluster_rows.h"
+#include "cluster_chunks.h"
 #include "launch.h"
 
 namespace fastdistil {
@@ -19,86 +19,12 @@ namespace {
 
 template <class Rule, class E>
 class Worker {
-  static constexpr int kPack = Pack<E>::size, kGroup = 4;
   const LogitArgs& args_;
   Board<E>& board_;
-  unsigned char* memory_;  // chunks of (student, teacher)
-  uint32_t parities_ = 0;  // of the chunks' next phases
+  Chunks<E> chunks_;
   int exchanges_ = 0;
   Tempering<float> tempering_;
   RowStats<float> stats_;
-
-  __device__ unsigned char* chunk(int c, int side) const { return memory_ + (2 * c + side) * kChunkBytes; }
-
-  __device__ static uint32_t offset(const E* p) { return reinterpret_cast<uintptr_t>(p) % 16; }
-
-  // By one thread: both rows' packs of a chunk, from the multiple of 16 bytes before them to the one behind.
-  __device__ void fill(const Row<E>& row, int c) const {
-    const int rest = row.packs - c * kChunk, packs = rest < kChunk ? rest : kChunk;
-    const E* from[2] = {row.student + row.column(c * kChunk), row.teacher + row.column(c * kChunk)};
-    uint32_t bytes[2];
-    for (int side = 0; side < 2; ++side) bytes[side] = 16 * (packs + (offset(from[side]) ? 1 : 0));
-    hopper::expect(board_.full + c, bytes[0] + bytes[1]);
-    for (int side = 0; side < 2; ++side)
-      hopper::copy(chunk(c, side), reinterpret_cast<const unsigned char*>(from[side]) - offset(from[side]), bytes[side],
-                   board_.full + c);
-  }
-
-  // This thread's pack of a chunk, wherever it begins.
-  __device__ static Pack<E> read(const unsigned char* from, uint32_t offset) {
-    const unsigned char* at = from + threadIdx.x * 16 + offset;
-    if (offset == 0) return *reinterpret_cast<const Pack<E>*>(at);
-    Pack<E> pack;
-#pragma unroll
-    for (int j = 0; j < kPack; ++j) pack.element[j] = reinterpret_cast<const E*>(at)[j];
-    return pack;
-  }
-
-  // Calls action(scores[n], near, out) for this thread's columns, few at a time for want of registers; with kWrite
-  // `out` goes to the gradient. kWait: the first pass, behind the copies. `next`: the last pass, which hands each chunk
-  // to the next row.
-  template <bool kWait, bool kWrite, class Action>
-  __device__ void for_columns(const Row<E>& row, const Row<E>* next, Action&& action) {
-    const int packs = row.packs, first = row.column(threadIdx.x), refills = next ? next->chunks() : 0;
-    const uint32_t student = offset(row.student + row.begin), teacher = offset(row.teacher + row.begin);
-    for (int c = 0; c * kChunk < packs || c < refills; ++c) {
-      if (kWait) {
-        hopper::wait(board_.full + c, parities_ >> c & 1);
-        parities_ ^= 1u << c;
-      }
-      if (c * kChunk + static_cast<int>(threadIdx.x) < packs) {
-        const Pack<E> s = read(chunk(c, 0), student), t = read(chunk(c, 1), teacher);
-        Pack<E> out;
-#pragma unroll
-        for (int j = 0; j < kPack; j += kGroup) call<kGroup>(s.element + j, t.element + j, action, out.element + j);
-        if (kWrite) *reinterpret_cast<Pack<E>*>(row.gradient + first + c * kChunk * kPack) = out;
-      }
-      if (c < refills) {
-        __syncthreads();  // everybody has read the chunk
-        if (threadIdx.x == 0) fill(*next, c);
-      }
-    }
-    if (hopper::cluster_rank() != 0) return;
-    const int edge = row.begin + (static_cast<int>(args_.columns) - row.end);
-    for (int i = threadIdx.x; i < edge; i += kThreads) {
-      const int column = i < row.begin ? i : i - row.begin + row.end;
-      E out;
-      call<1>(row.student + column, row.teacher + column, action, &out);
-      if (kWrite) row.gradient[column] = out;
-    }
-  }
-
-  template <int kColumns, class Action>
-  __device__ void call(const E* student, const E* teacher, Action& action, E* out) const {
-    Scores<float> found[kColumns];
-    bool near = true;
-#pragma unroll
-    for (int j = 0; j < kColumns; ++j) {
-      found[j] = scores(to_compute(student[j]), to_compute(teacher[j]), tempering_);
-      near = near && math::magnitude(found[j].d) <= float(kNear);
-    }
-    action(found, near, out);
-  }
 
   // The whole cluster's part, for every thread. Callers come together, all threads of all blocks.
   __device__ Part<float> exchange(Part<float> own) {
@@ -118,7 +44,7 @@ class Worker {
 
   __device__ void own_softmax(const Row<E>& row) {
     Masses<float, float> masses;
-    for_columns<false, false>(row, nullptr, [&](const auto& found, bool, E*) {
+    chunks_.template for_columns<false, false>(row, nullptr, tempering_, [&](const auto& found, bool, E*) {
       for (const Scores<float>& c : found) {
         const float m = masses.raise(c.a, 0);
         masses.sum += math::exp(c.a - m);
@@ -131,13 +57,14 @@ class Worker {
   __device__ void statistics(const Row<E>& row) {
     Masses<float, float> masses;
     bool far = false;
-    for_columns<true, false>(row, nullptr, [&](const auto& found, bool near, E*) {
+    chunks_.template for_columns<true, false>(row, nullptr, tempering_, [&](const auto& found, bool near, E*) {
       float largest = found[0].b, difference = found[0].d;
 #pragma unroll
       for (const Scores<float>& c : found)
         if (c.b > largest) largest = c.b, difference = c.d;
       masses.raise(largest, difference);
-      near ? add<true>(found, masses) : add<false>(found, masses);
+      const bool short_form = near && math::magnitude(masses.reference) <= float(kNear);
+      short_form ? add<true>(found, masses) : add<false>(found, masses);
       far = far || !near;
     });
     const Part<float> all = exchange({masses.max, masses.reference, far ? 1.0f : 0.0f, masses.sum, masses.difference});
@@ -175,7 +102,7 @@ class Worker {
   __device__ Totals finish(const Row<E>& row, const Row<E>* next, float factor) {
     Totals totals;
     const bool near_stats = near_row(stats_);
-    for_columns<false, kWrite>(row, next, [&](const auto& found, bool near, E* out) {
+    chunks_.template for_columns<false, kWrite>(row, next, tempering_, [&](const auto& found, bool near, E* out) {
       near&& near_stats ? columns<kWrite, true>(found, factor, totals, out)
                         : columns<kWrite, false>(found, factor, totals, out);
     });
@@ -184,13 +111,12 @@ class Worker {
 
   template <bool kWrite, bool kNearGroup, int kColumns>
   __device__ void columns(const Scores<float> (&found)[kColumns], float factor, Totals& totals, E* out) const {
-    RowStats<float> stats = stats_;
-    if (!kNearGroup) stats.own_max = board_.own_max, stats.own_log = board_.own_log;
-    const float log_sum = kNearGroup ? 0.0f : board_.log_sum;
+    RowTerms<float> row{stats_, 0, board_.anchor};
+    if (!kNearGroup)
+      row.stats.own_max = board_.own_max, row.stats.own_log = board_.own_log, row.log_sum = board_.log_sum;
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {
-      const Result<float> share =
-          result<Rule, kNearGroup>(found[j], stats, board_.anchor, log_sum, static_cast<float>(args_.beta));
+      const Result<float> share = result<Rule, kNearGroup>(found[j], row, static_cast<float>(args_.beta));
       totals.value += share.value;
       totals.centre += share.centre;
       if (kWrite) from_compute(factor * share.gradient, out[j]);
@@ -242,7 +168,7 @@ class Worker {
 
  public:
   __device__ Worker(const LogitArgs& args, Board<E>& board, unsigned char* memory)
-      : args_(args), board_(board), memory_(memory) {}
+      : args_(args), board_(board), chunks_(args.columns, board.full, memory) {}
 
   __device__ void run() {
     if (threadIdx.x == 0)
@@ -253,7 +179,7 @@ class Worker {
     if (r >= args_.rows) return;
     if (threadIdx.x == 0) {
       board_.rows[0] = Row<E>(args_, r);
-      for (int c = 0; c < board_.rows[0].chunks(); ++c) fill(board_.rows[0], c);
+      for (int c = 0; c < board_.rows[0].chunks(); ++c) chunks_.fill(board_.rows[0], c);
     }
     __syncthreads();
     for (int turn = 0; r < args_.rows; turn = (turn + 1) % 3) {

@@ -1,0 +1,46 @@
+// The label's part of a row of logits: the cross entropy that logit.cpp adds to a divergence.
+#pragma once
+
+#include "logit_block.h"
+
+namespace fastdistil {
+inline namespace FD_ISA {
+namespace {
+
+// The cross entropy of a row with its label, times `scale`.
+template <class E>
+class Label {
+  using T = Compute<E>;
+  int64_t column_;
+  T max_, factor_, scale_, value_;  // the largest logit, scale / sum of exp(z - max)
+
+ public:
+  Label(const E* logits, int64_t columns, int64_t column, T scale, T* buffer) : column_(column), scale_(scale) {
+    Masses<T, double> masses;
+    for (int64_t begin = 0; begin < columns; begin += kBlock) {
+      const int n = static_cast<int>(std::min<int64_t>(columns - begin, kBlock));
+      const T* z = load_block(logits + begin, buffer, n);
+      const T m = masses.raise(block_max(z, n), T(0));
+      T part = 0;
+#pragma omp simd reduction(+ : part)
+      for (int i = 0; i < n; ++i) part += math::exp(z[i] - m);
+      masses.sum += part;
+    }
+    max_ = masses.max, factor_ = static_cast<T>(scale / masses.sum);
+    value_ = static_cast<T>(scale * (std::log(masses.sum) + (max_ - to_compute(logits[column]))));
+  }
+
+  T value() const { return value_; }
+
+  // gradient (n,) of the columns from `begin` on, plus `other` unless that is null; `sum` may be `other`.
+  void add(const T* logits, int64_t begin, int n, const T* other, T* sum, E* gradient) const {
+#pragma omp simd
+    for (int i = 0; i < n; ++i) sum[i] = (other ? other[i] : T(0)) + factor_ * math::exp_nonpositive(logits[i] - max_);
+    if (column_ >= begin && column_ < begin + n) sum[column_ - begin] -= scale_;
+    for (int i = 0; i < n; ++i) gradient[i] = from_compute<E>(sum[i]);
+  }
+};
+
+}  // namespace
+}  // namespace FD_ISA
+}  // namespace fastdistil
