@@ -380,7 +380,7 @@ def test_write_refuses_a_head_that_is_not_the_whole_story(tmp_path: Path) -> Non
             self.inner = bert(0)
             self.get_output_embeddings = self.inner.get_output_embeddings
             # Large logits at all tokens but each first one, which alone would not show the cap.
-            self.get_output_embeddings().weight.data.mul_(30)
+            self.get_output_embeddings().weight.data.mul_(3)
             self.get_output_embeddings().register_forward_pre_hook(lambda _, x: (_fade_first(x[0]),))
 
         def forward(self, **batch: Tensor) -> object:
