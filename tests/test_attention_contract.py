@@ -62,6 +62,18 @@ def test_any_strides(backend: str, kind: str, layout: Any) -> None:
     judge_exact(found, expected, torch.float32)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_empty_batch_of_any_strides(backend: str, kind: str, reduction: str) -> None:
+    q, k = (torch.ones(0, 2, 3, 5, device=DEVICE).mT.requires_grad_() for _ in range(2))
+    assert q.stride(-1) != 1
+    value = attention_loss(q, k, q.detach(), k.detach(), kind=kind, reduction=reduction, backend=backend)
+    assert value.shape == ((0, 2, 5) if reduction == "none" else ())
+    value.sum().backward()
+    assert value.sum() == 0 and q.grad is not None and q.grad.shape == q.shape
+
+
 def test_dtypes_may_differ() -> None:
     tensors, mask = draw(SHAPES["padded"], torch.bfloat16)
     expected = attention_loss(*(x.float() for x in tensors), mask=mask)

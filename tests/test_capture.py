@@ -152,6 +152,32 @@ def test_two_models_that_share_a_configuration_may_close_in_any_order() -> None:
     assert first.config._attn_implementation == "sdpa"
 
 
+def test_a_configuration_copied_inside_of_a_capture_gets_its_own_name_back() -> None:
+    model = _model("bert")
+    with capture(model, queries=[1]):
+        student = type(model)(copy.deepcopy(model.config)).eval()
+        student.load_state_dict(model.state_dict())
+    with capture(student, queries=[1]) as of_student, capture(model, queries=[1]) as captured:
+        student(**_inputs())
+        model(**_inputs())
+    assert torch.equal(of_student.queries[1], captured.queries[1])
+    assert student.config._attn_implementation == "sdpa"
+
+
+def test_a_block_that_attends_twice_is_named() -> None:
+    """Its own keys and the encoder's: neither is silently taken for the other."""
+    size = {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = transformers.BartConfig(d_model=16, encoder_layers=2, decoder_layers=2, **size, **SIZES)
+    model = transformers.BartModel(config).eval()
+    with capture(model.encoder, queries=[1], keys=[2]), capture(model.decoder, hidden_states=[0, 1, 2]) as captured:
+        model(**_inputs())
+    assert list(captured.hidden_states) == [0, 1, 2]
+    with pytest.raises(RuntimeError, match=r"capture: keys of layer 2 of BartDecoder cannot .* twice in one pass"):  # noqa: SIM117
+        with capture(model.decoder, keys=[2]) as captured:
+            model(**_inputs())
+    assert not captured.keys
+
+
 def test_two_captures_on_one_model() -> None:
     model = _model("distilbert")
     with capture(model, queries=[1]) as outer:

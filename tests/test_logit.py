@@ -436,6 +436,23 @@ def test_fullgraph_compile(backend: str, divergence: str) -> None:
     assert error(found.gradients[0], plain.gradients[0]) < 1e-6
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_fullgraph_compile_where_the_numbers_change(dynamic: bool | None) -> None:
+    def loss(s: Tensor, t: Tensor, temperature: float) -> Tensor:
+        options = {"temperature": temperature, "num_items": 3 * len(s)}
+        linear = fd.linear_logit_loss(s, t[:2].detach() + 1, t, t[:2], **options)
+        return fd.logit_loss(s, t, **options) + linear + fd.hidden_loss([s, s], [t, t], layer_weights=[1, temperature])
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for rows, temperature in ((5, 2.0), (6, 1.9), (7, 1.8)):
+        student, teacher = draw(rows, 33, torch.float32)
+        plain = outcome(lambda s, t=teacher, x=temperature: loss(s, t, x), student)
+        found = outcome(lambda s, t=teacher, x=temperature: compiled(s, t, x), student)
+        assert error(found.value, plain.value) < 1e-6
+        assert error(found.gradients[0], plain.gradients[0]) < 1e-6
+
+
 def test_no_gradient_is_made_where_none_is_wanted() -> None:
     student, teacher = draw(2, 33, torch.float32)
     assert not fd.logit_loss(student, teacher).requires_grad

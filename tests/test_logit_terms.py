@@ -236,6 +236,35 @@ def test_statistics(backend: str, reduction: str) -> None:
         assert error(found, wanted) <= SLACK[torch.float32]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mapped", [False, True])
+def test_statistics_where_the_labels_alone_count(mapped: bool, backend: str) -> None:
+    x = draw()
+    options: dict[str, Any] = {"backend": backend, "return_stats": True}
+    _, wanted = ours(x["student"], x, "forward_kl", 0.2, mapped, True, **options)
+    logits = x["student"].requires_grad_() * 1  # the gradient overwrites these
+    loss, found = ours(logits, x, "forward_kl", 1.0, mapped, True, inplace_backward=True, **options)
+    loss.backward()
+    assert found.student_entropy.count_nonzero() == 5
+    for one, other in zip(found, wanted, strict=True):
+        assert not one.requires_grad
+        torch.testing.assert_close(one, other)
+
+
+def test_statistics_of_two_heads_where_the_labels_alone_count() -> None:
+    hidden, head = (torch.randn(n, 8, device=DEVICE) for n in (4, 11))
+    labels, weight = torch.tensor([3, 0, -100, 10], device=DEVICE), torch.tensor([1.0, 0.0, 2.0, 3.0], device=DEVICE)
+    options: dict[str, Any] = {"labels": labels, "weight": weight, "student_softcap": 3.0, "return_stats": True}
+    options["student_bias"] = torch.randn(11, device=DEVICE)
+    arguments = (hidden.requires_grad_(), head, hidden.detach() + 1, head)
+    some, alone = (fd.linear_logit_loss(*arguments, label_weight=x, **options) for x in (0.2, 1.0))
+    for one, other in zip(alone[1], some[1], strict=True):
+        torch.testing.assert_close(one, other)
+    assert alone[1].student_entropy.count_nonzero() == 3
+    bare = fd.linear_logit_loss(*arguments, label_weight=1.0, **options | {"return_stats": False})
+    assert torch.equal(alone[0], bare) and bare.requires_grad
+
+
 @pytest.mark.parametrize("capped", [False, True])
 @pytest.mark.parametrize("divergence", ["forward_kl", "mse"])
 @pytest.mark.parametrize("backend", available("reference", "cpu", "triton"))

@@ -369,16 +369,23 @@ def test_write_continues_where_it_was_cut_off(tmp_path: Path) -> None:
         assert torch.allclose(x["values"], y["values"], atol=1e-5)
 
 
+def _fade_first(hidden: Tensor) -> Tensor:
+    return torch.cat((hidden[:, :1] / 100, hidden[:, 1:]), 1)
+
+
 def test_write_refuses_a_head_that_is_not_the_whole_story(tmp_path: Path) -> None:
     class Capped(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.inner = bert(0)
             self.get_output_embeddings = self.inner.get_output_embeddings
+            # Large logits at all tokens but each first one, which alone would not show the cap.
+            self.get_output_embeddings().weight.data.mul_(3)
+            self.get_output_embeddings().register_forward_pre_hook(lambda _, x: (_fade_first(x[0]),))
 
         def forward(self, **batch: Tensor) -> object:
             out = self.inner(**batch)
-            out.logits = out.logits.tanh()
+            out.logits = 3 * (out.logits / 3).tanh()
             return out
 
     with pytest.raises(ValueError, match="logits are not its head's output .* use kind='topk'"):
@@ -387,6 +394,8 @@ def test_write_refuses_a_head_that_is_not_the_whole_story(tmp_path: Path) -> Non
         teacher.write(nn.Linear(2, 2), batches(), tmp_path / "t", progress=False)
     with pytest.raises(ValueError, match="expected input_ids among them"):
         teacher.write(bert(0), [{"ids": torch.ones(1, 2)}], tmp_path / "u", progress=False)
+    with pytest.raises(TypeError, match="loader gave a batch whose text is list, expected tensors"):
+        teacher.write(bert(0), [{"input_ids": torch.ones(1, 2), "text": ["a"]}], tmp_path / "v", progress=False)
 
 
 def test_importing_fastdistil_stays_light() -> None:

@@ -31,7 +31,8 @@ def attention(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """As `fastdistil.reference.attention.attention`, in memory that does not grow with S * S."""
     q_s, k_s, q_t, k_t = (
-        x if x.stride(-1) == 1 else x.contiguous() for x in (student_q, student_k, teacher_q, teacher_k)
+        x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)  # contiguous() leaves empty ones
+        for x in (student_q, student_k, teacher_q, teacher_k)
     )
     dtype, sizes = row_scale.dtype, (student_q.shape[-1], teacher_q.shape[-1])
     rows = torch.empty_like(row_scale, memory_format=torch.contiguous_format)

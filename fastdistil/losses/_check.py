@@ -58,7 +58,7 @@ def number(function: str, name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{function}: {name} is {type(value).__name__}, expected a number")
     result = float(value)
-    if not math.isfinite(result):
+    if not abs(result) < math.inf:  # not isfinite, which torch.compile cannot trace where the number changes
         raise ValueError(f"{function}: {name} is {result}, expected a finite number")
     return result
 

@@ -154,7 +154,7 @@ def _check_tensors(
     if any(want != found for want, found in zip(wanted[:-1], teacher_q.shape, strict=False) if want != "H"):
         raise ValueError(
             f"{_NAME}: teacher_q has shape {tuple(teacher_q.shape)}, expected ({', '.join(map(str, wanted))}) "
-            "to match student_q"
+            "to match student_q" + (" (or another H with heads='mean')" if heads == "each" else "")
         )
     tensors = [x.transpose(0, 1)[None] if packed else x for x in named.values()]
     return _check.one_dtype(*tensors)

@@ -140,12 +140,22 @@ def linear_logit_loss(  # type: ignore[misc] # the overloads need not repeat wha
     label, counted, alpha = _terms.labels(_NAME, labels, label_weight, ignore_index, w, rows, columns_here, device)
     caps = _terms.caps(_NAME, student_logit_scale, student_softcap, teacher_logit_scale, teacher_softcap)
     scale, label_scale = _terms.scales(_NAME, rows.numel(), w, counted, alpha, reduction, num_items, device, dtype)
+    alone = None
+    if return_stats and alpha == 1:  # the labels alone count, and no kernel looks at the teacher: a pass for them
+        with torch.no_grad():
+            _, alone = linear_logit_loss(
+                student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias=student_bias,
+                teacher_bias=teacher_bias, chunk_bytes=chunk_bytes, temperature=rule[2], teacher_temperature=rule[3],
+                weight=weight, vocab_map=vocab_map, student_logit_scale=caps[0], student_softcap=caps[1] or None,
+                teacher_logit_scale=caps[2], teacher_softcap=caps[3] or None, reduction="none", return_stats=True,
+                group=group, backend=backend,
+            )  # fmt: skip
     hidden, matrix, bias, *teacher = heads
     assert hidden is not None and matrix is not None and teacher[0] is not None
     arguments = (
         hidden.reshape(-1, hidden.shape[-1]), matrix, bias, teacher[0].reshape(-1, teacher[0].shape[-1]), *teacher[1:],
-        scale, label, label_scale, partners, pack(rule, caps), return_stats, chunk, backend, weight is None,
-        name,
+        scale, label, label_scale, partners, pack(rule, caps), return_stats and alone is None, chunk, backend,
+        weight is None, name,
     )  # fmt: skip
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, matrix, bias)]
     if reduction != "none" and any(wanted):
@@ -153,6 +163,8 @@ def linear_logit_loss(  # type: ignore[misc] # the overloads need not repeat wha
     else:
         losses, each = linear_logit_rows(*arguments)
         loss = losses.reshape(rows) if reduction == "none" else losses.sum()
+    if alone is not None:
+        return loss, alone
     return (loss, _terms.row_stats(each, rows)) if return_stats else loss
 
 

@@ -127,10 +127,15 @@ def logit_loss(  # type: ignore[misc] # the overloads need not repeat what is wr
     ahead = student.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
     scaled_late = student.dtype == torch.float16  # rounded before a GradScaler's scale it would underflow
     overwrite = inplace_backward and ahead and not scaled_late
-    each = None
+    each, alone = None, None
+    if return_stats and alpha == 1:  # the labels alone count, and no kernel looks at the teacher: a pass for them
+        _, alone = logit_loss(
+            student.detach(), teacher, temperature=rule[2], teacher_temperature=rule[3], weight=weight,
+            vocab_map=vocab_map, reduction="none", return_stats=True, group=group, backend=backend,
+        )  # fmt: skip
     if label is not None or partners is not None or name:
         tensors = (*matrices, scale, label, label_scale, partners)
-        arguments = (*tensors, pack(rule, (1.0, 0.0, 1.0, 0.0)), return_stats, backend, name)
+        arguments = (*tensors, pack(rule, (1.0, 0.0, 1.0, 0.0)), return_stats and alone is None, backend, name)
         if overwrite:
             loss, each = ops.Overwrite.apply(_NAME, logit_rows_overwrite_, *arguments)  # type: ignore[no-untyped-call]
         elif reduction != "none" and student.requires_grad and torch.is_grad_enabled() and not scaled_late:
@@ -146,6 +151,8 @@ def logit_loss(  # type: ignore[misc] # the overloads need not repeat what is wr
         else:  # "none" is rarely followed by a gradient of ones
             loss, _, _ = ops.logit(*matrices, scale, *rule, ahead and reduction != "none", backend)
     total: Tensor = loss.reshape(rows) if reduction == "none" else loss.sum()
+    if alone is not None:
+        return total, alone
     return (total, _terms.row_stats(each, rows)) if return_stats and each is not None else total
 
 

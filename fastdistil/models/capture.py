@@ -58,7 +58,8 @@ def capture(
 
     Raises:
         TypeError, ValueError: a model that is none of these, a layer that it does not have.
-        RuntimeError, from the model's forward pass: a layer that cannot be captured, by number.
+        RuntimeError, from the model's forward pass: a layer that cannot be captured, by number; so are queries, keys
+            and values of a block that attends twice, to its own tokens and to an encoder's.
     """
     base = base_model(model, "capture")
     blocks = block_list(base, "capture")

@@ -72,11 +72,20 @@ class Listener:
             for part in ear.wanted:
                 setattr(ear, part, None)
 
-    def cut(self, ear: Ear, heard: str) -> str:
+    def _name(self, ear: Ear, heard: str) -> str:
         part, layer = next((x[0], x[1]) for x in self.sources if x[2] == heard and self.ears[x[3]] is ear)
+        return f"capture: {part} of layer {layer} of {self.model}"
+
+    def cut(self, ear: Ear, heard: str) -> str:
         return (
-            f"capture: {part} of layer {layer} of {self.model} run without gradient in a pass with gradient: "
+            f"{self._name(ear, heard)} run without gradient in a pass with gradient: "
             "reentrant checkpointing cuts it, expected gradient_checkpointing_enable({'use_reentrant': False})"
+        )
+
+    def again(self, ear: Ear, heard: str) -> str:
+        return (
+            f"{self._name(ear, heard)} cannot be captured: its block shows them twice in one pass, as a decoder's does "
+            "whose tokens attend to themselves and to an encoder's"
         )
 
     def end(self) -> None:
@@ -184,6 +193,8 @@ def _show(module: nn.Module, part: str, tensor: Tensor) -> None:
             continue
         if ear.listener.with_gradient and not torch.is_grad_enabled():
             raise RuntimeError(ear.listener.cut(ear, part))
+        if getattr(ear, part) is not None:
+            raise RuntimeError(ear.listener.again(ear, part))
         setattr(ear, part, tensor)
 
 
@@ -191,7 +202,8 @@ def _show(module: nn.Module, part: str, tensor: Tensor) -> None:
 def _redirecting(config: Any) -> Iterator[None]:
     """A configuration, which several models may share, names the showing function until the last one lets it go."""
     with _lock:
-        count, own = _redirected.get(id(config), (0, config._attn_implementation))
+        # A configuration that was copied inside of a capture has the showing function's name still.
+        count, own = _redirected.get(id(config), (0, config._attn_implementation.removeprefix(_PREFIX)))
         if count == 0:
             config._attn_implementation = _register(own)
         _redirected[id(config)] = count + 1, own

@@ -100,6 +100,9 @@ def _remaining(loader: Iterable[Mapping[str, Tensor]], done: int, progress: bool
     for batch in tqdm(loader, total=total, desc="teacher", unit="batch", disable=None if progress else True):
         if "input_ids" not in batch:
             raise ValueError(f"{_NAME}: loader gave a batch of {sorted(batch)}, expected input_ids among them")
+        for key, x in batch.items():
+            if not isinstance(x, Tensor):
+                raise TypeError(f"{_NAME}: loader gave a batch whose {key} is {type(x).__name__}, expected tensors")
         size = batch["input_ids"].shape[0]
         skip = min(max(done - seen, 0), size)
         seen += size
@@ -123,9 +126,10 @@ def _examples(
     finally:
         hook.remove()
     if kind == "hidden":
-        if len(caught) != 1 or caught[0].shape[:-1] != mask.shape:
+        if len(caught) != 1 or not caught[0].shape[:-1] == logits.shape[:-1] == mask.shape:
             raise ValueError(f"{_NAME}: model ran its head {len(caught)} times, expected once, on every token")
-        _check_head(head, caught[0][mask][:1], logits[mask][:1])
+        at = logits.amax(-1).masked_fill(~mask, -torch.inf).argmax()  # where a cap would show most
+        _check_head(head, caught[0].flatten(0, 1)[at], logits.flatten(0, 1)[at])
     for row, keep in enumerate(mask):
         if kind == "hidden":
             yield {"hidden": caught[0][row][keep]}
