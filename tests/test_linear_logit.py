@@ -158,6 +158,24 @@ def test_mse_without_logits_is_exact(biased: bool, widths: tuple[int, int], nois
     judge_exact(outcome(partial(ours, **options), inputs), truth, torch.float32)
 
 
+@pytest.mark.parametrize("trained", [True, False], ids=["trained heads", "frozen heads"])
+@pytest.mark.parametrize("noise", [1e-1, 1e-2, 1e-3])
+def test_mse_without_logits_is_exact_in_another_basis(noise: float, trained: bool) -> None:
+    """The logits are alike but no factor is, as where a student learns from scratch at its teacher's width."""
+    inputs, teacher = draw((2000, 64, 64, 1500, True), torch.float32)
+    basis = torch.linalg.qr(torch.randn(64, 64, dtype=torch.float64, device=DEVICE)).Q
+    inputs[0], inputs[1] = ((teacher[f"teacher_{x}"].double() @ basis).float() for x in ("hidden", "weight"))
+    inputs = [x * (1 + noise * torch.randn_like(x)) for x in (*inputs[:2], teacher["teacher_bias"])]
+    options, count = teacher | {"divergence": "mse"}, 3 if trained else 1
+    linear_mse.forget()
+    assert linear_mse.pays(inputs[0], inputs[1], teacher["teacher_hidden"], (True, trained, trained))
+    heads, wide = inputs[count:], [x.double() for x in inputs]
+    truth = outcome(lambda *x: plain(*x, *wide[count:], **widened(options)), wide[:count])
+    for _ in range(2):  # the second finds both float32's and float64's Gram matrices
+        judge_exact(outcome(lambda *x: ours(*x, *heads, **options), inputs[:count]), truth, torch.float32)
+    linear_mse.forget()
+
+
 def test_mse_of_heads_of_inference_mode() -> None:
     """They have no version that would tell of a change: nothing of them is kept."""
     inputs, teacher = draw((50, 16, 16, 400, True), torch.float32)
@@ -212,9 +230,9 @@ def test_mse_of_frozen_heads_keeps_the_gram_matrices() -> None:
         judge_exact(outcome(lambda h: ours(h, matrix, bias, **options), [hidden]), truth, torch.float32)
 
     check()
-    kept = linear_mse._frozen[matrix][1]
+    (kept,) = linear_mse._frozen[matrix].values()
     check()
-    assert linear_mse._frozen[matrix][1] is kept
+    assert list(linear_mse._frozen[matrix].values()) == [kept]
     changes = [lambda: matrix.add_(1.0), lambda: teacher["teacher_weight"].mul_(2.0), lambda: bias.zero_()]
     changes += [lambda: matrix.data.mul_(0.5), lambda: teacher["teacher_bias"].data.add_(1.0)][
         : 2 * (DEVICE.type == "cpu")

@@ -2,7 +2,8 @@
 //
 // X_s Y_s^T - X_t Y_t^T = [X_s - X_t, X_t] [Y_s, Y_s - Y_t]^T =: U W^T with X = scale * Q and Y = K, so that row i's
 // squared norm is U_i M U_i^T with M = W^T W, dX_s = 2 U M's first half, dY_s = 2 W (U^T X_s): time linear in S, and
-// nothing cancels as the student nears its teacher.
+// nothing cancels as the student's factors near its teacher's. Where only the maps are alike (factors in another basis)
+// the two halves of U W^T cancel each other: then the head is done again in double.
 //
 // Work: 11 S d^2 multiply-adds a head (3 for M, whose symmetry is used in halves, 4 for U M, 2 each for U^T Q_s and
 // dK). The floor is 8: 2 each for half of M and of U^T U, of which U^T Q_s is a sum of columns, and 2 each for dQ and
@@ -36,17 +37,18 @@ struct Factors {
   }
 };
 
-template <class E>
-class Kernel {
-  using T = Compute<E>;
+// T: computed in.
+template <class E, class T>
+class LowRank {
   static constexpr int64_t kColumns = kTileColumns<T>;
   static_assert(kBlock % kTileRows == 0);
   const AttentionArgs& args_;
   const T scale_s_, scale_t_;
   Factors<T> f_;
+  double value_ = 0, halves_ = 0;  // of all rows: the squared norm of U_i W^T, and of its two halves by themselves
 
  public:
-  Kernel(const AttentionArgs& args, T* memory)
+  LowRank(const AttentionArgs& args, T* memory)
       : args_(args),
         scale_s_(static_cast<T>(args.student_scale)),
         scale_t_(static_cast<T>(args.teacher_scale)),
@@ -54,7 +56,8 @@ class Kernel {
     f_.lay_out(memory);
   }
 
-  void run(const Item& item, const Item&) {
+  // Returns whether at most a few bits cancelled.
+  bool run(const Item& item) {
     Sequence<E> tokens(args_, item.sequence);
     const int64_t key_head = item.key_head;
     const int64_t group_s = args_.student_q.heads / args_.student_k.heads;
@@ -71,6 +74,7 @@ class Kernel {
       added = true;
     }
     if (args_.dk) tokens.clear_dk(key_head, !added);
+    return !(16 * value_ < halves_);
   }
 
  private:
@@ -89,7 +93,7 @@ class Kernel {
       const E *s = ks.row(tokens.key(begin + i)), *t = kt.row(tokens.key(begin + i));
       set_row(i, [s, t](int64_t j, T& own, T& difference) {
         own = to_compute(s[j]);
-        difference = to_compute(s[j]) - to_compute(t[j]);
+        difference = own - static_cast<T>(to_compute(t[j]));
       });
     }
     clear_rows(n);
@@ -135,7 +139,7 @@ class Kernel {
           difference = scale_s_ * (q - u) + rest * u;
           teacher = scale_t_ * u;
         });
-        const T factor = 2 * scale_s_ * tokens.scale(head)[at];
+        const T factor = 2 * scale_s_ * static_cast<T>(tokens.scale(head)[at]);
         if (args_.dk)
           set_panel_row(f_.panels, kBlock, i, f_.size, [=](int64_t j) { return factor * to_compute(s[j]); });
       }
@@ -152,21 +156,37 @@ class Kernel {
 
   // One tile of rows of U M: the values, and dq from its first half.
   void finish_rows(const Sequence<E>& tokens, int64_t head, int64_t begin, int64_t first, int64_t n) {
-    const T* left = f_.rows + first * f_.stride;
+    using Out = Compute<E>;
+    const T *left = f_.rows + first * f_.stride, *right = left + f_.half;
     for (int64_t j = 0; j < f_.width; j += kColumns)
-      tile_product<Left::rows, false>(left, f_.stride, f_.gram + j * f_.width, f_.width, f_.products + j, f_.width);
+      tile_product<Left::rows, false>(left, f_.stride, f_.gram + j * f_.width, f_.half, f_.products + j, f_.width);
+    T of_left[kTileRows], across[kTileRows];  // the left half's square, and its product with the right one
+    for (int64_t r = 0; r < n; ++r) {
+      of_left[r] = dot(left + r * f_.stride, f_.products + r * f_.width, f_.half);
+      across[r] = dot(right + r * f_.stride, f_.products + r * f_.width + f_.half, f_.half);
+    }
+    for (int64_t j = 0; j < f_.width; j += kColumns)
+      tile_product<Left::rows, true>(right, f_.stride, f_.gram + j * f_.width + f_.half * kColumns, f_.half,
+                                     f_.products + j, f_.width);
     for (int64_t r = 0; r < n; ++r) {
       const int64_t at = tokens.row(begin + first + r);
-      const T *u = left + r * f_.stride, *product = f_.products + r * f_.width;
-      const T scale = tokens.scale(head)[at], factor = 2 * scale_s_ * scale;
-      T value = 0;
-#pragma omp simd reduction(+ : value)
-      for (int64_t j = 0; j < f_.width; ++j) value += u[j] * product[j];
-      tokens.values(head)[at] = value * scale;
+      const T* product = f_.products + r * f_.width;
+      const T scale = static_cast<T>(tokens.scale(head)[at]), factor = 2 * scale_s_ * scale;
+      const T value = dot(left + r * f_.stride, product, f_.width);
+      value_ += value * scale;
+      halves_ += (of_left[r] + (dot(right + r * f_.stride, product + f_.half, f_.half) - across[r])) * scale;
+      tokens.values(head)[at] = static_cast<Out>(value * scale);
       if (!args_.dq) continue;
-      T* dq = tokens.dq(head) + at * f_.size;
-      for (int64_t j = 0; j < f_.size; ++j) dq[j] = factor * product[j];
+      Out* dq = tokens.dq(head) + at * f_.size;
+      for (int64_t j = 0; j < f_.size; ++j) dq[j] = static_cast<Out>(factor * product[j]);
     }
+  }
+
+  static T dot(const T* x, const T* y, int64_t n) {
+    T sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < n; ++j) sum += x[j] * y[j];
+    return sum;
   }
 
   template <bool kAdd>
@@ -178,12 +198,33 @@ class Kernel {
           tile_product<Left::rows, false>(f_.rows + i * f_.stride, f_.stride, f_.mixed + j * f_.width, f_.width,
                                           f_.products + j, f_.half);
         for (int64_t r = 0; r < std::min<int64_t>(kTileRows, n - i); ++r) {
-          T* out = tokens.dk(head_s) + tokens.key(begin + i + r) * f_.size;
+          Compute<E>* out = tokens.dk(head_s) + tokens.key(begin + i + r) * f_.size;
           const T* product = f_.products + r * f_.half;
-          for (int64_t j = 0; j < f_.size; ++j) out[j] = kAdd ? out[j] + product[j] : product[j];
+          for (int64_t j = 0; j < f_.size; ++j)
+            out[j] = static_cast<Compute<E>>(kAdd ? out[j] + product[j] : product[j]);
         }
       }
     }
+  }
+};
+
+template <class E>
+class Kernel {
+  using T = Compute<E>;
+  const AttentionArgs& args_;
+  T* memory_;
+
+ public:
+  Kernel(const AttentionArgs& args, T* memory) : args_(args), memory_(memory) {}
+
+  static int64_t memory(int64_t head_size) {
+    const int64_t own = Factors<T>(head_size).lay_out(nullptr), again = Factors<double>(head_size).lay_out(nullptr);
+    return std::max(own, again * static_cast<int64_t>(sizeof(double) / sizeof(T)));
+  }
+
+  void run(const Item& item, const Item&) {
+    if (LowRank<E, T>(args_, memory_).run(item) || std::is_same_v<T, double>) return;
+    LowRank<E, double>(args_, reinterpret_cast<double*>(memory_)).run(item);
   }
 };
 
@@ -193,7 +234,7 @@ void attention_low_rank(const AttentionArgs& args, int threads) {
   with_element(args.dtype, [&](auto element) {
     using E = decltype(element);
     using T = Compute<E>;
-    const int64_t each = Factors<T>(args.student_q.size).lay_out(nullptr);
+    const int64_t each = Kernel<E>::memory(args.student_q.size);
     for_key_heads<T>(args, threads, each, [&](T* memory) { return Kernel<E>(args, memory); });
   });
 }

@@ -1,8 +1,9 @@
 """score_mse on a GPU without any map: the squared difference of two low-rank matrices (losses.md, section 5).
 
 X_s Y_s^T - X_t Y_t^T = [X_s - X_t, X_t] [Y_s, Y_s - Y_t]^T =: U W^T with X = scale * Q and Y = K, so that the squared
-norm of row i is U_i (W^T W) U_i^T: time linear in S, and nothing cancels as the student nears its teacher. The CPU's
-form of it is csrc/cpu/attention_low_rank.cpp.
+norm of row i is U_i (W^T W) U_i^T: time linear in S, and nothing cancels as the student's factors near its teacher's.
+Where only the maps are alike (factors in another basis) the halves of U W^T cancel each other, so all is in float64: to
+ask first would be to wait for the device. The CPU's form of it is csrc/cpu/attention_low_rank.cpp.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def score_mse(
 
     Arguments and results as in `fastdistil.reference.attention.attention`, all in the vendor's matrix products.
     """
-    dtype, (heads, size) = row_scale.dtype, (student_q.shape[1], student_q.shape[-1])
+    dtype, (heads, size) = torch.float64, (student_q.shape[1], student_q.shape[-1])
     skipped = (row_scale == 0)[..., None]
     q_s, q_t = (x.to(dtype).masked_fill(skipped, 0.0) for x in (student_q, teacher_q))
     k_s, k_t = (x.to(dtype) for x in (student_k, teacher_k))
@@ -40,9 +41,9 @@ def score_mse(
     u = torch.cat((dx, q_t * teacher_scale), -1)
     w = torch.cat((k_s, k_s - k_t), -1)
     projected = u @ (w.mT @ w)  # (.., S, 2d); its first half is (A_s - A_t) K_s, since W begins with K_s
-    rows = torch.linalg.vecdot(projected, u) * row_scale
+    rows = (torch.linalg.vecdot(projected, u) * row_scale).to(row_scale.dtype)
     if not need_grad:
         return rows, None, None
-    factor = (2 * student_scale * row_scale)[..., None]
-    dk = w @ (u.mT @ (q_s * factor))
-    return rows, projected[..., :size] * factor, sum_of_groups(dk, student_k.shape[1])
+    factor = (2 * student_scale * row_scale.to(dtype))[..., None]
+    dk = sum_of_groups(w @ (u.mT @ (q_s * factor)), student_k.shape[1])
+    return rows, (projected[..., :size] * factor).to(row_scale.dtype), dk.to(row_scale.dtype)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdistil.backends import attention_mean, choose, get, low_rank
+from fastdistil.backends import attention_mean, choose, float64, get, low_rank
 from fastdistil.ops.gradients import hand_out, refuse_double_backward
 from fastdistil.ops.precision import without_autocast
 
@@ -49,7 +49,7 @@ def _compute(
             *tensors, kind, causal, student_scale, teacher_scale, name == "reference", need_grad
         )
     linear = kind == "score_mse" and not causal and cu_seqlens is None and student_q.shape[-1] == teacher_q.shape[-1]
-    if name == "triton" and linear:  # matrix products alone, the vendor's
+    if name == "triton" and linear and float64.is_fast(student_q.device):  # matrix products alone, the vendor's
         found = low_rank.score_mse(*tensors[:5], row_scale, student_scale, teacher_scale, need_grad)
         return _as_one(*found) if relation else found
     if name == "triton" and student_q.dtype == torch.float64:

@@ -2,8 +2,9 @@
 
 With X = [h / T, 1 / T] and Y = [W, b] the logits are X Y^T, so that a row of the difference has the squared norm
 u (W^T W) u^T with U = [X_s - X_t, X_t] and W = [Y_s, Y_s - Y_t]: time linear in N + V, and nothing cancels as the
-student nears its teacher. Heads of different width have no difference to form; their Gram matrices are accumulated in
-float64 instead.
+student's factors near its teacher's. Where only the logits are alike (factors in another basis) the halves of U W^T
+cancel each other: then all is done again in float64, on a GPU, which should not wait to be asked, from the beginning.
+Heads of different width have no difference to form, and are in float64 too.
 
 FLOPs: 6 V D^2 for the Gram matrices (none for frozen heads that were seen before), 8 N D^2 for the rows, 4 V D^2 for
 the gradient of the weight; the chunks of linear_logit.py take 2 N V (2 D_s + D_t) and 2 N V D_s for the weight.
@@ -19,13 +20,14 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from fastdistil.backends import float64
 from fastdistil.backends.memory import new_empty
 from fastdistil.ops.logit_rule import LogitRule
 
-# How much faster a device multiplies in the chunks' precision than in this form's: 16-bit tensor cores against float32
-# on a GPU (data sheets, not a record), and float32 against float64 for heads of different width.
+# How much faster a GPU multiplies in the chunks' 16 bits than in float32 (data sheets, not a record).
 LOW_PRECISION_GAIN = 12.0
-FLOAT64_COST = {"cpu": 2.0, "gpu": 1.0}
+# A squared difference this many times smaller than those of its two halves has lost too many of float32's digits.
+CANCELLED = 16.0
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 Head = tuple[Tensor, Tensor | None]  # weight (V, D), bias (V,)
@@ -40,7 +42,7 @@ class _Grams:
     second: Tensor
 
 
-# student weight -> (what the heads were then, their Gram matrices)
+# student weight -> dtype -> (what the heads were then, their Gram matrices)
 _frozen: Any = WeakTensorKeyDictionary()
 
 
@@ -58,7 +60,8 @@ def pays(student: Tensor, student_weight: Tensor, teacher: Tensor, wanted: tuple
     else:
         grams = 2.0 * columns * (size_s**2 + size_s * size_t + size_t**2)
         own = grams + 2.0 * rows * (size_s + size_t) ** 2 + 2.0 * columns * size_s * (size_s + size_t) * wanted[1]
-        own *= FLOAT64_COST["cpu" if student.device.type == "cpu" else "gpu"]
+    if student.device.type != "cpu" or size_s != size_t:
+        own *= float64.cost(student.device)
     if student.device.type != "cpu" and student.dtype in (torch.float16, torch.bfloat16):
         own *= LOW_PRECISION_GAIN
     if not wanted[1] and _frozen.get(student_weight) is not None:
@@ -78,21 +81,47 @@ def compute(
     chunk_bytes: int,
     wanted: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Gradients]:
-    """As `linear_logit._chunks` for the mse, in scale's dtype; chunk_bytes bounds the blocks of the heads."""
+    """As `linear_logit._chunks` for the mse; chunk_bytes bounds the blocks of the heads."""
+    heads = ((student_weight, student_bias), (teacher_weight, teacher_bias))
+    arguments = (student, teacher, heads, scale, rule, chunk_bytes, wanted)
+    if student.device.type == "cpu" and student.shape[1] == teacher.shape[1]:
+        found = _compute(*arguments, scale.dtype)
+        if found is not None:
+            return found
+    found = _compute(*arguments, torch.float64)
+    assert found is not None
+    return found
+
+
+def _compute(
+    student: Tensor,
+    teacher: Tensor,
+    heads: tuple[Head, Head],
+    scale: Tensor,
+    rule: LogitRule,
+    chunk_bytes: int,
+    wanted: tuple[bool, bool, bool],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Gradients] | None:
+    """None where less than float64 is not enough."""
+    (student_weight, student_bias), (_, teacher_bias) = heads
     (_, size_s), size_t, columns = student.shape, teacher.shape[1], student_weight.shape[0]
     same = size_s == size_t
-    dtype = scale.dtype if same else torch.float64
     biased = student_bias is not None or teacher_bias is not None
-    heads = ((student_weight, student_bias), (teacher_weight, teacher_bias))
     block = max(1, chunk_bytes // (4 * (size_s + size_t + 2) * dtype.itemsize))
     x_s = _rows(student, rule["student_temperature"], biased, dtype)
     x_t = _rows(teacher, rule["teacher_temperature"], biased, dtype)
     grams = _grams(heads, biased, dtype, block, frozen=not (wanted[1] or wanted[2]))
     left, right = (x_s - x_t, x_t) if same else (x_s, -x_t)
     # U [W^T Y_s, W^T E]: (A_s - A_t) Y_s and (A_s - A_t) E for every row
-    first = left @ grams.first + right @ grams.mixed.T
-    values = torch.linalg.vecdot(first, left) + torch.linalg.vecdot(left @ grams.mixed + right @ grams.second, right)
+    first, second = left @ grams.first, right @ grams.second
+    halves = torch.linalg.vecdot(first, left) + torch.linalg.vecdot(second, right)
+    first.addmm_(right, grams.mixed.T)
+    second.addmm_(left, grams.mixed)
+    values = torch.linalg.vecdot(first, left) + torch.linalg.vecdot(second, right)
     unit = (scale * (rule["value_factor"] / columns)).to(dtype)
+    if dtype != torch.float64 and CANCELLED * (values @ unit) < halves @ unit:
+        return None
     rows = (values * unit).to(scale.dtype)
     factor = (2 * unit)[:, None]
     dstudent = (first[:, :size_s] * (factor / rule["student_temperature"])).to(scale.dtype) if wanted[0] else None
@@ -136,13 +165,11 @@ def _grams(heads: tuple[Head, Head], biased: bool, dtype: torch.dtype, block: in
     # Tensors of inference mode have no version that would tell of a change.
     if not frozen or any(x is not None and x.is_inference() for head in heads for x in head):
         return _accumulate(heads, biased, dtype, block)
-    state = (dtype, *(_state(x) for head in heads for x in head))
-    known = _frozen.get(heads[0][0])
-    if known is not None and known[0] == state:
-        grams: _Grams = known[1]
-        return grams
-    grams = _accumulate(heads, biased, dtype, block)
-    _frozen[heads[0][0]] = (state, grams)
+    state = tuple(_state(x) for head in heads for x in head)
+    known = _frozen.setdefault(heads[0][0], {})
+    if dtype not in known or known[dtype][0] != state:
+        known[dtype] = (state, _accumulate(heads, biased, dtype, block))
+    grams: _Grams = known[dtype][1]
     return grams
 
 
