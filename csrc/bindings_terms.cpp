@@ -21,7 +21,7 @@ using Optional = std::optional<TensorView>;
 
 // `labels` is the address of int64 entries: TensorView knows floating dtypes alone.
 void cross_entropy_rows(const TensorView& logits, uintptr_t labels, const TensorView& row_scale, const TensorView& loss,
-                        const Optional& gradient, const Optional& lse, int threads) {
+                        const Optional& gradient, const Optional& whole, int threads) {
   if (logits.shape.size() != 2 || (logits.dtype != DType::f32 && logits.dtype != DType::f64))
     throw std::invalid_argument("logits is not a float32 or float64 matrix");
   const int64_t rows = logits.size(0), columns = logits.size(1);
@@ -29,11 +29,12 @@ void cross_entropy_rows(const TensorView& logits, uintptr_t labels, const Tensor
   row_scale.expect_vector("row_scale", rows, logits.dtype).expect_device("row_scale", true);
   loss.expect_vector("loss", rows, logits.dtype).expect_device("loss", true);
   if (gradient) gradient->expect_rows("gradient", rows, columns, logits.dtype).expect_device("gradient", true);
-  if (lse) lse->expect_vector("lse", rows, logits.dtype).expect_device("lse", true);
+  if (whole) whole->expect_rows("whole", rows, 2, logits.dtype).expect_device("whole", true);
+  if (whole && whole->stride(0) != 2 && rows > 1) throw std::invalid_argument("whole is not contiguous");
   CrossEntropyArgs args{};
   args.logits = logits.data, args.labels = reinterpret_cast<const void*>(labels), args.row_scale = row_scale.data;
   args.loss = loss.data, args.rows = rows, args.columns = columns, args.dtype = logits.dtype;
-  args.logits_stride = logits.stride(0), args.lse = lse ? lse->data : nullptr;
+  args.logits_stride = logits.stride(0), args.whole = whole ? whole->data : nullptr;
   if (gradient) args.gradient = gradient->data, args.gradient_stride = gradient->stride(0);
   py::gil_scoped_release release;
   fastdistil::cpu::cross_entropy(args, threads < 1 ? 1 : threads);
@@ -62,7 +63,7 @@ void row_moments(const TensorView& student, const TensorView& teacher, const Ten
 
 void fastdistil::define_terms(py::module_& m) {
   m.def("cross_entropy_rows", &cross_entropy_rows, py::arg("logits"), py::arg("labels"), py::arg("row_scale"),
-        py::arg("loss"), py::arg("gradient"), py::arg("lse"), py::arg("threads"));
+        py::arg("loss"), py::arg("gradient"), py::arg("whole"), py::arg("threads"));
   m.def("row_moments", &row_moments, py::arg("student"), py::arg("teacher"), py::arg("row_scale"), py::arg("moments"),
         py::arg("student_temperature"), py::arg("teacher_temperature"), py::arg("threads"));
 }

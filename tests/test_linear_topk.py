@@ -148,7 +148,7 @@ def test_opcheck() -> None:
     inputs, x = draw()
     tensors = (*(y.requires_grad_() for y in inputs), x["teacher_values"], x["teacher_indices"], x["weight"])
     labels = (torch.randint(COLUMNS, (ROWS,), device=DEVICE), x["weight"])
-    options = (*labels, [0.0, 0.5, 0.0, 2.0, 4.0, 1.5, 3.0], 5000, "auto", False)
+    options = (*labels, None, [0.0, 0.5, 0.0, 2.0, 4.0, 1.5, 3.0], 5000, "auto", False)
     torch.library.opcheck(linear_topk_rows, (*tensors, *options))
     torch.library.opcheck(linear_topk_total, (*tensors, *options, [True, False, True]))
 

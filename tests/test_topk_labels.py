@@ -164,7 +164,15 @@ def test_compiles_without_a_graph_break(reduction: str) -> None:
 def test_opcheck() -> None:
     student, x = problem(torch.float32)
     scales = (x["weight"], x["labels"].clamp(min=0), x["weight"])
-    arguments = (x["teacher_values"], x["teacher_indices"], *scales, [0.0, 0.5, 0.0, 2.0, 4.0, 1.0, 0.0], "auto")
+    vocab_map = torch.arange(student.shape[1], device=DEVICE)
+    arguments = (
+        x["teacher_values"],
+        x["teacher_indices"],
+        *scales,
+        vocab_map,
+        [0.0, 0.5, 0.0, 2.0, 4.0, 1.0, 0.0],
+        "auto",
+    )
     torch.library.opcheck(topk_rows, (student.clone().requires_grad_(), *arguments))
     torch.library.opcheck(topk_total, (student.clone().requires_grad_(), *arguments))
     torch.library.opcheck(topk_rows_overwrite_, (student, *arguments))

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import DEVICE, available
-from judge import Outcome, error, judge_exact
+from judge import Outcome, error, judge_exact, judge_rows
 
 import fastdistil as fd
 from fastdistil.backends import get
@@ -100,6 +100,7 @@ def check(rank: int, world: int) -> None:
             close(mine.gradients[2], whole.gradients[2][part], f"{divergence} heads bias", 1e-5)
     distributed_tensors(world)
     terms(rank, world)
+    confident_labels(part)
     student, teacher = logits("usual")
     labels = torch.full((ROWS,), COLUMNS)
     with pytest.raises(ValueError, match="labels has 203, expected 0 to 202, through the columns of all ranks"):
@@ -159,6 +160,26 @@ def terms(rank: int, world: int) -> None:
     close(mine.value, whole_heads.value, "labelled heads value", 1e-5)
     close(mine.gradients[0], whole_heads.gradients[0], "labelled heads hidden", 1e-5)
     close(mine.gradients[1], whole_heads.gradients[1][part], "labelled heads weight", 1e-5)
+
+
+def confident_labels(part: slice) -> None:
+    """Logits near 200 and a label of probability 1 - 1e-3 and more: no logsumexp of the row has its cross entropy's
+    digits. The student is its own teacher, so that the labels' term is the whole loss."""
+    logits = 200 + torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(8))
+    labels = torch.tensor([3, 119, 120, COLUMNS - 1, 7])
+    logits[torch.arange(ROWS), labels] += torch.tensor([12.0, 13.0, 14.0, 18.0, 0.0])
+
+    def rows(s: torch.Tensor, **options: Any) -> Outcome:
+        leaf = s.clone().requires_grad_()
+        value = fd.logit_loss(leaf, s, labels=labels, label_weight=0.5, reduction="none", **options)
+        return Outcome(value.detach(), torch.autograd.grad(value.sum(), leaf))
+
+    truth, mine = rows(logits.double()), rows(logits[:, part], group=dist.group.WORLD)
+    leaf = logits.clone().requires_grad_()
+    eager = 0.5 * torch.nn.functional.cross_entropy(leaf, labels, reduction="none")
+    judge_rows(mine.value, truth.value, eager.detach())
+    found = torch.autograd.grad(eager.sum(), leaf)[0]
+    judge_rows(mine.gradients[0], truth.gradients[0][:, part], found[:, part])
 
 
 def distributed_tensors(world: int) -> None:

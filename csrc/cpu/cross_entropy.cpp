@@ -2,8 +2,9 @@
 //
 // Bytes: the logits are read three times, from the cache where a row fits, and the gradient is read and written once.
 //
-// With args.lse a row's other columns are elsewhere: a label outside [0, V) is not here, the gradient is relative to
-// the given logsumexp, and the loss gets the label's logit alone.
+// With args.whole a row's other columns are elsewhere, the largest logit of all and the sum of exp(z - largest) are
+// given, apart, since a confident row's sum is lost in their logsumexp. A label outside [0, V) is not here; the loss
+// gets the label's distance from the largest logit, and the logarithm of the sum is still to be added.
 #include "../rules/cross_entropy_args.h"
 
 #include <cmath>
@@ -44,11 +45,12 @@ void row(const CrossEntropyArgs& args, int64_t r) {
   if (scale == T(0)) return;
   const T* logits = static_cast<const T*>(args.logits) + r * args.logits_stride;
   const int64_t columns = args.columns, label = static_cast<const int64_t*>(args.labels)[r];
-  const bool part = args.lse != nullptr, here = !part || (label >= 0 && label < columns);
-  const Softmax<T> own = part ? Softmax<T>{static_cast<const T*>(args.lse)[r], 1.0} : softmax(logits, columns);
+  const bool part = args.whole != nullptr, here = !part || (label >= 0 && label < columns);
+  const T* whole = static_cast<const T*>(args.whole) + 2 * r;
+  const Softmax<T> own = part ? Softmax<T>{whole[0], whole[1]} : softmax(logits, columns);
   T& loss = static_cast<T*>(args.loss)[r];
   if (part)
-    loss -= here ? scale * logits[label] : T(0);
+    loss += here ? scale * (own.max - logits[label]) : T(0);
   else
     loss += static_cast<T>(scale * (std::log(own.sum) + (own.max - logits[label])));
   if (!args.gradient) return;

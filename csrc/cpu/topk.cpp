@@ -90,13 +90,13 @@ double sum_exp(const std::vector<double>& x, double largest) {
   return sum;
 }
 
-// 1 - sum of e^u with full precision for a confident teacher, at least 0; a NaN stays.
+// 1 - sum of e^u with full precision for a confident teacher; rounding may leave it a little below 0.
 double rest_of_teacher(const double* u, int64_t k) {
   const int64_t at = std::max_element(u, u + k) - u;
   double rest = -std::expm1(u[at]);
   for (int64_t i = 0; i < k; ++i)
     if (i != at) rest -= std::exp(u[i]);
-  return rest < 0 ? 0 : rest;
+  return rest;
 }
 
 template <class Rule>
@@ -193,9 +193,11 @@ class Kernel {
 
   void forward(int64_t r, Block<E>& block, Outcomes& o) const {
     const double* u = args_.values + r * args_.k;
-    const bool bucket = args_.tail == Tail::bucket;
     double largest, mass;
-    bucket ? rest_of_student<true>(r, block, largest, mass) : rest_of_student<false>(r, block, largest, mass);
+    if (args_.tail == Tail::renormalize)
+      rest_of_student<false>(r, block, largest, mass);
+    else
+      rest_of_student<true>(r, block, largest, mass);
     double total = 0;
     bool whole = args_.k == args_.columns;
     for (int64_t i = 0; i < args_.k; ++i) {
@@ -206,8 +208,9 @@ class Kernel {
       whole = whole && there;
     }
     o.student[args_.k] = mass == 0 ? -INFINITY : largest / args_.temperature + std::log(mass);
-    o.teacher[args_.k] = bucket && !whole ? std::log(rest_of_teacher(u, args_.k)) : -INFINITY;
-    finish(r, o, largest, mass, divergence_(o, args_.beta), total);
+    const double rest = rest_of_teacher(u, args_.k);
+    o.teacher[args_.k] = args_.tail == Tail::bucket && !whole ? std::log(rest < 0 ? 0 : rest) : -INFINITY;
+    finish(r, o, largest, mass, divergence_(o, args_.beta), total, rest);
     if (gradient(r)) backward(r, block);
   }
 
@@ -248,12 +251,14 @@ class Kernel {
     largest = m > T(-INFINITY) ? m : T(0);
   }
 
-  // The row's value, and what its gradient is made of.
-  void finish(int64_t r, const Outcomes& o, double largest, double mass, double value, double total) const {
+  // The row's value, and what its gradient is made of. total, rest: the teacher's mass on its K columns, and 1 - that.
+  void finish(int64_t r, const Outcomes& o, double largest, double mass, double value, double total,
+              double rest) const {
     const double scale = static_cast<double>(this->scale(r)) * args_.value_factor;
     double part = scale / args_.temperature;
     if (args_.tail == Tail::zero) {
-      value = total == 0 ? 0 : total * value + total * std::log(total);
+      // The divergence is about as large as -ln(total): a confident teacher's difference needs all digits of both.
+      value = total == 0 ? 0 : total * (value + (rest < 0.5 ? std::log1p(-rest) : std::log(total)));
       part *= total;
     }
     const bool none = args_.tail == Tail::zero && total == 0;

@@ -14,9 +14,9 @@ def cross_entropy_rows(
     row_scale: Tensor,
     loss: Tensor,
     gradient: Tensor | None,
-    lse: Tensor | None = None,
+    whole: Tensor | None = None,
 ) -> None:
     """As fastdistil.reference.cross_entropy.cross_entropy_rows."""
     labels = labels.contiguous()
     threads = torch.get_num_threads()
-    _C.cross_entropy_rows(logits, labels.data_ptr(), row_scale, loss, gradient, lse, threads=threads)
+    _C.cross_entropy_rows(logits, labels.data_ptr(), row_scale, loss, gradient, whole, threads=threads)

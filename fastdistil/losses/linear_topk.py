@@ -9,7 +9,7 @@ from fastdistil.backends import choose
 from fastdistil.losses import _check, _terms
 from fastdistil.losses.linear_logit import check_head, chunk_size
 from fastdistil.losses.logit import rule_of
-from fastdistil.losses.topk import check_defined, check_teacher
+from fastdistil.losses.topk import check_defined, check_teacher, partners_of
 from fastdistil.ops.linear_topk import linear_topk_rows, linear_topk_total
 from fastdistil.ops.topk_rule import TAILS
 
@@ -33,6 +33,7 @@ def linear_topk_logit_loss(
     labels: Tensor | None = None,
     label_weight: float = 0.0,
     ignore_index: int = -100,
+    vocab_map: Tensor | None = None,
     student_logit_scale: float = 1.0,
     student_softcap: float | None = None,
     reduction: str = "mean",
@@ -45,8 +46,8 @@ def linear_topk_logit_loss(
         student_hidden: (..., D) float32, bfloat16, float16 or float64. student_weight: (V, D); student_bias: (V,).
         teacher_values, teacher_indices: (..., K), as in `topk_logit_loss`.
         chunk_bytes: upper bound of the memory for logits, as in `linear_logit_loss`.
-        tail, divergence, beta, temperature, scale_by_t2, labels, label_weight, ignore_index, reduction, num_items: as
-            in `topk_logit_loss`.
+        tail, divergence, beta, temperature, scale_by_t2, labels, label_weight, ignore_index, vocab_map, reduction,
+            num_items: as in `topk_logit_loss`.
         student_logit_scale, student_softcap: as in `linear_logit_loss`; what the teacher says is taken as it is.
         weight: (...,) one number or bool a row; rows of weight 0 are dropped before the products (on a GPU, finding
             them waits for it once a call).
@@ -78,12 +79,13 @@ def linear_topk_logit_loss(
     w = None if weight is None else _check.row_weight(_NAME, weight, rows, device, dtype)
     columns = student_weight.shape[0]
     label, counted, alpha = _terms.labels(_NAME, labels, label_weight, ignore_index, w, rows, columns, device)
+    partners = None if vocab_map is None else partners_of(_NAME, vocab_map, columns, device)
     scale, label_scale = _terms.scales(_NAME, rows.numel(), w, counted, alpha, reduction, num_items, device, dtype)
     caps = _terms.caps(_NAME, student_logit_scale, student_softcap, 1.0, None)[:2]
     k, constants = values.shape[-1], [float(x) for x in (index, mixture, TAILS.index(tail), t, factor, *caps)]
     arguments = (
         student_hidden.reshape(-1, student_hidden.shape[-1]), student_weight, student_bias, values.reshape(-1, k),
-        teacher_indices.reshape(-1, k), scale, label, label_scale, constants, chunk, backend, weight is None,
+        teacher_indices.reshape(-1, k), scale, label, label_scale, partners, constants, chunk, backend, weight is None,
     )  # fmt: skip
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in heads]
     if reduction != "none" and any(wanted):

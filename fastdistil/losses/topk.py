@@ -30,6 +30,7 @@ def topk_logit_loss(
     labels: Tensor | None = None,
     label_weight: float = 0.0,
     ignore_index: int = -100,
+    vocab_map: Tensor | None = None,
     reduction: str = "mean",
     num_items: float | Tensor | None = None,
     inplace_backward: bool = False,
@@ -62,6 +63,11 @@ def topk_logit_loss(
         scale_by_t2: multiply by T^2 (Hinton et al. 2015).
         weight: (...,) one number or bool a row; a row of weight 0 contributes exactly 0 and is not read.
         labels, label_weight, ignore_index: a second term, the cross entropy with (...,) int64 labels, as in logit_loss.
+        vocab_map: (V,) int64: student column v is teacher column vocab_map[v], -1 for none, each teacher column at
+            most once; teacher_indices are then the teacher's columns. Entries without a partner are left out, and the
+            others' probabilities divided by what those leave of 1; the tail keeps what mass of other columns without a
+            partner is in it. The student's distribution is that of its columns with a partner; the others get no
+            gradient (but from the labels).
         reduction: "mean" is sum(w * loss) / sum(w), "sum" is sum(w * loss), "none" is w * loss, one entry a row.
         num_items: replaces sum(w) in "mean": a number or a tensor of one entry.
         inplace_backward: lets the gradient overwrite student_logits, as in logit_loss.
@@ -96,6 +102,7 @@ def topk_logit_loss(
     label, counted, alpha = _terms.labels(
         _NAME, labels, label_weight, ignore_index, w, rows, student.shape[-1], student.device
     )
+    partners = None if vocab_map is None else partners_of(_NAME, vocab_map, student.shape[-1], student.device)
     scale, label_scale = _terms.scales(
         _NAME, rows.numel(), w, counted, alpha, reduction, num_items, student.device, dtype
     )
@@ -105,9 +112,9 @@ def topk_logit_loss(
     ahead = student.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
     scaled_late = student.dtype == torch.float16  # rounded before a GradScaler's scale it would underflow
     overwrite = inplace_backward and ahead and not scaled_late
-    if label is not None or overwrite:
+    if label is not None or partners is not None or overwrite:
         constants = [float(x) for x in (*rule, 1.0, 0.0)]
-        arguments = (matrix(student), *teacher, scale, label, label_scale, constants, backend)
+        arguments = (matrix(student), *teacher, scale, label, label_scale, partners, constants, backend)
         if overwrite:
             loss = Overwrite.apply(_NAME, topk_rows_overwrite_, *arguments)  # type: ignore[no-untyped-call]
         elif student.requires_grad and torch.is_grad_enabled() and reduction != "none" and not scaled_late:
@@ -135,6 +142,20 @@ def check_teacher(function: str, student: Tensor, width: int, values: Tensor, in
     _check.same_device(function, "teacher_values", values, "the student", student.device)
     _check.same_device(function, "teacher_indices", indices, "the student", student.device)
     _check.constant(function, "teacher_values", values)
+
+
+def partners_of(function: str, vocab_map: object, columns: int, device: torch.device) -> Tensor:
+    """The checked map; how many columns the teacher has is not known here."""
+    found = _terms.vocab_map(function, vocab_map, columns, 2**31, device, part=False)
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        partners = found[found >= 0].sort()[0]
+        again = partners[1:][partners[1:] == partners[:-1]]
+        if len(again):
+            raise ValueError(
+                f"{function}: vocab_map holds {int(again[0])} for more than one column, expected each of the teacher's "
+                "columns once: one stored probability cannot be divided among several"
+            )
+    return found
 
 
 def check_defined(function: str, tail: str, divergence: str, beta: float) -> None:

@@ -64,6 +64,7 @@ def _compute(
     row_scale: Tensor,
     labels: Tensor | None,
     label_scale: Tensor | None,
+    vocab_map: Tensor | None,
     constants: list[float],
     chunk_bytes: int,
     backend: str,
@@ -73,7 +74,7 @@ def _compute(
     """Rows (N,) times their scales and the gradients of their sum that are `wanted`, in row_scale's dtype."""
     name = backend_of("linear_topk_logit_loss", backend, row_scale)
     rule, caps = unpack(constants)
-    terms = Terms(labels, label_scale, None, *caps)
+    terms = Terms(labels, label_scale, vocab_map, *caps)
     kept = None if dense else terms.counts(row_scale).nonzero()[:, 0]
     if kept is not None and len(kept) < len(row_scale):
         hidden, values, indices, scale = hidden[kept], values[kept], indices[kept], row_scale[kept]
@@ -81,7 +82,7 @@ def _compute(
     else:
         kept, scale = None, row_scale
     head = StudentHead(hidden, weight, bias, scale, wanted)
-    teacher = canonical("linear_topk_logit_loss", values, indices, scale, head.columns, rule["tail"])
+    teacher = canonical("linear_topk_logit_loss", values, indices, scale, head.columns, rule["tail"], vocab_map)
     rows = run(head, teacher, scale, rule, terms, chunk_bytes, name, any(wanted))
     found = head.gradients
     if kept is None:
@@ -103,7 +104,8 @@ def run(
     name: str,
     need: bool,
 ) -> Tensor:
-    """Rows (N,) times their scales, in scale's dtype, as the buffers are; of the terms, labels and the student's caps.
+    """Rows (N,) times their scales, in scale's dtype, as the buffers are; of the terms, labels, the
+    map and the student's caps.
 
     teacher: what `canonical` returns. need: whether the source is to get gradients."""
     rows, count = torch.empty_like(scale), len(scale)
@@ -115,19 +117,28 @@ def run(
     padded = -(-source.columns // ALIGNED_COLUMNS) * ALIGNED_COLUMNS
     buffers = new_empty(scale, (1 + need, step, padded))[:, :, : source.columns]
     stats = scale.new_empty((step, STATS + u.shape[1]), dtype=torch.float64)
+    alone = None if terms.vocab_map is None else (terms.vocab_map < 0).nonzero()[:, 0]
     for start in range(0, count, step):
         chunk = slice(start, min(start + step, count))
         n = chunk.stop - start
         logits, gradient = buffers[0, :n], buffers[1, :n] if need else None
         source.logits(chunk, logits)
         cap(logits, *terms.caps[:2])
+        kept = None
+        if alone is not None:
+            kept = logits[:, alone] if terms.labels is not None else None
+            logits.index_fill_(1, alone, float("-inf"))
         part = (u[chunk], columns[chunk], scale[chunk], rows[chunk], stats[:n])
         module.topk_fwd(logits, *part, gradient, **rule)
         if terms.labels is not None and terms.label_scale is not None:
+            if kept is not None and alone is not None:
+                logits.index_copy_(1, alone, kept)
             entropy = kernels("cross_entropy", name, scale)
             entropy.cross_entropy_rows(logits, terms.labels[chunk], terms.label_scale[chunk], rows[chunk], gradient)
         if gradient is not None:
             cap_back(gradient, logits, *terms.caps[:2])
+            if alone is not None and terms.labels is None:
+                gradient.index_fill_(1, alone, 0.0)  # capping back made NaN of what was -inf
             source.back(chunk, gradient)
     return rows
 
@@ -142,15 +153,16 @@ def linear_topk_rows(
     row_scale: Tensor,
     labels: Tensor | None,
     label_scale: Tensor | None,
+    vocab_map: Tensor | None,
     constants: list[float],
     chunk_bytes: int,
     backend: str,
     dense: bool,
 ) -> Tensor:
     """hidden (N, D), weight (V, D), bias (V,), values (N, K), indices (N, K) int32 or int64, row_scale (N,) float32
-    (float64 for float64 inputs), labels (N,) int64, label_scale (N,) as row_scale, `constants` of TopkRule in its
-    order, then logit scale and softcap -> rows (N,) times their scales."""
-    options = (row_scale, labels, label_scale, constants, chunk_bytes, backend, dense)
+    (float64 for float64 inputs), labels (N,) int64, label_scale (N,) as row_scale, vocab_map (V,) int64,
+    `constants` of TopkRule in its order, then logit scale and softcap -> rows (N,) times their scales."""
+    options = (row_scale, labels, label_scale, vocab_map, constants, chunk_bytes, backend, dense)
     return _compute(hidden, weight, bias, values, indices, *options, (False, False, False))[0]
 
 
@@ -164,6 +176,7 @@ def linear_topk_total(
     row_scale: Tensor,
     labels: Tensor | None,
     label_scale: Tensor | None,
+    vocab_map: Tensor | None,
     constants: list[float],
     chunk_bytes: int,
     backend: str,
@@ -172,7 +185,7 @@ def linear_topk_total(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `linear_topk_rows` -> the rows' sum () and its gradients in hidden, weight and bias in row_scale's dtype,
     empty where not `wanted`."""
-    options = (row_scale, labels, label_scale, constants, chunk_bytes, backend, dense)
+    options = (row_scale, labels, label_scale, vocab_map, constants, chunk_bytes, backend, dense)
     flags = (wanted[0], wanted[1], wanted[2])
     rows, found = _compute(hidden, weight, bias, values, indices, *options, flags)
     dhidden, dweight, dbias = (row_scale.new_empty(0) if g is None else g for g in found)
@@ -187,38 +200,38 @@ def _(*args: Any) -> Tensor:
 
 @linear_topk_total.register_fake
 def _(*args: Any) -> tuple[Tensor, ...]:
-    scale, wanted = args[5], args[12]
+    scale, wanted = args[5], args[13]
     shapes = (x.shape if want and x is not None else 0 for x, want in zip(args[:3], wanted, strict=True))
     return scale.new_empty(()), *(scale.new_empty(shape) for shape in shapes)
 
 
 def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:8])
-    ctx.options = inputs[8:]
+    ctx.save_for_backward(*inputs[:9])
+    ctx.options = inputs[9:]
 
 
 def _backward_rows(ctx: Any, drows: Tensor) -> tuple[Tensor | None, ...]:
     refuse_double_backward("linear_topk_logit_loss")
-    *tensors, row_scale, labels, label_scale = ctx.saved_tensors
+    *tensors, row_scale, labels, label_scale, vocab_map = ctx.saved_tensors
     wanted = list(ctx.needs_input_grad[:3])
     scale, label_scale = (None if x is None else torch.where(x == 0, 0.0, x * drows) for x in (row_scale, label_scale))
-    _, *found = linear_topk_total(*tensors, scale, labels, label_scale, *ctx.options, wanted)
+    _, *found = linear_topk_total(*tensors, scale, labels, label_scale, vocab_map, *ctx.options, wanted)
     each = zip(found, tensors[:3], wanted, strict=True)
-    return *(g.to(x.dtype) if want else None for g, x, want in each), *[None] * 9
+    return *(g.to(x.dtype) if want else None for g, x, want in each), *[None] * 10
 
 
 def _setup_total(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:8])
-    ctx.options = inputs[8:]
+    ctx.save_for_backward(*inputs[:9])
+    ctx.options = inputs[9:]
     ctx.kept = output[1:]
 
 
 def _backward_total(ctx: Any, dtotal: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     refuse_double_backward("linear_topk_logit_loss")
     if dtotal is None:
-        return (None,) * 13
+        return (None,) * 14
     tensors = ctx.saved_tensors
 
     def again() -> tuple[Tensor, ...]:
@@ -226,7 +239,7 @@ def _backward_total(ctx: Any, dtotal: Tensor | None, *_: Any) -> tuple[Tensor | 
         return found[1:]
 
     each = zip(hand_out(ctx, dtotal, again), tensors[:3], ctx.options[-1], strict=True)
-    return *(g.to(x.dtype) if want else None for g, x, want in each), *[None] * 10
+    return *(g.to(x.dtype) if want else None for g, x, want in each), *[None] * 11
 
 
 linear_topk_rows.register_autograd(_backward_rows, setup_context=_setup_rows)

@@ -39,6 +39,7 @@ def _compute(
     row_scale: Tensor,
     labels: Tensor | None,
     label_scale: Tensor | None,
+    vocab_map: Tensor | None,
     constants: list[float],
     backend: str,
     gradient: Tensor | None,
@@ -46,9 +47,9 @@ def _compute(
     """Rows; the gradient of their sum is written where one is wanted."""
     name = backend_of("topk_logit_loss", backend, row_scale)
     rule, caps = unpack(constants)
-    teacher = canonical("topk_logit_loss", values, indices, row_scale, student.shape[1], rule["tail"])
+    teacher = canonical("topk_logit_loss", values, indices, row_scale, student.shape[1], rule["tail"], vocab_map)
     chunk_bytes = CHUNK_BYTES["cpu" if student.device.type == "cpu" else "gpu"]
-    terms = Terms(labels, label_scale, None, *caps)
+    terms = Terms(labels, label_scale, vocab_map, *caps)
     return run(_Source(student, gradient), teacher, row_scale, rule, terms, chunk_bytes, name, gradient is not None)
 
 
@@ -60,13 +61,14 @@ def topk_rows(
     row_scale: Tensor,
     labels: Tensor | None,
     label_scale: Tensor | None,
+    vocab_map: Tensor | None,
     constants: list[float],
     backend: str,
 ) -> Tensor:
     """student (N, V), values (N, K), indices (N, K) int32 or int64, row_scale (N,) float32 (float64 for float64
-    logits), labels (N,) int64, label_scale (N,) as row_scale, `constants` of linear_topk.unpack -> rows (N,) times
-    their scales."""
-    return _compute(student, values, indices, row_scale, labels, label_scale, constants, backend, None)
+    logits), labels (N,) int64, label_scale (N,) as row_scale, vocab_map (V,) int64, `constants` of linear_topk.unpack
+    -> rows (N,) times their scales."""
+    return _compute(student, values, indices, row_scale, labels, label_scale, vocab_map, constants, backend, None)
 
 
 @torch.library.custom_op("fastdistil::topk_total", mutates_args=())
@@ -77,12 +79,13 @@ def topk_total(
     row_scale: Tensor,
     labels: Tensor | None,
     label_scale: Tensor | None,
+    vocab_map: Tensor | None,
     constants: list[float],
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """As `topk_rows` -> the rows' sum () and its gradient (N, V) in the student's dtype."""
     gradient = new_empty(student, student.shape)
-    rows = _compute(student, values, indices, row_scale, labels, label_scale, constants, backend, gradient)
+    rows = _compute(student, values, indices, row_scale, labels, label_scale, vocab_map, constants, backend, gradient)
     return rows.sum(), gradient
 
 
@@ -94,11 +97,12 @@ def topk_rows_overwrite_(
     row_scale: Tensor,
     labels: Tensor | None,
     label_scale: Tensor | None,
+    vocab_map: Tensor | None,
     constants: list[float],
     backend: str,
 ) -> Tensor:
     """As `topk_rows`; the gradient is written over the student's logits."""
-    return _compute(student, values, indices, row_scale, labels, label_scale, constants, backend, student)
+    return _compute(student, values, indices, row_scale, labels, label_scale, vocab_map, constants, backend, student)
 
 
 @topk_rows.register_fake
@@ -113,30 +117,31 @@ def _(student: Tensor, values: Tensor, indices: Tensor, row_scale: Tensor, *rest
 
 
 def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:6])
-    ctx.options = inputs[6:]
+    ctx.save_for_backward(*inputs[:7])
+    ctx.options = inputs[7:]
 
 
 def _backward_rows(ctx: Any, drows: Tensor) -> tuple[Tensor | None, ...]:
     refuse_double_backward("topk_logit_loss")
-    student, values, indices, row_scale, labels, label_scale = ctx.saved_tensors
+    student, values, indices, row_scale, labels, label_scale, vocab_map = ctx.saved_tensors
     scale, label_scale = (None if x is None else torch.where(x == 0, 0.0, x * drows) for x in (row_scale, label_scale))
-    return topk_total(student, values, indices, scale, labels, label_scale, *ctx.options)[1], *[None] * 7
+    found = topk_total(student, values, indices, scale, labels, label_scale, vocab_map, *ctx.options)[1]
+    return found, *[None] * 8
 
 
 def _setup_total(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:6])
-    ctx.options, ctx.kept = inputs[6:], output[1:]
+    ctx.save_for_backward(*inputs[:7])
+    ctx.options, ctx.kept = inputs[7:], output[1:]
 
 
 def _backward_total(ctx: Any, dtotal: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     refuse_double_backward("topk_logit_loss")
     if dtotal is None:
-        return (None,) * 8
+        return (None,) * 9
     tensors, options = ctx.saved_tensors, ctx.options
-    return *hand_out(ctx, dtotal, lambda: (topk_total(*tensors, *options)[1],)), *[None] * 7
+    return *hand_out(ctx, dtotal, lambda: (topk_total(*tensors, *options)[1],)), *[None] * 8
 
 
 topk_rows.register_autograd(_backward_rows, setup_context=_setup_rows)

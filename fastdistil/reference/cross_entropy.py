@@ -12,22 +12,27 @@ def cross_entropy_rows(
     row_scale: Tensor,
     loss: Tensor,
     gradient: Tensor | None,
-    lse: Tensor | None = None,
+    whole: Tensor | None = None,
 ) -> None:
     """Adds row_scale (N,) times the cross entropy of logits (N, V) with labels (N,) to loss (N,), and its gradient in
     the logits to gradient (N, V). Rows of scale 0 may hold anything, their label too. All but the labels (int64) have
     one dtype, float32 or float64.
 
-    With lse (N,), the logsumexp of rows whose other columns are elsewhere, a label outside [0, V) is not here: such a
-    row's loss gets nothing, the others' minus the label's logit; the gradient is that of these columns.
+    With whole (N, 2), the largest logit m and the sum of exp(z - m) of rows whose other columns are elsewhere, a label
+    outside [0, V) is not here: such a row's loss gets nothing, the others' m minus the label's logit, to which the
+    logarithm of the sum is still to be added; the gradient is that of these columns.
     """
     keep = row_scale != 0
     z = torch.where(keep[:, None], logits, 0.0)
-    here = keep if lse is None else keep & (labels >= 0) & (labels < z.shape[1])
+    here = keep if whole is None else keep & (labels >= 0) & (labels < z.shape[1])
     column = torch.where(here, labels, 0)[:, None]
-    total = z.logsumexp(-1) if lse is None else torch.where(keep, lse, 0.0)
-    at_label = torch.where(here, z.gather(1, column)[:, 0], 0.0)
-    loss += torch.where(keep, row_scale * ((total if lse is None else 0.0) - at_label), 0.0)
+    if whole is None:
+        largest = z.amax(-1)
+        mass = (z - largest[:, None]).exp().sum(-1)
+    else:
+        largest, mass = torch.where(keep[:, None], whole, 1.0).unbind(1)
+    below = torch.where(here, largest - z.gather(1, column)[:, 0], 0.0)
+    loss += torch.where(keep, row_scale * (below + (mass.log() if whole is None else 0.0)), 0.0)
     if gradient is not None:
-        gradient += row_scale[:, None] * (z - total[:, None]).exp()
+        gradient += torch.where(keep, row_scale / mass, 0.0)[:, None] * (z - largest[:, None]).exp()
         gradient.scatter_add_(1, column, -torch.where(here, row_scale, 0.0)[:, None])

@@ -26,14 +26,11 @@ def _pick(x: Tensor, columns: Tensor, missing: float) -> Tensor:
     return torch.cat((x, x.new_full((x.shape[0], 1), missing)), -1).gather(-1, columns.long())
 
 
-def _rest_of_teacher(u: Tensor, whole: Tensor, tail: int) -> Tensor:
-    """log(1 - sum(exp(u))) (N, 1) for the bucket, with full precision for a confident teacher; -inf where it is 0."""
-    if tail != BUCKET:
-        return torch.full_like(u[:, :1], -torch.inf)
+def _rest_of_teacher(u: Tensor) -> Tensor:
+    """1 - sum(exp(u)) (N, 1) with full precision for a confident teacher; rounding may leave it a little below 0."""
     largest, at = u.max(-1, keepdim=True)
     others = u.exp().scatter(-1, at, 0.0).sum(-1, keepdim=True)
-    rest = (-torch.expm1(largest) - others).clamp_min(0.0)
-    return torch.where(whole, 0.0, rest).log()
+    return -torch.expm1(largest) - others
 
 
 def _outcomes(a: Tensor, u: Tensor, columns: Tensor, rule: TopkRule) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,13 +38,15 @@ def _outcomes(a: Tensor, u: Tensor, columns: Tensor, rule: TopkRule) -> tuple[Te
     chosen = _chosen(columns, a.shape[-1])
     rho = torch.logsumexp(a.masked_fill(chosen, -torch.inf), -1, keepdim=True)
     student = torch.cat((_pick(a, columns, -torch.inf), rho), -1)
-    whole = chosen.all(-1, keepdim=True)
-    teacher = torch.cat((u, _rest_of_teacher(u, whole, rule["tail"])), -1)
+    rest = _rest_of_teacher(u)
+    none = chosen.all(-1, keepdim=True) | (rule["tail"] != BUCKET)
+    teacher = torch.cat((u, torch.where(none, 0.0, rest.clamp_min(0.0)).log()), -1)
     d = torch.where(student == teacher, 0.0, student - teacher)
     value, gradient = pair_rows(DIVERGENCES[rule["divergence"]], rule["beta"], student, teacher, d)
     if rule["tail"] == ZERO:
-        mass = u.exp().sum(-1)
-        value = torch.where(mass == 0, 0.0, mass * value + torch.xlogy(mass, mass))
+        # The value is about as large as -log(mass): a confident teacher's difference needs all digits of both.
+        mass, rest = u.exp().sum(-1), rest[:, 0]
+        value = torch.where(mass == 0, 0.0, mass * (value + torch.where(rest < 0.5, torch.log1p(-rest), mass.log())))
         gradient = torch.where(mass[:, None] == 0, 0.0, mass[:, None] * gradient)
     return value, gradient, rho
 

@@ -32,24 +32,24 @@ def _softmax(z_ptr, V, BLOCK: tl.constexpr):
 
 @triton.jit
 def cross_entropy_kernel(
-    logits_ptr, labels_ptr, scale_ptr, loss_ptr, gradient_ptr, lse_ptr, V, logits_stride, gradient_stride,
+    logits_ptr, labels_ptr, scale_ptr, loss_ptr, gradient_ptr, whole_ptr, V, logits_stride, gradient_stride,
     GRADIENT: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """loss (N,) and, with GRADIENT, gradient (N, V) += scale times the row's cross entropy and its gradient; PART: the
-    columns of a row that has others elsewhere, with their common logsumexp at lse_ptr."""
+    columns of a row that has others elsewhere; the whole row's largest logit and mass are at whole_ptr (N, 2)."""
     row = tl.program_id(0).to(tl.int64)
     scale = tl.load(scale_ptr + row)
     if scale != 0.0:
         z_ptr = logits_ptr + row * logits_stride
         if PART:
-            top = tl.load(lse_ptr + row)
-            mass = 1.0
+            top = tl.load(whole_ptr + 2 * row)
+            mass = tl.load(whole_ptr + 2 * row + 1)
         else:
             top, mass = _softmax(z_ptr, V, BLOCK)
         label = tl.load(labels_ptr + row)
         exists = (label >= 0) & (label < V)
         if PART:
-            share = -tl.load(z_ptr + label, mask=exists, other=0.0)
+            share = tl.where(exists, top - tl.load(z_ptr + label, mask=exists, other=0.0), 0.0)
         else:  # a label that is no column shows as NaN: reading there would not be allowed
             share = tl.log(mass) + (top - tl.load(z_ptr + label, mask=exists, other=float("nan")))
         tl.store(loss_ptr + row, tl.load(loss_ptr + row) + scale * share)
@@ -77,7 +77,7 @@ def cross_entropy_rows(
     row_scale: Tensor,
     loss: Tensor,
     gradient: Tensor | None,
-    lse: Tensor | None = None,
+    whole: Tensor | None = None,
 ) -> None:
     """As fastdistil.reference.cross_entropy.cross_entropy_rows, for float32."""
     rows, columns = logits.shape
@@ -85,9 +85,9 @@ def cross_entropy_rows(
     if rows:
         cross_entropy_kernel[(rows,)](
             logits, labels.contiguous(), row_scale, loss, logits if gradient is None else gradient,
-            row_scale if lse is None else lse, columns,
+            row_scale if whole is None else whole.contiguous(), columns,
             logits.stride(0), logits.stride(0) if gradient is None else gradient.stride(0),
-            GRADIENT=gradient is not None, PART=lse is not None, BLOCK=block, **options,
+            GRADIENT=gradient is not None, PART=whole is not None, BLOCK=block, **options,
         )  # fmt: skip
 
 
@@ -99,7 +99,7 @@ def aot_cases() -> list[dict[str, object]]:
         "scale_ptr": "*fp32",
         "loss_ptr": "*fp32",
         "gradient_ptr": "*fp32",
-        "lse_ptr": "*fp32",
+        "whole_ptr": "*fp32",
     }
     return [
         {

@@ -12,7 +12,7 @@ from fastdistil.kernels.triton.logit import _vector, logit_config
 from fastdistil.kernels.triton.topk_kernels import topk_bwd_kernel, topk_fwd_kernel
 from torch import Tensor
 
-from fastdistil.ops.topk_rule import BUCKET, RENORMALIZE, STATS
+from fastdistil.ops.topk_rule import BUCKET, RENORMALIZE, STATS, ZERO
 
 
 def topk_config(columns: int, k: int, lanes: int) -> tuple[int, int, dict[str, int]]:
@@ -80,12 +80,12 @@ def topk_bwd(
 
 
 def aot_cases() -> list[dict[str, Any]]:
-    """Every rule in bf16, the first in other dtypes and with another tail; V 119,547 (odd), K 64."""
+    """Every rule in bf16, the first in other dtypes and with the other tails; V 119,547 (odd), K 64."""
     cases = []
     for lanes, targets in ((32, ("sm_80", "sm_90a")), (64, ("gfx942",))):
         cases += [_aot_case(rule, BUCKET, "bf16", lanes, targets) for rule in RULES if rule.softmax]
         cases += [_aot_case(RULES[0], BUCKET, dtype, lanes, targets) for dtype in ("fp16", "fp32")]
-        cases += [_aot_case(RULES[0], RENORMALIZE, "bf16", lanes, targets)]
+        cases += [_aot_case(RULES[0], tail, "bf16", lanes, targets) for tail in (RENORMALIZE, ZERO)]
         cases += [_aot_case(None, BUCKET, dtype, lanes, targets) for dtype in ("bf16", "fp32")]
     return cases
 

@@ -13,7 +13,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from fastdistil.kernels.triton.logit_kernels import _body, _layout
-from fastdistil.kernels.triton.numerics import expm1
+from fastdistil.kernels.triton.topk_outcomes import (
+    _known,
+    _log1p_small,
+    _log_add,
+    _log_ratio,
+    _named,
+    _outcomes,
+)
 
 
 @triton.jit
@@ -136,95 +143,6 @@ def _spread(
 
 
 @triton.jit
-def _wide_expm1(x):
-    """e^x - 1 in float64, within 1e-11."""
-    s = x * (1.0 / 11.0)
-    for i in tl.static_range(9):
-        s = (1.0 + s) * x * (1.0 / (10.0 - i))  # float64 division is a call, around which registers spill
-    return tl.where(tl.abs(x) < 0.3, (1.0 + s) * x, tl.exp(x) - 1.0)
-
-
-@triton.jit
-def _entries(student_ptr, values_ptr, chosen_ptr, lanes, V, K, inv_t):
-    """Scores of student and teacher (float64) at some of the K named columns; -inf where an entry is not there."""
-    column = tl.load(chosen_ptr + lanes, mask=lanes < K, other=V)
-    u = tl.load(values_ptr + lanes, mask=lanes < K, other=float("-inf"))
-    z = tl.load(student_ptr + column, mask=column < V, other=float("-inf")).to(tl.float32)
-    return z.to(tl.float64) * inv_t, u
-
-
-@triton.jit
-def _named(student_ptr, values_ptr, chosen_ptr, V, K, inv_t, KBLOCK: tl.constexpr):
-    """Of the named columns: the largest student score and the mass relative to it, the largest u, sum of e^u relative
-    to it, and 1 - sum of e^u; how many there are."""
-    lanes = tl.arange(0, KBLOCK)
-    top_a = tl.max(tl.full((KBLOCK,), float("-inf"), tl.float64), 0)
-    top_u = top_a
-    count = 0
-    for begin in range(0, K, KBLOCK):
-        a, u = _entries(student_ptr, values_ptr, chosen_ptr, begin + lanes, V, K, inv_t)
-        top_a = tl.maximum(top_a, tl.max(a, 0))
-        top_u = tl.maximum(top_u, tl.max(u, 0))
-        count += tl.sum((u != float("-inf")).to(tl.int32), 0)
-    sum_a = tl.sum(tl.zeros((KBLOCK,), tl.float64), 0)
-    sum_u, others = sum_a, sum_a
-    unit_a, unit_u = tl.where(top_a == float("-inf"), 0.0, top_a), tl.where(top_u == float("-inf"), 0.0, top_u)
-    for begin in range(0, K, KBLOCK):
-        a, u = _entries(student_ptr, values_ptr, chosen_ptr, begin + lanes, V, K, inv_t)
-        sum_a += tl.sum(tl.exp(a - unit_a), 0)
-        sum_u += tl.sum(tl.exp(u - unit_u), 0)
-        others += tl.sum(tl.where(u == top_u, 0.0, tl.exp(u)), 0)
-    # As many as share the largest u, but for one, are in sum_u and not in others.
-    shared = tl.exp(unit_u) * sum_u - others - tl.exp(top_u)
-    shared = tl.where(shared < 0.5 * tl.exp(top_u), 0.0, shared)
-    return top_a, sum_a, top_u, sum_u, -_wide_expm1(top_u) - others - shared, count
-
-
-@triton.jit
-def _log_add(top, total, other):
-    """log(total e^top + e^other) in float64."""
-    m = tl.maximum(top, other)
-    unit = tl.where(m == float("-inf"), 0.0, m)
-    near = tl.where(total == 0.0, 0.0, total * tl.exp(tl.where(total == 0.0, 0.0, top - unit)))
-    return m + tl.log(near + tl.exp(other - unit))
-
-
-@triton.jit
-def _column(a, u, lse_a, lse_u):
-    """p, q, delta and gap of an outcome, all 0 where neither side has mass."""
-    none = (a == float("-inf")) & (u == float("-inf"))
-    delta = tl.where(none, 0.0, (a - lse_a) - (u - lse_u)).to(tl.float32)
-    p, q = tl.exp(a - lse_a).to(tl.float32), tl.exp(u - lse_u).to(tl.float32)
-    near = tl.abs(delta) <= 1.0
-    return p, q, delta, tl.where(near, q * expm1(tl.where(near, delta, 0.0)), p - q)
-
-
-@triton.jit
-def _outcomes(
-    student_ptr, values_ptr, chosen_ptr, named_ptr, V, K, rho, omega, lse_a, lse_u, scale, inv_t, beta,
-    RULE: tl.constexpr, CENTRED: tl.constexpr, KBLOCK: tl.constexpr,
-):  # fmt: skip
-    """The row's value and the gradient in rho, without scale; the K gradients, times scale, go to named_ptr."""
-    lanes = tl.arange(0, KBLOCK)
-    p_rest, q_rest, delta_rest, gap_rest = _column(rho, omega, lse_a, lse_u)
-    value, slope_rest = RULE(p_rest, q_rest, delta_rest, gap_rest, beta)
-    centre = p_rest * slope_rest
-    for begin in range(0, K, KBLOCK):
-        a, u = _entries(student_ptr, values_ptr, chosen_ptr, begin + lanes, V, K, inv_t)
-        p, q, delta, gap = _column(a, u, lse_a, lse_u)
-        v, slope = RULE(p, q, delta, gap, beta)
-        value += tl.sum(v, 0)
-        centre += tl.sum(p * slope, 0)
-    for begin in range(0, K, KBLOCK):
-        a, u = _entries(student_ptr, values_ptr, chosen_ptr, begin + lanes, V, K, inv_t)
-        p, q, delta, gap = _column(a, u, lse_a, lse_u)
-        _, slope = RULE(p, q, delta, gap, beta)
-        g = p * (slope - centre) if CENTRED else slope
-        tl.store(named_ptr + begin + lanes, g * scale, mask=begin + lanes < K)
-    return value, p_rest * (slope_rest - centre) if CENTRED else slope_rest
-
-
-@triton.jit
 def topk_fwd_kernel(
     student_ptr, values_ptr, chosen_ptr, scale_ptr, loss_ptr, stats_ptr, gradient_ptr,
     V, K, student_stride, gradient_stride, inv_high, inv_low, value_factor, beta,
@@ -243,33 +161,45 @@ def topk_fwd_kernel(
     s_row = student_ptr + row * student_stride
     largest, mass = _rest(student_ptr, chosen_ptr, row, V, K, student_stride, live, 0.0, inv_high, False, VEC, BLOCK)
     largest = tl.where(mass == 0.0, 0.0, largest)
-    top_a, sum_a, top_u, sum_u, q_rest, count = _named(s_row, values_ptr, chosen_ptr, V, K, inv_t, KBLOCK)
-    omega = tl.full((), float("-inf"), tl.float64)
-    if TAIL == 0:
+    top_a, sum_a, top_u, ref, sum_u, q_rest, count = _named(s_row, values_ptr, chosen_ptr, V, K, inv_t, KBLOCK)
+    known = tl.exp(top_u) * sum_u
+    nowhere = tl.full((), float("-inf"), tl.float64)
+    omega = nowhere
+    if TAIL != 1:
         omega = tl.log(tl.where((q_rest < 0.0) | (count == V), 0.0, q_rest))
     lse_u = _log_add(top_u, sum_u, omega)
     mass = mass.to(tl.float64)
     rho = largest.to(tl.float64) * inv_t + tl.log(mass)
     lse_a = _log_add(top_a, sum_a, rho)
-    if TAIL == 0 and tl.abs((rho - lse_a) - (omega - lse_u)) < 0.1:  # then the sum's rounding is all of it
+    if TAIL != 1 and tl.abs((rho - lse_a) - (omega - lse_u)) < 0.1:  # then the sum's rounding is all of it
         wide = largest.to(tl.float64)
         _, mass = _rest(student_ptr, chosen_ptr, row, V, K, student_stride, live, wide, inv_t, True, VEC, BLOCK)
         rho = wide * inv_t + tl.log(mass)
         lse_a = _log_add(top_a, sum_a, rho)
-    known = tl.exp(top_u) * sum_u
+    if TAIL == 0 and omega > top_u:
+        top_u = omega
+        ref = rho - omega
+    top_u = tl.where(top_u == float("-inf"), 0.0, top_u)
+    ref = tl.where(tl.abs(ref) < 1e6, ref, 0.0)
+    weight, excess = _known(s_row, values_ptr, chosen_ptr, V, tl.where(live, K, 0), top_u, ref, inv_t, KBLOCK)
+    log_ratio = _log_ratio(rho, omega, top_u, ref, weight, excess)
+    teacher, slope_ratio = lse_u, log_ratio
     share = tl.where(live, (scale * value_factor).to(tl.float64), 0.0)
     part = share * inv_t
-    if TAIL == 2:
+    if TAIL == 2:  # the gradient is that of "renormalize" times the known mass
         part *= known
+        teacher = _log_add(tl.where(sum_u == 0.0, nowhere, top_u), sum_u, nowhere)
+        slope_ratio = _log_ratio(rho, nowhere, top_u, ref, weight, excess)
     value, slope = _outcomes(
-        s_row, values_ptr, chosen_ptr, stats_ptr + STATS, V, tl.where(live, K, 0), rho, omega, lse_a, lse_u, part,
-        inv_t, beta, RULE, CENTRED, KBLOCK,
+        s_row, values_ptr, chosen_ptr, stats_ptr + STATS, V, tl.where(live, K, 0), rho, omega, top_u, ref, lse_a, lse_u,
+        log_ratio, teacher, slope_ratio, part, inv_t, beta, RULE, CENTRED, TAIL == 2, KBLOCK,
     )  # fmt: skip
     value = value.to(tl.float64)
     nothing = live == 0
     if TAIL == 2:
         nothing = nothing | (count == 0)
-        value = known * value + known * tl.log(known)
+        log_known = tl.where(tl.abs(q_rest) < 1e-3, _log1p_small(-q_rest), tl.log(known))
+        value = tl.where(omega == float("-inf"), known * (value + log_known), value)
     tl.store(loss_ptr + row, tl.where(nothing, 0.0, value * share).to(tl.float32))
     tl.store(stats_ptr, largest.to(tl.float64))
     tl.store(stats_ptr + 1, tl.where(nothing | (mass == 0.0), 0.0, slope / mass.to(tl.float32) * part))

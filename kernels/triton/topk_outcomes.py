@@ -1,0 +1,172 @@
+"""The K + 1 outcomes of topk_logit_loss: scores of student and teacher, their exact difference, value and gradient.
+
+Scores are float64, and so is what is taken from them where the student is far from its teacher. Where it is near, and a
+teacher may be sure of one outcome, no difference of logsumexps has digits: docs/losses.md, section 1, as in
+logit_statistics.py.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from fastdistil.kernels.triton.numerics import expm1_near
+
+
+@triton.jit
+def _wide_expm1(x):
+    """e^x - 1 in float64, within 1e-11."""
+    s = x * (1.0 / 11.0)
+    for i in tl.static_range(9):
+        s = (1.0 + s) * x * (1.0 / (10.0 - i))  # float64 division is a call, around which registers spill
+    return tl.where(tl.abs(x) < 0.3, (1.0 + s) * x, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def _log1p_small(x):
+    """ln(1 + x) for |x| <= 1e-3, within 2e-13."""
+    return x * (1.0 - x * (0.5 - x * (1.0 / 3.0 - 0.25 * x)))
+
+
+@triton.jit
+def _log_add(top, total, other):
+    """log(total e^top + e^other) in float64."""
+    m = tl.maximum(top, other)
+    unit = tl.where(m == float("-inf"), 0.0, m)
+    near = tl.where(total == 0.0, 0.0, total * tl.exp(tl.where(total == 0.0, 0.0, top - unit)))
+    return m + tl.log(near + tl.exp(other - unit))
+
+
+@triton.jit
+def _entries(student_ptr, values_ptr, chosen_ptr, lanes, V, K, inv_t):
+    """Scores of student and teacher (float64) at some of the K named columns; -inf where an entry is not there."""
+    column = tl.load(chosen_ptr + lanes, mask=lanes < K, other=V)
+    u = tl.load(values_ptr + lanes, mask=lanes < K, other=float("-inf"))
+    z = tl.load(student_ptr + column, mask=column < V, other=float("-inf")).to(tl.float32)
+    return z.to(tl.float64) * inv_t, u
+
+
+@triton.jit
+def _named(student_ptr, values_ptr, chosen_ptr, V, K, inv_t, KBLOCK: tl.constexpr):
+    """Of the named columns: the largest student score and the mass relative to it, the largest u, a - u there, the sum
+    of e^u relative to it, and 1 - sum of e^u; how many there are."""
+    lanes = tl.arange(0, KBLOCK)
+    top_a = tl.max(tl.full((KBLOCK,), float("-inf"), tl.float64), 0)
+    top_u, ref = top_a, top_a
+    count = 0
+    for begin in range(0, K, KBLOCK):
+        a, u = _entries(student_ptr, values_ptr, chosen_ptr, begin + lanes, V, K, inv_t)
+        largest = tl.max(u, 0)
+        at_top = tl.max(tl.where((u == largest) & (u != float("-inf")), a - u, float("-inf")), 0)
+        ref = tl.where(largest > top_u, at_top, ref)
+        top_a = tl.maximum(top_a, tl.max(a, 0))
+        top_u = tl.maximum(top_u, largest)
+        count += tl.sum((u != float("-inf")).to(tl.int32), 0)
+    sum_a = tl.sum(tl.zeros((KBLOCK,), tl.float64), 0)
+    sum_u, others = sum_a, sum_a
+    unit_a, unit_u = tl.where(top_a == float("-inf"), 0.0, top_a), tl.where(top_u == float("-inf"), 0.0, top_u)
+    for begin in range(0, K, KBLOCK):
+        a, u = _entries(student_ptr, values_ptr, chosen_ptr, begin + lanes, V, K, inv_t)
+        sum_a += tl.sum(tl.exp(a - unit_a), 0)
+        sum_u += tl.sum(tl.exp(u - unit_u), 0)
+        others += tl.sum(tl.where(u == top_u, 0.0, tl.exp(u)), 0)
+    # As many as share the largest u, but for one, are in sum_u and not in others.
+    shared = tl.exp(unit_u) * sum_u - others - tl.exp(top_u)
+    shared = tl.where(shared < 0.5 * tl.exp(top_u), 0.0, shared)
+    return top_a, sum_a, top_u, ref, sum_u, -_wide_expm1(top_u) - others - shared, count
+
+
+@triton.jit
+def _difference(a, u):
+    """a - u, 0 where neither side has mass."""
+    return tl.where((a == float("-inf")) & (u == float("-inf")), 0.0, a - u)
+
+
+@triton.jit
+def _mass(a, u, top, ref):
+    """An outcome's share of S = sum e^(u - top) and of X = sum e^(a - top - ref) - S."""
+    weight = tl.exp((u - top).to(tl.float32))
+    c = (_difference(a, u) - ref).to(tl.float32)
+    near = tl.abs(c) <= 1.0
+    other = tl.exp(((a - top) - ref).to(tl.float32)) - weight
+    return weight, tl.where(near, weight * expm1_near(tl.where(near, c, 0.0)), other)
+
+
+@triton.jit
+def _known(student_ptr, values_ptr, chosen_ptr, V, K, top, ref, inv_t, KBLOCK: tl.constexpr):
+    """The named columns' S and X."""
+    lanes = tl.arange(0, KBLOCK)
+    total, difference = 0.0, 0.0
+    for begin in range(0, K, KBLOCK):
+        a, u = _entries(student_ptr, values_ptr, chosen_ptr, begin + lanes, V, K, inv_t)
+        weight, x = _mass(a, u, top, ref)
+        total += tl.sum(weight, 0)
+        difference += tl.sum(x, 0)
+    return total, difference
+
+
+@triton.jit
+def _log_ratio(rho, omega, top, ref, total, difference):
+    """D - ref, D = lse(a) - lse(u), from the named columns' S and X and the rest's two scores; infinite where it is so
+    large that the difference of float64 logsumexps has the digits."""
+    weight, x = _mass(rho, omega, top, ref)
+    ratio = (difference + x) / (total + weight)
+    return tl.where(tl.abs(ratio) <= 1e-3, _log1p_small(ratio), float("inf"))
+
+
+@triton.jit
+def _column(a, u, lse_a, lse_u, ref, log_ratio):
+    """p, q, delta and gap of an outcome, all 0 where neither side has mass."""
+    d = _difference(a, u)
+    c = (d - ref).to(tl.float32) - log_ratio
+    none = (a == float("-inf")) & (u == float("-inf"))
+    c = tl.where(tl.abs(c) <= 1.0, c, (a - lse_a) - (u - lse_u))
+    delta = tl.where(none, 0.0, c).to(tl.float32)
+    p, q = tl.exp(a - lse_a).to(tl.float32), tl.exp(u - lse_u).to(tl.float32)
+    near = tl.abs(delta) <= 1.0
+    return p, q, delta, tl.where(near, q * expm1_near(tl.where(near, delta, 0.0)), p - q)
+
+
+@triton.jit
+def _anchor(top, lse_a, lse_u, ref, log_ratio, beta, RULE: tl.constexpr):
+    """The slope at the teacher's largest outcome, where it is near: logit_kernels.py tells why."""
+    p, q, delta, gap = _column(top + ref, top, lse_a, lse_u, ref, log_ratio)
+    near = tl.abs(delta) <= 1.0
+    _, slope = RULE(tl.where(near, p, q), q, tl.where(near, delta, 0.0), tl.where(near, gap, 0.0), beta)
+    return slope
+
+
+@triton.jit
+def _outcomes(
+    student_ptr, values_ptr, chosen_ptr, named_ptr, V, K, rho, omega, top, ref, lse_a, lse_u, log_ratio, slope_lse,
+    slope_ratio, scale, inv_t, beta, RULE: tl.constexpr, CENTRED: tl.constexpr, ZERO: tl.constexpr,
+    KBLOCK: tl.constexpr,
+):  # fmt: skip
+    """The row's value and the gradient in rho, without scale; the K gradients, times scale, go to named_ptr.
+
+    ZERO: with forward_kl, the value without the rest's term q (-delta), sum q_k (-delta_k) = sum excess_k + gap_rest,
+    or as it stands where the teacher knows less than half; the gradient is against a teacher of the K columns alone,
+    whose log-mass and D are slope_lse and slope_ratio."""
+    lanes = tl.arange(0, KBLOCK)
+    p_rest, q_rest, delta_rest, gap_rest = _column(rho, omega, lse_a, lse_u, ref, log_ratio)
+    value, slope_rest = RULE(p_rest, q_rest, delta_rest, gap_rest, beta)
+    anchor = _anchor(top, lse_a, lse_u, ref, log_ratio, beta, RULE) if CENTRED else 0.0
+    slope_rest -= anchor
+    if ZERO:
+        value = tl.where(q_rest > 0.5, 0.0, gap_rest)
+        slope_rest = p_rest
+    centre = p_rest * slope_rest
+    for begin in range(0, K, KBLOCK):
+        a, u = _entries(student_ptr, values_ptr, chosen_ptr, begin + lanes, V, K, inv_t)
+        p, q, delta, gap = _column(a, u, lse_a, lse_u, ref, log_ratio)
+        v, slope = RULE(p, q, delta, gap, beta)
+        if ZERO:
+            v = tl.where(q_rest > 0.5, tl.where(q == 0.0, 0.0, -q * delta), v)
+        value += tl.sum(v, 0)
+        centre += tl.sum(p * (slope - anchor), 0)
+    for begin in range(0, K, KBLOCK):
+        a, u = _entries(student_ptr, values_ptr, chosen_ptr, begin + lanes, V, K, inv_t)
+        p, q, delta, gap = _column(a, u, lse_a, slope_lse, ref, slope_ratio)
+        _, slope = RULE(p, q, delta, gap, beta)
+        g = p * ((slope - anchor) - centre) if CENTRED else slope
+        tl.store(named_ptr + begin + lanes, g * scale, mask=begin + lanes < K)
+    return value, p_rest * (slope_rest - centre) if CENTRED else slope_rest
