@@ -1,0 +1,168 @@
+"""attention_loss and relation_loss where a teacher's query has all but 1e-7 of its probability on one key."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import DEVICE, available
+from judge import EXACT_GRADIENT, Outcome, error, judge_sharp
+from torch import Tensor
+
+from fastdistil import attention_loss, relation_loss
+
+BACKENDS = available("reference", "cpu")
+KINDS = ("prob_kl", "prob_mse")
+SIZE = 32
+
+# S, mask, causal, where each query's key is: at tiles' edges of 16, 32 and 64, first, last, and everywhere.
+SHAPES = {
+    "anywhere": (48, False, False, "anywhere"),
+    "first": (33, False, False, "first"),
+    "last": (65, False, False, "last"),
+    "causal": (50, False, True, "anywhere"),
+    "padded": (47, True, False, "anywhere"),
+    "padded, causal": (34, True, True, "anywhere"),
+    "two keys": (2, False, False, "last"),
+}
+
+
+def _draw(length: int, masked: bool, causal: bool, where: str, noise: float) -> tuple[list[Tensor], Tensor | None]:
+    """Student's and teacher's Q and K (1, 2, S, 32): each query points at one of the keys that it sees."""
+    real = torch.ones(length, dtype=torch.bool, device=DEVICE)
+    if masked:
+        real[1::7] = False
+        real[length - 5 :] = False
+    keys = torch.nn.functional.normalize(torch.randn(1, 2, length, SIZE, device=DEVICE), dim=-1)
+    seen = [[k for k in range(length) if bool(real[k]) and (k <= i or not causal)] for i in range(length)]
+    choice = {"anywhere": lambda s: s[int(torch.randint(len(s), ()))], "first": lambda s: s[0], "last": lambda s: s[-1]}
+    top = torch.tensor([choice[where](s) for s in seen], device=DEVICE)
+    gap = 1 - (keys[:, :, top] @ keys.mT).scatter(-1, top[None, None, :, None].expand(1, 2, -1, 1), -1.0).amax(-1)
+    # The nearest other key is 17 below: 1e-7 and less for all of them together.
+    teacher = [keys[:, :, top] * (17 / gap)[..., None] * SIZE**0.25, keys * SIZE**0.25]
+    student = [x + noise * torch.randn(1, 2, length, SIZE, device=DEVICE) for x in teacher]
+    return [*student, *teacher], real[None] if masked else None
+
+
+def _outcome(rows: Any, tensors: list[Tensor], weights: Tensor | None = None) -> tuple[Outcome, Tensor]:
+    """Each row over its true value, lest the least sharp of them be all that counts; and these weights."""
+    leaves = [x.detach().clone().requires_grad_() for x in tensors]
+    found = rows(*leaves)
+    if weights is None:
+        weights = torch.where(found > 0, 1 / found, 1.0).detach()
+    found = found * weights.to(found.dtype)
+    return Outcome(found, torch.autograd.grad(found.sum(), leaves)), weights
+
+
+def _judge_attention(backend: str, tensors: list[Tensor], weighted: bool = True, **options: Any) -> None:
+    """student_q, student_k, teacher_q, teacher_k; the truth is the reference in float64 (see test_the_truth)."""
+
+    def rows(q: Tensor, k: Tensor, backend: str) -> Tensor:
+        teacher = [x.to(q.dtype) for x in tensors[2:]]
+        return attention_loss(q, k, *teacher, reduction="none", backend=backend, **options)
+
+    ones = None if weighted else torch.ones((), device=DEVICE)
+    truth, weights = _outcome(lambda q, k: rows(q, k, "reference"), [x.double() for x in tensors[:2]], ones)
+    found, _ = _outcome(lambda q, k: rows(q, k, backend), tensors[:2], weights)
+    judge_sharp(found, truth)
+
+
+@pytest.mark.parametrize("noise", [1e-1, 1e-3])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sharp_maps(backend: str, kind: str, shape: Any, noise: float) -> None:
+    tensors, mask = _draw(*shape, noise)
+    _judge_attention(backend, tensors, kind=kind, mask=mask, causal=shape[2])
+
+
+@pytest.mark.parametrize("noise", [1e-1, 1e-3])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sharp_relations(backend: str, kind: str, masked: bool, noise: float) -> None:
+    """Every token is its own nearest."""
+    teacher = torch.nn.functional.normalize(torch.randn(1, 2, 49, SIZE, device=DEVICE), dim=-1)
+    teacher = (teacher * 50**0.5 * SIZE**0.25).transpose(1, 2).flatten(2)
+    student = teacher + noise * torch.randn_like(teacher)
+    mask = torch.arange(49, device=DEVICE)[None] % 9 != 4 if masked else None
+    options: dict[str, Any] = {"relation_heads": 2, "kind": kind, "mask": mask, "reduction": "none"}
+    truth, weights = _outcome(
+        lambda x: relation_loss(x, teacher.double(), backend="reference", **options), [student.double()]
+    )
+    found, _ = _outcome(lambda x: relation_loss(x, teacher, backend=backend, **options), [student], weights)
+    judge_sharp(found, truth)
+
+
+@pytest.mark.parametrize("noise", [1e-1, 1e-3])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_packed_sequences(backend: str, kind: str, noise: float) -> None:
+    """The largest score of each query's row is another sequence's."""
+    tensors, _ = _draw(60, False, False, "first", noise)
+    tensors = [x[0].transpose(0, 1).contiguous() for x in tensors]
+    for keys in tensors[1::2]:
+        keys[[20, 45]] = keys[[0, 0]] * 0.5 + keys[[20, 45]] * 0.5
+    offsets = torch.tensor([0, 20, 45, 60], dtype=torch.int32, device=DEVICE)
+    _judge_attention(backend, tensors, kind=kind, cu_seqlens=offsets)
+
+
+@pytest.mark.parametrize("noise", [1e-1, 1e-3])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_twins(backend: str, kind: str, noise: float) -> None:
+    """Two keys with half of the probability each, at different differences: neither is the row's one sharp key."""
+    tensors, _ = _draw(40, False, False, "last", noise)
+    between = torch.nn.functional.normalize(tensors[3][:, :, [7]] + tensors[3][:, :, [-1]], dim=-1)
+    tensors[2] = between.expand_as(tensors[2]) * 60 * SIZE**0.25
+    tensors[0] = tensors[2] + noise * torch.randn_like(tensors[2])
+    _judge_attention(backend, tensors, weighted=False, kind=kind)
+
+
+@pytest.mark.parametrize("noise", [1e-1, 1e-3])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_mean_of_heads(backend: str, kind: str, noise: float) -> None:
+    tensors, _ = _draw(48, False, False, "anywhere", noise)
+    _judge_attention(backend, tensors, kind=kind, heads="mean")
+
+
+@pytest.mark.parametrize("noise", [1e-1, 1e-3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_truth(kind: str, noise: float) -> None:
+    """The reference in float64 against the textbook formula with the extended precision of numpy's long double."""
+    if np.finfo(np.longdouble).eps > 1e-18:
+        pytest.skip("long double is no wider than double here")
+    tensors, _ = _draw(48, False, False, "anywhere", noise)
+    q_s, k_s, q_t, k_t = (x.cpu().numpy().astype(np.longdouble) for x in tensors)
+
+    def log_softmax(q: np.ndarray, k: np.ndarray) -> np.ndarray:
+        scores = np.einsum("bhid,bhjd->bhij", q, k) / np.sqrt(np.longdouble(SIZE))
+        scores = scores - scores.max(-1, keepdims=True)
+        return scores - np.log(np.exp(scores).sum(-1, keepdims=True))
+
+    log_p, log_q = log_softmax(q_s, k_s), log_softmax(q_t, k_t)
+    p, q = np.exp(log_p), np.exp(log_q)
+    assert 1e-8 < np.median(1 - q.max(-1)) < 1e-6
+    rows = (q * (log_q - log_p)).sum(-1) if kind == "prob_kl" else np.square(p - q).sum(-1)
+    slopes = p - q if kind == "prob_kl" else 2 * p * (p - q - (p * (p - q)).sum(-1, keepdims=True))
+    truth = Outcome(*_weighted(rows, slopes, q_s, k_s))
+    found, _ = _outcome(
+        lambda q, k: attention_loss(
+            q, k, *(x.double() for x in tensors[2:]), kind=kind, reduction="none", backend="reference"
+        ),
+        [x.double() for x in tensors[:2]],
+        torch.from_numpy((1 / rows).astype(np.float64)).to(DEVICE),
+    )
+    # p - q has 19 digits behind 1, of which 1e-7 and the noise take ten: enough for what is asked of float32.
+    for ours, theirs in zip((found.value, *found.gradients), (truth.value, *truth.gradients), strict=True):
+        assert error(ours, theirs) <= EXACT_GRADIENT[torch.float32]
+
+
+def _weighted(rows: np.ndarray, slopes: np.ndarray, q_s: np.ndarray, k_s: np.ndarray) -> tuple[Tensor, Any]:
+    slopes = slopes / rows[..., None] / np.sqrt(np.longdouble(SIZE))
+    dq, dk = np.einsum("bhij,bhjd->bhid", slopes, k_s), np.einsum("bhij,bhid->bhjd", slopes, q_s)
+    ones, dq, dk = (torch.from_numpy(x.astype(np.float64)) for x in (rows / rows, dq, dk))
+    return ones, (dq, dk)
