@@ -23,8 +23,8 @@ EXACT_GRADIENT = {
     torch.bfloat16: 2**-8 + 3e-3,
 }
 
-# Of sharp attention maps in float32: scores of 50, formed from queries and keys, are rounded by 3e-6, and that is the
-# relative error of the small probabilities.
+# Of sharp attention maps in float32: the rounding of a score of 20, a sum of products, is 2e-6 or more, and that is the
+# relative error of a small probability.
 EXACT_SHARP_GRADIENT = 1e-4
 
 # Of rows whose truth may be 0: absolute, a row, of values in nats and gradients in the tempered logits.

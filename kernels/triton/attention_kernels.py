@@ -5,7 +5,8 @@ and D = A - B, both online); `attention_value_kernel` and `attention_dq_kernel` 
 gradients, `attention_dk_kernel` walks a block of keys over the query rows. Each output is written by one program, no
 atomics, so that equal inputs give equal bits. Where the inputs are float32 and the head sizes agree, the scores'
 difference is formed as [X_s - X_t, X_t] [Y_s, Y_s - Y_t]^T (X = scale * Q, Y = K) and stays exact near convergence;
-16-bit inputs are their own rounding, there the difference of two float32 accumulators is enough.
+16-bit inputs are their own rounding, there the difference of two float32 accumulators is enough. At a key that has
+nearly all of a row's probability p - q is a statistic of the row: it has no digits in any other form.
 """
 
 from __future__ import annotations
@@ -142,17 +143,9 @@ def attention_value_kernel(
             value += tl.sum(tl.where(visible, c * c, 0.0), 1)
         else:
             q, delta, e = differences(
-                b,
-                c,
-                visible,
-                max_a[:, None],
-                log_mass_a[:, None],
-                max_b[:, None],
-                log_mass_b[:, None],
-                log_ratio[:, None],
-                top[:, None],
-                WIDE,
-            )
+                b, c, visible, max_a[:, None], log_mass_a[:, None], max_b[:, None], log_mass_b[:, None],
+                log_ratio[:, None], top[:, None], WIDE,
+            )  # fmt: skip
             if KIND == "prob_mse":
                 value += tl.sum(e * e, 1)
                 mean += tl.sum((q + e) * (e - top[:, None]), 1)
@@ -212,17 +205,9 @@ def attention_dq_kernel(
             d = tl.where(visible, 2.0 * c, 0.0)
         else:
             q, _, e = differences(
-                b,
-                c,
-                visible,
-                max_a[:, None],
-                log_mass_a[:, None],
-                max_b[:, None],
-                log_mass_b[:, None],
-                log_ratio[:, None],
-                top[:, None],
-                WIDE,
-            )
+                b, c, visible, max_a[:, None], log_mass_a[:, None], max_b[:, None], log_mass_b[:, None],
+                log_ratio[:, None], top[:, None], WIDE,
+            )  # fmt: skip
             d = dscores(q, e, top[:, None], mean[:, None], KIND)
         dq = dot_accumulate(dq, d, k_s, PRECISION)
 
@@ -283,17 +268,9 @@ def attention_dk_kernel(
             d = tl.where(visible, 2.0 * c, 0.0) * scale[None, :]
         else:
             q, _, e = differences(
-                b,
-                c,
-                visible,
-                max_a[None, :],
-                log_mass_a[None, :],
-                max_b[None, :],
-                log_mass_b[None, :],
-                log_ratio[None, :],
-                top[None, :],
-                WIDE,
-            )
+                b, c, visible, max_a[None, :], log_mass_a[None, :], max_b[None, :], log_mass_b[None, :],
+                log_ratio[None, :], top[None, :], WIDE,
+            )  # fmt: skip
             d = dscores(q, e, top[None, :], mean[None, :], KIND) * scale[None, :]
         dk = dot_accumulate(dk, d, q_s, PRECISION)
 

@@ -85,33 +85,17 @@ def attention_dx_kernel(
             d = 2.0 * (tl.where(forth, c * row_scale[:, None], 0.0) + tl.where(back, c * scale[None, :], 0.0))
         else:
             q, _, e = differences(
-                b,
-                c,
-                forth,
-                max_a[:, None],
-                log_mass_a[:, None],
-                max_b[:, None],
-                log_mass_b[:, None],
-                log_ratio[:, None],
-                top[:, None],
-                WIDE,
-            )
+                b, c, forth, max_a[:, None], log_mass_a[:, None], max_b[:, None], log_mass_b[:, None],
+                log_ratio[:, None], top[:, None], WIDE,
+            )  # fmt: skip
             d = dscores(q, e, top[:, None], mean[:, None], KIND) * row_scale[:, None]
             at = stats_ptr + columns
             other_a, log_other_a, other_b, log_other_b, other_ratio, other_top = load_stats(at, plane, columns < length)
             other_mean = tl.load(at + 6 * plane, mask=columns < length, other=0.0)
             q, _, e = differences(
-                b,
-                c,
-                back,
-                other_a[None, :],
-                log_other_a[None, :],
-                other_b[None, :],
-                log_other_b[None, :],
-                other_ratio[None, :],
-                other_top[None, :],
-                WIDE,
-            )
+                b, c, back, other_a[None, :], log_other_a[None, :], other_b[None, :], log_other_b[None, :],
+                other_ratio[None, :], other_top[None, :], WIDE,
+            )  # fmt: skip
             d += dscores(q, e, other_top[None, :], other_mean[None, :], KIND) * scale[None, :]
         dx = dot_accumulate(dx, d, x_s, PRECISION)
 
