@@ -23,6 +23,10 @@ EXACT_GRADIENT = {
     torch.bfloat16: 2**-8 + 3e-3,
 }
 
+# Of sharp attention maps in float32: the rounding of a score of 20, a sum of products, is 2e-6 or more, and that is the
+# relative error of a small probability.
+EXACT_SHARP_GRADIENT = 1e-4
+
 # Of rows whose truth may be 0: absolute, a row, of values in nats and gradients in the tempered logits.
 SMALLEST = 1e-6
 
@@ -62,6 +66,13 @@ def judge_exact(found: Outcome, truth: Outcome, dtype: torch.dtype) -> None:
     _at_most("value", error(found.value, truth.value), EXACT_VALUE)
     for i, (g, t) in enumerate(zip(found.gradients, truth.gradients, strict=True)):
         _at_most(f"gradient {i}", error(g, t), EXACT_GRADIENT[dtype])
+
+
+def judge_sharp(found: Outcome, truth: Outcome) -> None:
+    """As `judge_exact`, of float32 attention maps with all but 1e-7 of a query's probability on one key."""
+    _at_most("value", error(found.value, truth.value), EXACT_VALUE)
+    for i, (g, t) in enumerate(zip(found.gradients, truth.gradients, strict=True)):
+        _at_most(f"gradient {i}", error(g, t), EXACT_SHARP_GRADIENT)
 
 
 def judge_rows(found: Tensor, truth: Tensor, eager: Tensor) -> None:

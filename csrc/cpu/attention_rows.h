@@ -14,6 +14,10 @@ inline namespace FD_ISA {
 // Beyond this spread of c, e^c' has lost the weights of a row: there the plain softmaxes are the better ones.
 constexpr double kLargestSpread = 40;
 
+// A key with more of the teacher's probability than this is its row's sharp one: no other comes near it. prob_mse takes
+// its slopes p - q relative to the one there, which the gradient does not see: else slope minus mean would cancel.
+constexpr double kSharp = 0.75;
+
 template <class T>
 struct AttentionRow {
   T* b;  // becomes the gradient in the student's scores, times `factor`
@@ -74,7 +78,7 @@ inline Weights<T> weigh(AttentionRow<T> row, T largest) {
   return {inv_sum, grown * inv_sum, excess};
 }
 
-// What prob_mse does with p and p - q of a row, once they stand in b and c.
+// What prob_mse does with a row's p and slopes, once they stand in b and c.
 template <class T>
 inline void square_gradient(AttentionRow<T> row, T centre) {
   const T factor = 2 * row.factor;
@@ -82,18 +86,29 @@ inline void square_gradient(AttentionRow<T> row, T centre) {
   for (int64_t i = 0; i < row.keys; ++i) row.b[i] *= (row.c[i] - centre) * factor;
 }
 
+// g at the one key that has nearly all of the teacher's probability, whose weight is 1; r where there is none.
+template <class T>
+inline T sharp_growth(AttentionRow<T> row, Weights<T> weights) {
+  if (!(weights.inv_sum > T(kSharp))) return weights.ratio;
+  int64_t at = 0;
+  while (at + 1 < row.keys && row.b[at] != T(1)) ++at;
+  return row.c[at];
+}
+
 template <class T>
 inline T near_prob_mse(AttentionRow<T> row, T largest) {
   const Weights<T> weights = weigh(row, largest);
   const T by = weights.inv_sum / (T(1) + weights.ratio), ratio = weights.ratio, inv_sum = weights.inv_sum;
+  const T anchor = sharp_growth(row, weights) - ratio;
   T value = 0, centre = 0;
 #pragma omp simd reduction(+ : value, centre)
   for (int64_t i = 0; i < row.keys; ++i) {
-    const T w = row.b[i], gap = w * by * (row.c[i] - ratio), p = w * inv_sum + gap;
+    const T w = row.b[i], growth = row.c[i] - ratio, gap = w * growth * by, p = w * inv_sum + gap;
+    const T slope = (w * growth - anchor) * by;  // 0 at the sharp key, even where it is one multiply-add
     row.b[i] = p;
-    row.c[i] = gap;
+    row.c[i] = slope;
     value += gap * gap;
-    centre += p * gap;
+    centre += p * slope;
   }
   square_gradient(row, centre);
   return value;

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdistil.reference.exact import forward_kl_rows, softmax_difference
+from fastdistil.reference.exact import forward_kl_rows, softmax_difference, through_softmax
 
 
 def attention(
@@ -66,7 +66,7 @@ def attention(
             rows, dscores = forward_kl_rows(difference), e
         else:
             p = difference.q + e
-            rows, dscores = e.square().sum(-1), 2 * p * (e - (p * e).sum(-1, keepdim=True))
+            rows, dscores = e.square().sum(-1), 2 * through_softmax(p, e, difference.q)
     rows = torch.where(keep, row_scale * rows, 0.0)
     if not need_grad:
         return rows, None, None

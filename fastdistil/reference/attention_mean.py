@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdistil.reference.exact import expm1_minus_x, softmax_difference
+from fastdistil.reference.exact import expm1_minus_x, softmax_difference, through_softmax
 
 
 def attention(
@@ -42,7 +42,7 @@ def attention(
     if not need_grad:
         return rows, None, None
     dmean = (dmean.masked_fill(~visible, 0.0) / p.shape[1])[:, None]
-    dscores = p * (dmean - (p * dmean).sum(-1, keepdim=True))
+    dscores = through_softmax(p, dmean.expand_as(p), p)
     return rows, student_scale * dscores @ student_k, student_scale * dscores.mT @ student_q
 
 

@@ -96,3 +96,13 @@ def forward_kl_rows(difference: SoftmaxDifference) -> Tensor:
     q, delta, p_minus_q = difference
     small = q * expm1_minus_x(delta.clamp(-1, 1))
     return torch.where(delta.abs() > 1, p_minus_q - torch.where(q > 0, q * delta, 0.0), small).sum(-1)
+
+
+def through_softmax(p: Tensor, slopes: Tensor, q: Tensor) -> Tensor:
+    """p * (slopes - sum(p * slopes)), the gradient in the scores of p (..., V), from the slopes in p itself.
+
+    The slopes are taken relative to that at the largest q of the row: it changes nothing but that a sharp row's own,
+    whose probability is 1 - 1e-7, is not the difference of a number and its mean.
+    """
+    slopes = slopes - slopes.gather(-1, q.argmax(-1, keepdim=True))
+    return p * (slopes - (p * slopes).sum(-1, keepdim=True))

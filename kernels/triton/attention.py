@@ -82,7 +82,7 @@ def attention(
     )
     if rows.numel() == 0:
         return rows, dq, None if dk is None else sum_of_groups(dk, student_k.shape[1])
-    stats = torch.empty((6, *row_scale.shape), dtype=torch.float32, device=rows.device)
+    stats = torch.empty((7, *row_scale.shape), dtype=torch.float32, device=rows.device)
     if kind == "score_mse":
         stats.zero_()
     positions = torch.arange(1, length + 1, dtype=torch.int32, device=rows.device)
@@ -184,6 +184,7 @@ def aot_cases() -> list[dict[str, object]]:
         ("fp16", 64, 64, "score_mse", True, "mask"),
         ("fp16", 64, 64, "prob_kl", False, ""),
         ("fp16", 128, 128, "prob_kl", True, "packed"),
+        ("fp16", 128, 128, "prob_mse", True, "mask"),
     )
     relations = (
         ("fp32", 64, 64, "prob_kl", False, "mask"),
@@ -193,6 +194,7 @@ def aot_cases() -> list[dict[str, object]]:
         ("bf16", 64, 64, "prob_mse", False, "mask"),
         ("bf16", 128, 128, "prob_mse", True, "mask"),
         ("fp16", 128, 128, "prob_kl", False, "mask"),
+        ("fp16", 128, 128, "prob_mse", True, "mask"),
         ("fp16", 64, 64, "score_mse", True, "mask"),
     )
     return [_aot_case(attention_dx_kernel, *choice, hip) for choice in relations for hip in (False, True)] + [

@@ -5,7 +5,8 @@ and D = A - B, both online); `attention_value_kernel` and `attention_dq_kernel` 
 gradients, `attention_dk_kernel` walks a block of keys over the query rows. Each output is written by one program, no
 atomics, so that equal inputs give equal bits. Where the inputs are float32 and the head sizes agree, the scores'
 difference is formed as [X_s - X_t, X_t] [Y_s, Y_s - Y_t]^T (X = scale * Q, Y = K) and stays exact near convergence;
-16-bit inputs are their own rounding, there the difference of two float32 accumulators is enough.
+16-bit inputs are their own rounding, there the difference of two float32 accumulators is enough. At a key that has
+nearly all of a row's probability p - q is a statistic of the row: it has no digits in any other form.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def attention_fwd_kernel(
     SIZE_S: tl.constexpr, SIZE_T: tl.constexpr, PAD_S: tl.constexpr, PAD_T: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A program: the statistics of BLOCK_M query rows of one head. stats[:5]: see log_mass_ratio."""
+    """A program: the statistics of BLOCK_M query rows of one head. stats[:6]: see log_mass_ratio."""
+    WIDE: tl.constexpr = qs_ptr.dtype.element_ty == tl.float32
     head = tl.program_id(1).to(tl.int64)
     ib, ih = head // heads, head % heads
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -60,6 +62,7 @@ def attention_fwd_kernel(
     mass_a = tl.zeros((BLOCK_M,), tl.float32)
     mass_b = tl.zeros((BLOCK_M,), tl.float32)
     excess = tl.zeros((BLOCK_M,), tl.float32)
+    ref = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(begin, end, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
         real = seen_keys(key_mask_ptr, end, columns, length, HAS_MASK)
@@ -76,14 +79,17 @@ def attention_fwd_kernel(
             visible = visible & (columns[None, :] >= first[:, None]) & (columns[None, :] < last[:, None])
         b = tl.where(visible, b, -float("inf"))
         c = tl.where(visible, c, 0.0)
-        max_a, mass_a, max_b, mass_b, excess = add_to_masses(b, c, 1, max_a, mass_a, max_b, mass_b, excess)
-    max_a, log_mass_a, max_b, log_mass_b, log_ratio = log_mass_ratio(max_a, mass_a, max_b, mass_b, excess)
+        max_a, mass_a, max_b, ref, mass_b, excess = add_to_masses(b, c, max_a, mass_a, max_b, ref, mass_b, excess)
+    max_a, log_mass_a, max_b, log_mass_b, log_ratio, top = log_mass_ratio(max_a, mass_a, max_b, ref, mass_b, excess)
+    if not WIDE:  # see `differences`
+        max_b += log_mass_b
     at = head * length + rows
     tl.store(stats_ptr + at, max_a, mask=rows < length)
     tl.store(stats_ptr + plane + at, log_mass_a, mask=rows < length)
     tl.store(stats_ptr + 2 * plane + at, max_b, mask=rows < length)
     tl.store(stats_ptr + 3 * plane + at, log_mass_b, mask=rows < length)
     tl.store(stats_ptr + 4 * plane + at, log_ratio, mask=rows < length)
+    tl.store(stats_ptr + 5 * plane + at, top, mask=rows < length)
 
 
 @triton.jit
@@ -95,7 +101,8 @@ def attention_value_kernel(
     SIZE_S: tl.constexpr, SIZE_T: tl.constexpr, PAD_S: tl.constexpr, PAD_T: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A program: the values of BLOCK_M rows of one head; for prob_mse also sum of P_s (P_s - P_t) into stats[5]."""
+    """A program: the values of BLOCK_M rows of one head; for prob_mse also sum of P_s (P_s - P_t - top), stats[6]."""
+    WIDE: tl.constexpr = qs_ptr.dtype.element_ty == tl.float32
     head = tl.program_id(1).to(tl.int64)
     ib, ih = head // heads, head % heads
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -106,7 +113,7 @@ def attention_value_kernel(
     q_s = load_rows(qs_ptr + ib * qs_b + ih * qs_h, qs_n, rows, length, keep, SIZE_S, PAD_S)
     q_t = load_rows(qt_ptr + ib * qt_b + ih * qt_h, qt_n, rows, length, keep, SIZE_T, PAD_T)
     l1, l2, l3 = query_operands(q_s, q_t, scale_s, scale_t, DIFFERENCE)
-    max_a, log_mass_a, max_b, log_mass_b, log_ratio = load_stats(stats_ptr + at, plane, inside)
+    max_a, log_mass_a, max_b, log_mass_b, log_ratio, top = load_stats(stats_ptr + at, plane, inside)
     ks_ptr += ib * ks_b + ih // group_s * ks_h
     kt_ptr += ib * kt_b + ih // group_t * kt_h
     key_mask_ptr += ib * length
@@ -136,24 +143,18 @@ def attention_value_kernel(
             value += tl.sum(tl.where(visible, c * c, 0.0), 1)
         else:
             q, delta, e = differences(
-                b,
-                c,
-                visible,
-                max_a[:, None],
-                log_mass_a[:, None],
-                max_b[:, None],
-                log_mass_b[:, None],
-                log_ratio[:, None],
-            )
+                b, c, visible, max_a[:, None], log_mass_a[:, None], max_b[:, None], log_mass_b[:, None],
+                log_ratio[:, None], top[:, None], WIDE,
+            )  # fmt: skip
             if KIND == "prob_mse":
                 value += tl.sum(e * e, 1)
-                mean += tl.sum((q + e) * e, 1)
+                mean += tl.sum((q + e) * (e - top[:, None]), 1)
             else:
                 value += tl.sum(forward_kl_terms(q, delta, e), 1)
 
     tl.store(rows_ptr + at, tl.where(keep, value * scale, 0.0), mask=inside)
     if KIND == "prob_mse":
-        tl.store(stats_ptr + 5 * plane + at, mean, mask=inside)
+        tl.store(stats_ptr + 6 * plane + at, mean, mask=inside)
 
 
 @triton.jit
@@ -166,6 +167,7 @@ def attention_dq_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program: dstudent_q (contiguous float32) of BLOCK_M query rows of one head, scale_s * dA K_s."""
+    WIDE: tl.constexpr = qs_ptr.dtype.element_ty == tl.float32
     head = tl.program_id(1).to(tl.int64)
     ib, ih = head // heads, head % heads
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -176,8 +178,8 @@ def attention_dq_kernel(
     q_s = load_rows(qs_ptr + ib * qs_b + ih * qs_h, qs_n, rows, length, keep, SIZE_S, PAD_S)
     q_t = load_rows(qt_ptr + ib * qt_b + ih * qt_h, qt_n, rows, length, keep, SIZE_T, PAD_T)
     l1, l2, l3 = query_operands(q_s, q_t, scale_s, scale_t, DIFFERENCE)
-    max_a, log_mass_a, max_b, log_mass_b, log_ratio = load_stats(stats_ptr + at, plane, inside)
-    mean = tl.load(stats_ptr + 5 * plane + at, mask=inside, other=0.0)
+    max_a, log_mass_a, max_b, log_mass_b, log_ratio, top = load_stats(stats_ptr + at, plane, inside)
+    mean = tl.load(stats_ptr + 6 * plane + at, mask=inside, other=0.0)
     ks_ptr += ib * ks_b + ih // group_s * ks_h
     kt_ptr += ib * kt_b + ih // group_t * kt_h
     key_mask_ptr += ib * length
@@ -200,23 +202,17 @@ def attention_dq_kernel(
         if PACKED:
             visible = visible & (columns[None, :] >= first[:, None]) & (columns[None, :] < last[:, None])
         if KIND == "score_mse":
-            d = tl.where(visible, 2.0 * c, 0.0) * scale[:, None]
+            d = tl.where(visible, 2.0 * c, 0.0)
         else:
             q, _, e = differences(
-                b,
-                c,
-                visible,
-                max_a[:, None],
-                log_mass_a[:, None],
-                max_b[:, None],
-                log_mass_b[:, None],
-                log_ratio[:, None],
-            )
-            d = dscores(q, e, mean[:, None], scale[:, None], KIND)
+                b, c, visible, max_a[:, None], log_mass_a[:, None], max_b[:, None], log_mass_b[:, None],
+                log_ratio[:, None], top[:, None], WIDE,
+            )  # fmt: skip
+            d = dscores(q, e, top[:, None], mean[:, None], KIND)
         dq = dot_accumulate(dq, d, k_s, PRECISION)
 
     out = dq_ptr + at[:, None] * SIZE_S + tl.arange(0, PAD_S)[None, :]
-    tl.store(out, dq * scale_s, mask=inside[:, None] & (tl.arange(0, PAD_S) < SIZE_S)[None, :])
+    tl.store(out, dq * (scale * scale_s)[:, None], mask=inside[:, None] & (tl.arange(0, PAD_S) < SIZE_S)[None, :])
 
 
 @triton.jit
@@ -230,6 +226,7 @@ def attention_dk_kernel(
 ):  # fmt: skip
     """A program: dstudent_k (contiguous float32) of BLOCK_N keys for one query head, scale_s * dA^T Q_s; all tiles
     transposed, so that dA^T leaves the scores' registers as the left operand of the next product."""
+    WIDE: tl.constexpr = qs_ptr.dtype.element_ty == tl.float32
     head = tl.program_id(1).to(tl.int64)
     ib, ih = head // heads, head % heads
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -255,8 +252,8 @@ def attention_dk_kernel(
         rows = start + tl.arange(0, BLOCK_M)
         scale = tl.load(scale_ptr + rows, mask=rows < length, other=0.0)
         keep = scale != 0
-        max_a, log_mass_a, max_b, log_mass_b, log_ratio = load_stats(stats_ptr + rows, plane, rows < length)
-        mean = tl.load(stats_ptr + 5 * plane + rows, mask=rows < length, other=0.0)
+        max_a, log_mass_a, max_b, log_mass_b, log_ratio, top = load_stats(stats_ptr + rows, plane, rows < length)
+        mean = tl.load(stats_ptr + 6 * plane + rows, mask=rows < length, other=0.0)
         q_s = load_rows(qs_ptr, qs_n, rows, length, keep, SIZE_S, PAD_S)
         l1, l2, l3 = query_operands(
             q_s, load_rows(qt_ptr, qt_n, rows, length, keep, SIZE_T, PAD_T), scale_s, scale_t, DIFFERENCE
@@ -271,16 +268,10 @@ def attention_dk_kernel(
             d = tl.where(visible, 2.0 * c, 0.0) * scale[None, :]
         else:
             q, _, e = differences(
-                b,
-                c,
-                visible,
-                max_a[None, :],
-                log_mass_a[None, :],
-                max_b[None, :],
-                log_mass_b[None, :],
-                log_ratio[None, :],
-            )
-            d = dscores(q, e, mean[None, :], scale[None, :], KIND)
+                b, c, visible, max_a[None, :], log_mass_a[None, :], max_b[None, :], log_mass_b[None, :],
+                log_ratio[None, :], top[None, :], WIDE,
+            )  # fmt: skip
+            d = dscores(q, e, top[None, :], mean[None, :], KIND) * scale[None, :]
         dk = dot_accumulate(dk, d, q_s, PRECISION)
 
     out = dk_ptr + (head * length + columns)[:, None] * SIZE_S + tl.arange(0, PAD_S)[None, :]

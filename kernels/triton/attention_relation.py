@@ -41,6 +41,7 @@ def attention_dx_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program: dx (contiguous float32) of BLOCK_M rows of one head. end_ptr: (B,), behind it nothing counts."""
+    WIDE: tl.constexpr = qs_ptr.dtype.element_ty == tl.float32
     head = tl.program_id(1).to(tl.int64)
     ib, ih = head // heads, head % heads
     qs_ptr += ib * qs_b + ih * qs_h
@@ -61,8 +62,8 @@ def attention_dx_kernel(
         scale_t,
         DIFFERENCE,
     )
-    max_a, log_mass_a, max_b, log_mass_b, log_ratio = load_stats(stats_ptr + rows, plane, inside)
-    mean = tl.load(stats_ptr + 5 * plane + rows, mask=inside, other=0.0)
+    max_a, log_mass_a, max_b, log_mass_b, log_ratio, top = load_stats(stats_ptr + rows, plane, inside)
+    mean = tl.load(stats_ptr + 6 * plane + rows, mask=inside, other=0.0)
     end = tl.where(tl.max(used.to(tl.int32), 0) > 0, tl.load(end_ptr + ib), 0)
 
     dx = tl.zeros((BLOCK_M, PAD_S), tl.float32)
@@ -84,30 +85,18 @@ def attention_dx_kernel(
             d = 2.0 * (tl.where(forth, c * row_scale[:, None], 0.0) + tl.where(back, c * scale[None, :], 0.0))
         else:
             q, _, e = differences(
-                b,
-                c,
-                forth,
-                max_a[:, None],
-                log_mass_a[:, None],
-                max_b[:, None],
-                log_mass_b[:, None],
-                log_ratio[:, None],
-            )
-            d = dscores(q, e, mean[:, None], row_scale[:, None], KIND)
+                b, c, forth, max_a[:, None], log_mass_a[:, None], max_b[:, None], log_mass_b[:, None],
+                log_ratio[:, None], top[:, None], WIDE,
+            )  # fmt: skip
+            d = dscores(q, e, top[:, None], mean[:, None], KIND) * row_scale[:, None]
             at = stats_ptr + columns
-            other_a, log_other_a, other_b, log_other_b, other_ratio = load_stats(at, plane, columns < length)
-            other_mean = tl.load(at + 5 * plane, mask=columns < length, other=0.0)
+            other_a, log_other_a, other_b, log_other_b, other_ratio, other_top = load_stats(at, plane, columns < length)
+            other_mean = tl.load(at + 6 * plane, mask=columns < length, other=0.0)
             q, _, e = differences(
-                b,
-                c,
-                back,
-                other_a[None, :],
-                log_other_a[None, :],
-                other_b[None, :],
-                log_other_b[None, :],
-                other_ratio[None, :],
-            )
-            d += dscores(q, e, other_mean[None, :], scale[None, :], KIND)
+                b, c, back, other_a[None, :], log_other_a[None, :], other_b[None, :], log_other_b[None, :],
+                other_ratio[None, :], other_top[None, :], WIDE,
+            )  # fmt: skip
+            d += dscores(q, e, other_top[None, :], other_mean[None, :], KIND) * scale[None, :]
         dx = dot_accumulate(dx, d, x_s, PRECISION)
 
     out = dq_ptr + (head * length + rows)[:, None] * SIZE_S + tl.arange(0, PAD_S)[None, :]

@@ -55,25 +55,39 @@ def load_stats(ptr, plane, inside):
     max_b = tl.load(ptr + 2 * plane, mask=inside, other=0.0)
     log_mass_b = tl.load(ptr + 3 * plane, mask=inside, other=0.0)
     log_ratio = tl.load(ptr + 4 * plane, mask=inside, other=0.0)
-    return max_a, log_mass_a, max_b, log_mass_b, log_ratio
+    top = tl.load(ptr + 5 * plane, mask=inside, other=0.0)
+    return max_a, log_mass_a, max_b, log_mass_b, log_ratio, top
 
 
 @triton.jit
-def differences(b, c, visible, max_a, log_mass_a, max_b, log_mass_b, log_ratio):
-    """q, delta and p - q of a tile, 0 in q and p - q where nothing is visible; the statistics broadcast to it."""
+def differences(
+    b, c, visible, max_a, log_mass_a, max_b, log_mass_b, log_ratio, top, WIDE: tl.constexpr
+):  # fmt: skip
+    """q, delta and p - q of a tile, 0 in q and p - q where nothing is visible; the statistics broadcast to it. Without
+    WIDE they are three: the teacher's logsumexp in the place of its maximum, D and `top`; they round p and q by 2^-24
+    times the largest score, which 16-bit inputs do not see, and leave registers for the tiles.
+
+    At a row's sharp key, the only one with so much of the probability, p - q is `top`: what these scores give has no
+    digits left, and other tiles' scores are not rounded as those were that `top` comes from."""
     b = tl.where(visible, b, -float("inf"))
-    q = tl.exp((b - max_b) - log_mass_b)
     delta = c - log_ratio
-    return q, delta, scaled_expm1(q, delta, (b + c - max_a) - log_mass_a)
+    if WIDE:
+        q = tl.exp((b - max_b) - log_mass_b)
+        log_p = (b + c - max_a) - log_mass_a
+    else:
+        q = tl.exp(b - max_b)
+        log_p = (b - max_b) + delta
+    return q, delta, tl.where(q > 0.75, top, scaled_expm1(q, delta, log_p))
 
 
 @triton.jit
-def dscores(q, p_minus_q, mean, scale, KIND: tl.constexpr):
-    """The gradient in the student's scores; mean and scale broadcast to the tile."""
-    d = p_minus_q
+def dscores(q, p_minus_q, top, mean, KIND: tl.constexpr):
+    """The gradient of a row's loss in the student's scores; top and mean broadcast to the tile. prob_mse takes its
+    slopes p - q relative to `top`, which the gradient does not see: at a sharp key slope minus mean would cancel."""
     if KIND == "prob_mse":
-        d = 2.0 * (q + d) * (d - mean)
-    return d * scale
+        return 2.0 * (q + p_minus_q) * ((p_minus_q - top) - mean)
+    else:
+        return p_minus_q
 
 
 @triton.jit

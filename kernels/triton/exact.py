@@ -12,7 +12,7 @@ def scaled_expm1(weight, x, log_product):
     """weight * expm1(x), as exp(log_product) - weight where |x| > 1: there the weight may underflow while exp(x)
     overflows."""
     near = tl.abs(x) <= 1.0
-    return tl.where(near, weight * expm1(tl.where(near, x, 0.0)), tl.exp(log_product) - weight)
+    return tl.where(near, weight * expm1_near(tl.where(near, x, 0.0)), tl.exp(log_product) - weight)
 
 
 @triton.jit
@@ -29,36 +29,42 @@ def move_unit(largest, ref, total, difference, new, new_ref):
 
 
 @triton.jit
-def add_to_masses(b, c, axis: tl.constexpr, max_a, mass_a, max_b, mass_b, excess):
-    """One more tile in the running maxima, masses and sum of exp(b - max_b) * expm1(c); b = -inf and c = 0 where
-    nothing is visible. Start from -1e30 for the maxima and 0 for the rest."""
-    new_a = tl.maximum(max_a, tl.max(b + c, axis))
-    new_b = tl.maximum(max_b, tl.max(b, axis))
-    at_a = tl.expand_dims(new_a, 1) if axis == 1 else new_a
-    at_b = tl.expand_dims(new_b, 1) if axis == 1 else new_b
-    weight = tl.exp(b - at_b)
-    rescale = tl.exp(max_b - new_b)
-    mass_a = mass_a * tl.exp(max_a - new_a) + tl.sum(tl.exp(b + c - at_a), axis)
-    mass_b = mass_b * rescale + tl.sum(weight, axis)
-    excess = excess * rescale + tl.sum(scaled_expm1(weight, c, b + c - at_b), axis)
-    return new_a, mass_a, new_b, mass_b, excess
+def add_to_masses(b, c, max_a, mass_a, max_b, ref, mass_b, excess):
+    """One more tile (rows, columns) in the running maxima, masses and sum of exp(b - max_b) * expm1(c - ref) of its
+    rows, where ref is c at the largest b so far (`logit_statistics._add_masses`); b = -inf and c = 0 where nothing is
+    visible. Start from -1e30 for the maxima and 0 for the rest."""
+    top = tl.max(b, 1)
+    at_top = tl.max(tl.where(b == top[:, None], c, float("-inf")), 1)
+    at_top = tl.where(tl.abs(at_top) <= 1e6, at_top, 0.0)
+    new_ref = tl.where(top > max_b, at_top, ref)
+    new_b = tl.maximum(max_b, top)
+    mass_b, excess = move_unit(max_b, ref, mass_b, excess, new_b, new_ref)
+    new_a = tl.maximum(max_a, tl.max(b + c, 1))
+    mass_a = mass_a * tl.exp(max_a - new_a) + tl.sum(tl.exp(b + c - new_a[:, None]), 1)
+    weight = tl.exp(b - new_b[:, None])
+    log_product = (b + c - new_b[:, None]) - new_ref[:, None]
+    excess += tl.sum(scaled_expm1(weight, c - new_ref[:, None], log_product), 1)
+    return new_a, mass_a, new_b, new_ref, mass_b + tl.sum(weight, 1), excess
 
 
 @triton.jit
-def log_mass_ratio(max_a, mass_a, max_b, mass_b, excess):
-    """Maximum and log(mass) of student and teacher (apart: their sum would round the small one off), and D = A - B =
-    log1p(excess / mass_b), or its mirror image where the student has less mass, or the plain difference where the
-    maxima lie too far apart for either. Zeros where nothing is visible."""
+def log_mass_ratio(max_a, mass_a, max_b, ref, mass_b, excess):
+    """Maximum and log(mass) of student and teacher (apart: their sum would round the small one off), D = A - B, and
+    p - q at the teacher's largest column. D - ref is log1p(excess / mass_b), or its mirror image where the student has
+    less mass, or the plain difference where the maxima lie too far apart for either; -(D - ref) is that column's delta,
+    of which c - D would have no digits where it has nearly all of the mass. Zeros where nothing is visible."""
     seen = mass_b > 0
     max_a = tl.where(seen, max_a, 0.0)
     max_b = tl.where(seen, max_b, 0.0)
     mass_a = tl.where(seen, mass_a, 1.0)
     mass_b = tl.where(seen, mass_b, 1.0)
-    ratio = tl.where(excess >= 0, excess / mass_b, -excess * tl.exp(max_b - max_a) / mass_a)
+    ratio = tl.where(excess >= 0, excess / mass_b, -excess * tl.exp((max_b - max_a) + ref) / mass_a)
     exact = log1p(tl.where(ratio < 1e30, ratio, 0.0))
-    plain = (max_a - max_b) + tl.log(mass_a / mass_b)
-    log_ratio = tl.where(ratio < 1e30, tl.where(excess >= 0, exact, -exact), plain)
-    return max_a, tl.log(mass_a), max_b, tl.log(mass_b), log_ratio
+    log_mass_a = tl.log(mass_a)
+    log_mass_b = tl.log(mass_b)
+    plain = ((max_a - max_b) - ref) + tl.log(mass_a / mass_b)
+    rest = tl.where(ratio < 1e30, tl.where(excess >= 0, exact, -exact), plain)
+    return max_a, log_mass_a, max_b, log_mass_b, ref + rest, tl.exp(-log_mass_b) * expm1(-rest)
 
 
 @triton.jit
