@@ -8,9 +8,10 @@ import pytest
 import torch
 from attention_cases import BACKENDS, DTYPES, KINDS, SHAPES, draw, outcome, textbook
 from conftest import DEVICE, available
-from judge import SLACK, Outcome, judge, judge_exact
+from judge import SLACK, Outcome, error, judge, judge_exact
 
 from fastdistil import attention_loss
+from fastdistil.backends import low_rank
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -94,6 +95,21 @@ def test_scores_near_convergence_in_another_basis(backend: str, noise: float, pa
     )
     found = outcome(lambda *x: attention_loss(*x, kind="score_mse", mask=mask, backend=backend), [*student, q, k])
     judge_exact(found, truth, torch.float32)
+
+
+def test_scores_a_part_of_the_batch_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors, mask = draw((5, 2, 37, 16, 16, True, False), torch.float32)
+    arguments = (*tensors, mask, torch.rand(5, 2, 37, device=DEVICE), 0.25, 0.5)
+    for need_grad in (True, False):
+        whole = low_rank.score_mse(*arguments, need_grad)
+        monkeypatch.setattr(low_rank, "CHUNK_BYTES", 2 * 11 * 8 * tensors[0][:1].numel())
+        parts = low_rank.score_mse(*arguments, need_grad)
+        for one, other in zip(parts, whole, strict=True):
+            if other is None:
+                assert one is None and not need_grad
+            else:
+                assert one is not None and error(one, other) < 1e-6
+        monkeypatch.undo()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -13,6 +13,10 @@ from torch import Tensor
 
 from fastdistil.reference.attention import sum_of_groups
 
+# Of float64 factors at a time; not yet measured on a GPU. Those that come here have 40 GiB and more.
+CHUNK_BYTES = 2**30
+_FACTORS = 11  # queries and keys of both sides, U, W, U W^T W and what they are made of, in units of one of them
+
 
 def score_mse(
     student_q: Tensor,
@@ -29,7 +33,32 @@ def score_mse(
 
     Arguments and results as in `fastdistil.reference.attention.attention`, all in the vendor's matrix products.
     """
+    tensors = (student_q, student_k, teacher_q, teacher_k, row_scale, *(() if key_mask is None else (key_mask,)))
+    step = max(1, CHUNK_BYTES // max(1, _FACTORS * 8 * student_q[:1].numel()))
+    rows = torch.empty_like(row_scale, memory_format=torch.contiguous_format)
+    dq, dk = (rows.new_empty(x.shape) if need_grad else None for x in (student_q, student_k))
+    for start in range(0, len(rows), step):
+        part = slice(start, start + step)
+        found = _score_mse(*(x[part] for x in tensors), scales=(student_scale, teacher_scale), need_grad=need_grad)
+        rows[part] = found[0]
+        if dq is not None and dk is not None:
+            dq[part], dk[part] = found[1:]
+    return rows, dq, dk
+
+
+def _score_mse(
+    student_q: Tensor,
+    student_k: Tensor,
+    teacher_q: Tensor,
+    teacher_k: Tensor,
+    row_scale: Tensor,
+    key_mask: Tensor | None = None,
+    *,
+    scales: tuple[float, float],
+    need_grad: bool,
+) -> tuple[Tensor, ...]:
     dtype, (heads, size) = torch.float64, (student_q.shape[1], student_q.shape[-1])
+    student_scale, teacher_scale = scales
     skipped = (row_scale == 0)[..., None]
     q_s, q_t = (x.to(dtype).masked_fill(skipped, 0.0) for x in (student_q, teacher_q))
     k_s, k_t = (x.to(dtype) for x in (student_k, teacher_k))
@@ -41,9 +70,8 @@ def score_mse(
     u = torch.cat((dx, q_t * teacher_scale), -1)
     w = torch.cat((k_s, k_s - k_t), -1)
     projected = u @ (w.mT @ w)  # (.., S, 2d); its first half is (A_s - A_t) K_s, since W begins with K_s
-    rows = (torch.linalg.vecdot(projected, u) * row_scale).to(row_scale.dtype)
+    rows = torch.linalg.vecdot(projected, u) * row_scale
     if not need_grad:
-        return rows, None, None
+        return (rows,)
     factor = (2 * student_scale * row_scale.to(dtype))[..., None]
-    dk = sum_of_groups(w @ (u.mT @ (q_s * factor)), student_k.shape[1])
-    return rows, (projected[..., :size] * factor).to(row_scale.dtype), dk.to(row_scale.dtype)
+    return rows, projected[..., :size] * factor, sum_of_groups(w @ (u.mT @ (q_s * factor)), student_k.shape[1])
