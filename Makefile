@@ -45,8 +45,9 @@ $(VENV)/.lint: pyproject.toml | $(VENV)/.test
 demo: $(VENV)/.demo
 	$(BIN)/fastdistil demo --out $(OUT)
 
+# A worker a core, four at most; where workers share cores, threads that spin while they wait would keep others waiting.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
