@@ -65,8 +65,8 @@ void attention(const TensorView& student_q, const TensorView& student_k, const T
       refuse("a key's number of heads", "a divisor of its query's");
   if (kind < 0 || kind >= fastdistil::kAttentionKinds) refuse("kind", "one of the rules");
   args.kind = static_cast<fastdistil::AttentionKind>(kind);
-  if (low_rank && (args.kind != fastdistil::AttentionKind::score_mse || causal || size != args.teacher_q.size))
-    refuse("low_rank", "for anything but score_mse of equal head sizes without a causal mask");
+  if (low_rank && (args.kind != fastdistil::AttentionKind::score_mse || causal))
+    refuse("low_rank", "for anything but score_mse without a causal mask");
   check_offsets(offsets, batch, length);
   const DType sums = student_q.dtype == DType::f64 ? DType::f64 : DType::f32;
   if (real) args.real = dense("real", *real, {batch, length}, sums);

@@ -70,3 +70,19 @@ def outcome(function: Any, tensors: list[Tensor], factor: float = 1.0) -> Outcom
     q, k = (x.detach().clone().requires_grad_() for x in tensors[:2])
     value = function(q, k, *tensors[2:])
     return Outcome(value, torch.autograd.grad(value, (q, k), torch.full_like(value, factor)))
+
+
+def near_scores(sizes: tuple[int, int], length: int, groups: int, noise: float) -> list[Tensor]:
+    """student_q, student_k, teacher_q, teacher_k in float32, of 2 key heads and `groups` query heads each: factors of
+    `sizes` in bases of their own, whose scores differ by `noise`."""
+    rank = min(sizes)
+    at_random = {"dtype": torch.float64, "device": DEVICE}
+    bases = [torch.linalg.qr(torch.randn(size, rank, **at_random)).Q.mT for size in sizes]
+    stretch = (sizes[0] / sizes[1]) ** 0.25  # of both factors: the default scale is 1 / sqrt(d)
+    tensors = []
+    for heads in (2 * groups, 2):
+        shared = 2 * torch.randn(2, heads, length, rank, **at_random)
+        student = stretch * shared @ bases[0]
+        tensors.append((student + noise * torch.randn_like(student), shared @ bases[1]))
+    (q_s, q_t), (k_s, k_t) = tensors
+    return [x.float() for x in (q_s, k_s, q_t, k_t)]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from attention_cases import BACKENDS, DTYPES, KINDS, SHAPES, draw, outcome, textbook
-from conftest import DEVICE, available
+from conftest import DEVICE
 from judge import SLACK, Outcome, error, judge, judge_exact
 
 from fastdistil import attention_loss
@@ -21,7 +21,7 @@ from fastdistil.backends import low_rank
 def test_against_textbook(backend: str, kind: str, shape: Any, dtype: torch.dtype) -> None:
     tensors, mask = draw(shape, dtype)
     causal = shape[-1]
-    if backend == "triton" and dtype == torch.float64 and (kind != "score_mse" or causal or shape[3] != shape[4]):
+    if backend == "triton" and dtype == torch.float64 and (kind != "score_mse" or causal):
         with pytest.raises(ValueError, match="attention_loss: backend 'triton' has no float64 kernel"):
             attention_loss(*tensors, kind=kind, mask=mask, causal=causal, backend=backend)
         return
@@ -70,31 +70,6 @@ def test_student_far_from_teacher(backend: str, kind: str) -> None:
     eager = outcome(lambda *x: textbook(*x, kind, None, False), tensors)
     found = outcome(lambda *x: attention_loss(*x, kind=kind, backend=backend), tensors)
     judge(found, truth, eager, torch.float32)
-
-
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("noise", [1e-1, 1e-2, 1e-3])
-@pytest.mark.parametrize("backend", available("cpu", "triton"))
-def test_scores_near_convergence_in_another_basis(backend: str, noise: float, padded: bool, groups: int) -> None:
-    """The scores are alike but neither queries nor keys are, as where a student learns from scratch at the head size
-    of its teacher; and a second batch entry whose queries and keys are alike too."""
-    size, length = 16, 45
-    basis = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, device=DEVICE)).Q
-    q, k = (2 * torch.randn(2, heads, length, size, device=DEVICE) for heads in (2 * groups, 2))
-    near = [torch.cat(((x[:1].double() @ basis).float(), x[1:])) for x in (q, k)]
-    student = [x + noise * torch.randn_like(x) for x in near]
-    mask = None
-    if padded:
-        mask = torch.ones(2, length, dtype=torch.bool, device=DEVICE)
-        mask[:, 29:] = False
-    wide = [x.double() for x in (*student, q, k)]
-    truth = outcome(
-        lambda *x: textbook(*(y.repeat_interleave(2 * groups // y.shape[1], 1) for y in x), "score_mse", mask, False),
-        wide,
-    )
-    found = outcome(lambda *x: attention_loss(*x, kind="score_mse", mask=mask, backend=backend), [*student, q, k])
-    judge_exact(found, truth, torch.float32)
 
 
 def test_scores_a_part_of_the_batch_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

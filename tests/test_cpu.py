@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from judge import EXACT_VALUE, SLACK, error
+from attention_cases import near_scores, outcome
+from attention_cases import textbook as attention_textbook
+from judge import EXACT_VALUE, SLACK, error, judge_exact
 from test_logit import textbook
 
 import fastdistil as fd
@@ -181,6 +183,19 @@ def test_instruction_sets_agree_on_attention(
                 error(found, want)
                 <= loose * SLACK[torch.float32 if dtype == torch.bfloat16 and found.dtype != dtype else dtype]
             )
+
+
+@pytest.mark.parametrize("length", [21, 100])  # tiles, and for score_mse the low-rank form
+@pytest.mark.parametrize("sizes", [(16, 16), (20, 24)], ids=str)
+@pytest.mark.parametrize("kind", ["prob_mse", "prob_kl", "score_mse"])
+def test_every_instruction_set_is_exact_in_another_basis(
+    restored: None, kind: str, sizes: tuple[int, int], length: int
+) -> None:
+    tensors = near_scores(sizes, length, 1, 1e-3)
+    truth = outcome(lambda *x: attention_textbook(*x, kind, None, False), [x.double() for x in tensors])
+    for isa in _C.isas():
+        _C.use_isa(isa)
+        judge_exact(outcome(lambda *x: fd.attention_loss(*x, kind=kind), tensors), truth, torch.float32)
 
 
 @pytest.mark.parametrize("kind", ["prob_mse", "prob_kl", "score_mse"])

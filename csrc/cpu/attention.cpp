@@ -3,73 +3,44 @@
 // Work: S^2 d multiply-adds a head for the teacher's scores, 2 S^2 d for the exact difference (S^2 d where the keys lie
 // far apart or the head sizes differ; score_mse needs the difference alone), 2 S^2 d for the two gradients; the rule
 // itself is about 45 operations an entry. So the floor is 8 to 10 B H S^2 d operations over the multiply-add rate. A
-// block of scores stays in a core's L2 cache, the maps are never whole.
+// block of scores stays in a core's L2 cache, the maps are never whole. Scores that turn out to agree although their
+// factors do not are subtracted in double from then on (attention_wide.h), in all at 1.6 to 1.9 times the time.
 //
 // Padding costs nothing: hidden keys and query rows of scale 0 are left out where the operands are packed, so that the
 // products and the rule see dense rows.
 //
 // Compiled once an instruction set (FD_ISA); dispatch.cpp chooses at run time.
 #include "attention_heads.h"
+#include "attention_panels.h"
 #include "attention_rows.h"
-#include "attention_tiles.h"
+#include "attention_wide.h"
+#include "attention_workspace.h"
 
 namespace fastdistil {
 inline namespace FD_ISA {
 namespace {
 
-// Scores of a block, which become their gradients: 256 KiB of float, in an L2 cache of 1 MiB.
-constexpr int64_t kBlockElements = 64 * 1024;
-constexpr int64_t kLargestBlock = 256;  // rows
-constexpr double kFar = 0.5;            // |K_s - K_t| / |K_t|: from here on c keeps its digits without the exact form
-
-struct Shape {
-  int64_t student, teacher;  // head sizes
-  int64_t left;              // row stride of the packed query rows: student's, then teacher's
-  int64_t keys, stride;      // most keys; row stride of a block
-  int64_t block, columns;    // rows of a block; columns of the gradients
-};
-
-template <class T>
-Shape shape_of(const AttentionArgs& args) {
-  Shape s{};
-  s.student = args.student_q.size, s.teacher = args.teacher_q.size, s.left = s.student + s.teacher + Carver<T>::kLine;
-  s.keys = round_up(longest(args), kTileColumns<T>);
-  s.stride = s.keys + Carver<T>::kLine;  // a power of two would map a column to one set of the L1 cache
-  const int64_t fitting = kBlockElements / std::max<int64_t>(s.keys, 1) / kTileRows * kTileRows;
-  const int64_t most = std::min(kLargestBlock, std::max<int64_t>(round_up(longest(args), kTileRows), kTileRows));
-  s.block = std::min(std::max<int64_t>(fitting, kTileRows), most);
-  s.columns = round_up(s.student, kTileColumns<T>);
-  return s;
-}
-
-template <class T>
-struct Workspace {
-  T *teacher_keys, *student_keys, *key_panels, *left, *query_panels, *b, *c, *a, *a_left, *dk, *dq;
-
-  int64_t lay_out(const Shape& s, T* memory) {
-    Carver<T> carver{memory};
-    carver.take(teacher_keys, s.keys * s.teacher);
-    carver.take(student_keys, s.keys * (s.student + std::max(s.student, s.teacher)));
-    carver.take(key_panels, s.keys * s.columns), carver.take(dk, s.keys * s.columns);
-    carver.take(left, s.block * s.left), carver.take(query_panels, s.block * s.columns);
-    carver.take(b, s.block * s.stride), carver.take(c, kTileRows * s.stride), carver.take(a, kTileRows * s.stride);
-    carver.take(a_left, kTileRows * s.student), carver.take(dq, kTileRows * s.columns);
-    return carver.used;
-  }
-};
+// Where the scores' difference is a smaller part of one of the two products that make it, the float product has lost
+// five bits of it and more.
+constexpr double kSmallest = 1.0 / 32;
 
 template <class E>
 class Kernel {
   using T = Compute<E>;
   static constexpr int64_t kColumns = kTileColumns<T>;
+  static constexpr bool kMayCancel = std::is_same_v<T, float>;
   const AttentionArgs& args_;
   const Shape shape_;
   const T scale_s_, scale_t_;
   const bool scores_;  // score_mse: b alone, the difference [X_s, -X_t] [Y_s, Y_t]^T or its exact form
   Workspace<T> w_{};
   bool exact_ = false;  // of the keys that are packed: the difference is [X_s - X_t, X_t] [Y_s, Y_s - Y_t]^T
+  bool wide_ = false;   // or is formed in double, from one tile of their rows on
   int64_t inner_ = 0;   // depth of the student's product
+  int64_t head_s_ = 0, head_t_ = 0;
+  T key_size_ = 0;  // mean square of an element of the student's
   bool dk_begun_ = false;
+  WideRows wide_rows_;
 
  public:
   Kernel(const AttentionArgs& args, const Shape& shape, T* memory)
@@ -92,7 +63,10 @@ class Kernel {
     for (int64_t h = key_head * group_s; h < (key_head + 1) * group_s; ++h) {
       tokens.select_rows(h);
       if (tokens.n_rows() == 0) continue;
-      if (packed != h / group_t) pack_keys(tokens, key_head, packed = h / group_t);
+      if (packed != h / group_t) {
+        head_s_ = key_head, head_t_ = packed = h / group_t, wide_ = false;
+        pack_keys(tokens);
+      }
       for (int64_t begin = 0; begin < tokens.n_rows(); begin += shape_.block)
         block(tokens, ahead, h, begin, std::min(shape_.block, tokens.n_rows() - begin));
     }
@@ -103,62 +77,31 @@ class Kernel {
   }
 
  private:
-  // Whether the difference is worth its own product: where the keys lie far apart, subtracting the student's and the
-  // teacher's scores loses nothing, and the exact form would cost a quarter more.
-  bool near(const Sequence<E>& tokens, const Head<E>& ks, const Head<E>& kt) const {
-    T distance = 0, size = 0;
-    for (int64_t k = 0; k < tokens.n_keys(); ++k) {
-      const E *s = ks.row(tokens.key(k)), *t = kt.row(tokens.key(k));
-#pragma omp simd reduction(+ : distance, size)
-      for (int64_t j = 0; j < shape_.student; ++j) {
-        const T x = to_compute(s[j]), y = to_compute(t[j]);
-        distance += (x - y) * (x - y), size += y * y;
-      }
-    }
-    return !(distance > T(kFar * kFar) * size);
-  }
-
   // Keys as panels: transposed for the scores, as they are for dq.
-  void pack_keys(const Sequence<E>& tokens, int64_t head_s, int64_t head_t) {
-    const Head<E> ks = tokens.of(args_.student_k, head_s), kt = tokens.of(args_.teacher_k, head_t);
-    exact_ = shape_.student == shape_.teacher && (scores_ || near(tokens, ks, kt));
+  void pack_keys(const Sequence<E>& tokens) {
+    const Head<E> ks = tokens.of(args_.student_k, head_s_), kt = tokens.of(args_.teacher_k, head_t_);
+    exact_ = shape_.student == shape_.teacher && (scores_ ? !wide_ : near(tokens, ks, kt, shape_.student));
     inner_ = exact_ || scores_ ? shape_.student + shape_.teacher : shape_.student;
+    T size = 0;
     for (int64_t k = 0; k < tokens.n_keys(); k += kColumns) {
       T *student = w_.student_keys + k * inner_, *behind = student + shape_.student * kColumns;
-      T* teacher = scores_ ? behind : w_.teacher_keys + k * shape_.teacher;
+      T* teacher = teacher_panel(k);
       transpose_keys(tokens, kt, k, shape_.teacher, teacher);
       transpose_keys(tokens, ks, k, shape_.student, student);
+      size += squares(student, shape_.student * kColumns);
       for (int64_t j = 0; exact_ && j < shape_.student * kColumns; ++j) behind[j] = student[j] - teacher[j];
     }
+    key_size_ = size / static_cast<T>(shape_.student * tokens.n_keys());
     for (int64_t k = 0; args_.dq && k < tokens.n_keys(); ++k) {
       const E* s = ks.row(tokens.key(k));
       set_panel_row(w_.key_panels, shape_.keys, k, shape_.student, [s](int64_t j) { return to_compute(s[j]); });
     }
   }
 
-  // One panel: keys `first` to `first + kColumns`, zeros behind the last one.
-  void transpose_keys(const Sequence<E>& tokens, const Head<E>& head, int64_t first, int64_t size, T* panel) {
-    constexpr int n = kLanes<T>;
-    alignas(64) T square[n][n], turned[n][n];
-    for (int64_t k = 0; k < kColumns; k += n)
-      for (int64_t j = 0; j < size; j += n) {
-        const int64_t width = std::min<int64_t>(n, size - j);
-        for (int i = 0; i < n; ++i) {
-          std::fill_n(square[i], n, T(0));
-          if (first + k + i >= tokens.n_keys()) continue;
-          const E* row = head.row(tokens.key(first + k + i)) + j;
-          if (width == n)
-            for (int l = 0; l < n; ++l) square[i][l] = to_compute(row[l]);
-          else
-            for (int64_t l = 0; l < width; ++l) square[i][l] = to_compute(row[l]);
-        }
-        if (width == n) {
-          transpose<T>(square, panel + j * kColumns + k, kColumns);
-          continue;
-        }
-        transpose<T>(square, turned[0], n);
-        for (int64_t l = 0; l < width; ++l) std::copy_n(turned[l], n, panel + (j + l) * kColumns + k);
-      }
+  // Where the teacher's keys from `key` on are, or, for score_mse's exact form, their difference.
+  T* teacher_panel(int64_t key) const {
+    return scores_ ? w_.student_keys + key * inner_ + shape_.student * kColumns
+                   : w_.teacher_keys + key * shape_.teacher;
   }
 
   // Query rows: the student's left factor, then the teacher's; and as panels for dk.
@@ -190,32 +133,55 @@ class Kernel {
     pack_rows(tokens, head, begin, n);
     const int64_t width = tokens.sees(begin + n - 1);  // no row sees more than the last one
     for (int64_t r = 0; r < n; r += kTileRows) {
-      const int64_t rows = std::min<int64_t>(kTileRows, n - r), sees = tokens.sees(begin + r + rows - 1);
-      const T* left = w_.left + r * shape_.left;
-      T* b = w_.b + r * shape_.stride;
-      for (int64_t k = 0; k < sees; k += kColumns) {
-        ahead.fetch(2);
-        tile_product<Left::rows, false>(left, shape_.left, w_.student_keys + k * inner_, inner_,
-                                        (scores_ ? b : w_.c) + k, shape_.stride);
-        if (scores_) continue;
-        tile_product<Left::rows, false>(left + shape_.student, shape_.left, w_.teacher_keys + k * shape_.teacher,
-                                        shape_.teacher, b + k, shape_.stride);
+      const int64_t rows = std::min<int64_t>(kTileRows, n - r);
+      find_scores(tokens, ahead, head, begin, r, rows);
+      if (finish_rows(tokens, head, begin, r, rows, width)) {
+        wide_ = true;
+        if (scores_ && exact_) pack_keys(tokens);  // the teacher's themselves, not their difference
+        find_scores(tokens, ahead, head, begin, r, rows);
+        finish_rows(tokens, head, begin, r, rows, width);
       }
-      finish_rows(tokens, head, begin, r, rows, width);
       if (args_.dq) write_dq(tokens, head, begin, r, rows);
     }
     if (args_.dk) add_dk(tokens, begin, n, width);
   }
 
-  // The rule on the rows of one tile; zeros behind what a row sees, as far as the gradients' tiles read.
-  void finish_rows(const Sequence<E>& tokens, int64_t head, int64_t begin, int64_t first, int64_t n, int64_t width) {
+  // One tile: the difference of the scores in b for score_mse, else in c (that or the student's), the teacher's in b.
+  void find_scores(const Sequence<E>& tokens, Ahead<E>& ahead, int64_t head, int64_t begin, int64_t first, int64_t n) {
+    const int64_t sees = tokens.sees(begin + first + n - 1);
+    const T* left = w_.left + first * shape_.left;
+    T *b = w_.b + first * shape_.stride, *c = scores_ ? b : w_.c;
+    if (wide_) wide_differences(tokens, head, begin + first, n, c);
+    for (int64_t k = 0; k < sees; k += kColumns) {
+      ahead.fetch(2);
+      if (!wide_)
+        tile_product<Left::rows, false>(left, shape_.left, w_.student_keys + k * inner_, inner_, c + k, shape_.stride);
+      if (scores_) continue;
+      tile_product<Left::rows, false>(left + shape_.student, shape_.left, w_.teacher_keys + k * shape_.teacher,
+                                      shape_.teacher, b + k, shape_.stride);
+    }
+  }
+
+  void wide_differences(const Sequence<E>& tokens, int64_t head, int64_t first, int64_t n, T* out) {
+    if constexpr (kMayCancel) {
+      wide_rows_.pack(args_, tokens, head, first, n);
+      for (int64_t k = 0; k < tokens.sees(first + n - 1); k += kColumns)
+        wide_rows_.differences(w_.student_keys + k * inner_, teacher_panel(k), out + k, shape_.stride);
+    }
+  }
+
+  // The rule on the rows of one tile; zeros behind what a row sees, as far as the gradients' tiles read. Returns
+  // whether the differences are small beside the first of the products that made them, whose mean square over
+  // directions at random is |x|^2 |y|^2 / d: then they have lost digits.
+  bool finish_rows(const Sequence<E>& tokens, int64_t head, int64_t begin, int64_t first, int64_t n, int64_t width) {
     const bool square = args_.kind == AttentionKind::prob_mse;
     bool have_a = false;
+    T found = 0, expected = 0;
     for (int64_t r = first; r < first + n; ++r) {
       const int64_t at = tokens.row(begin + r), keys = tokens.sees(begin + r);
       const T scale = tokens.scale(head)[at];
       const AttentionRow<T> row{w_.b + r * shape_.stride, w_.c + (r - first) * shape_.stride, keys, scale_s_ * scale};
-      const Spread<T> s = scores_ ? Spread<T>{} : exact_ ? spread<false>(row) : spread<true>(row);
+      const Spread<T> s = scores_ ? Spread<T>{} : exact_ || wide_ ? spread<false>(row) : spread<true>(row);
       T value = 0;
       if (scores_) {
         value = score_mse(row);
@@ -228,9 +194,12 @@ class Kernel {
         const T* a = w_.a + (r - first) * shape_.stride;
         value = square ? far_row<true>(row, a) : far_row<false>(row, a);
       }
+      found += scores_ ? value : static_cast<T>(keys) * s.width * s.width / 16;  // of four standard deviations
+      expected += static_cast<T>(keys) * squares(w_.left + r * shape_.left, shape_.student) * key_size_;
       tokens.values(head)[at] = value * scale;
       std::fill(row.b + keys, row.b + round_up(width, kTileRows), T(0));
     }
+    return kMayCancel && !wide_ && found < T(kSmallest * kSmallest) * expected;
   }
 
   // The row with keys of weight 0 up to a whole vector: the loops of the rule then have no tail.

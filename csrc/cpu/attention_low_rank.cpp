@@ -3,11 +3,12 @@
 // X_s Y_s^T - X_t Y_t^T = [X_s - X_t, X_t] [Y_s, Y_s - Y_t]^T =: U W^T with X = scale * Q and Y = K, so that row i's
 // squared norm is U_i M U_i^T with M = W^T W, dX_s = 2 U M's first half, dY_s = 2 W (U^T X_s): time linear in S, and
 // nothing cancels as the student's factors near its teacher's. Where only the maps are alike (factors in another basis)
-// the two halves of U W^T cancel each other: then the head is done again in double.
+// the two halves of U W^T cancel each other: then the head is done again in double. Factors of different sizes have no
+// difference: U = [X_s, X_t], W = [Y_s, -Y_t], in double from the beginning.
 //
-// Work: 11 S d^2 multiply-adds a head (3 for M, whose symmetry is used in halves, 4 for U M, 2 each for U^T Q_s and
-// dK). The floor is 8: 2 each for half of M and of U^T U, of which U^T Q_s is a sum of columns, and 2 each for dQ and
-// dK. It knows only the sum of the values, where U M gives each row its own.
+// Work, for one head size: 11 S d^2 multiply-adds a head (3 for M, whose symmetry is used in halves, 4 for U M, 2 each
+// for U^T Q_s and dK). The floor is 8: 2 each for half of M and of U^T U, of which U^T Q_s is a sum of columns, and 2
+// each for dQ and dK. It knows only the sum of the values, where U M gives each row its own.
 #include "attention_heads.h"
 #include "attention_tiles.h"
 
@@ -19,13 +20,18 @@ constexpr int64_t kBlock = 64;  // tokens: U, W and their panels stay in the L1 
 
 template <class T>
 struct Factors {
-  int64_t size, half, width, stride;  // d, d in whole tiles, columns of U and W, their row stride
-  T *rows, *panels;                   // a block of U or W: row by row, and as panels (W, or the queries)
-  T *gram, *mixed;                    // M and 2 U^T Q_s, as panels
-  T* products;                        // kTileRows rows of U M or of W (U^T Q_s)
+  int64_t size, teacher;        // head sizes
+  int64_t half, width, stride;  // columns of U and W: of their first half, all; their row stride
+  T *rows, *panels;             // a block of U or W: row by row, and as panels (W, or the queries)
+  T *gram, *mixed;              // M and 2 U^T Q_s, as panels
+  T* products;                  // kTileRows rows of U M or of W (U^T Q_s)
 
-  explicit Factors(int64_t head_size)
-      : size(head_size), half(round_up(head_size, kTileColumns<T>)), width(2 * half), stride(width + Carver<T>::kLine) {
+  explicit Factors(const AttentionArgs& args)
+      : size(args.student_q.size),
+        teacher(args.teacher_q.size),
+        half(round_up(size, kTileColumns<T>)),
+        width(half + round_up(teacher, kTileColumns<T>)),
+        stride(width + Carver<T>::kLine) {
     lay_out(nullptr);
   }
 
@@ -52,11 +58,11 @@ class LowRank {
       : args_(args),
         scale_s_(static_cast<T>(args.student_scale)),
         scale_t_(static_cast<T>(args.teacher_scale)),
-        f_(args.student_q.size) {
+        f_(args) {
     f_.lay_out(memory);
   }
 
-  // Returns whether at most a few bits cancelled.
+  // Returns whether at most a few bits cancelled, of factors of one size.
   bool run(const Item& item) {
     Sequence<E> tokens(args_, item.sequence);
     const int64_t key_head = item.key_head;
@@ -78,12 +84,18 @@ class LowRank {
   }
 
  private:
-  // A row of U or W: `left` (j), then `right` (j), each with zeros up to whole tiles.
-  template <class Both>
-  void set_row(int64_t i, Both&& both) {
+  // A row of U or W, each half with zeros up to whole tiles: `both` sets an element of the two, or, where the head
+  // sizes differ, `own` one of the first and `other` one of the second.
+  template <class Both, class Own, class Other>
+  void set_row(int64_t i, Both&& both, Own&& own, Other&& other) {
     T *left = f_.rows + i * f_.stride, *right = left + f_.half;
-    for (int64_t j = 0; j < f_.size; ++j) both(j, left[j], right[j]);
-    std::fill(left + f_.size, left + f_.half, T(0)), std::fill(right + f_.size, right + f_.half, T(0));
+    if (f_.size == f_.teacher) {
+      for (int64_t j = 0; j < f_.size; ++j) both(j, left[j], right[j]);
+    } else {
+      for (int64_t j = 0; j < f_.size; ++j) left[j] = own(j);
+      for (int64_t j = 0; j < f_.teacher; ++j) right[j] = other(j);
+    }
+    std::fill(left + f_.size, right, T(0)), std::fill(right + f_.teacher, left + f_.width, T(0));
   }
 
   int64_t load_keys(const Sequence<E>& tokens, int64_t head_s, int64_t head_t, int64_t begin) {
@@ -91,10 +103,10 @@ class LowRank {
     const int64_t n = std::min(kBlock, tokens.n_keys() - begin);
     for (int64_t i = 0; i < n; ++i) {
       const E *s = ks.row(tokens.key(begin + i)), *t = kt.row(tokens.key(begin + i));
-      set_row(i, [s, t](int64_t j, T& own, T& difference) {
-        own = to_compute(s[j]);
-        difference = own - static_cast<T>(to_compute(t[j]));
-      });
+      const auto own = [s](int64_t j) -> T { return to_compute(s[j]); };
+      const auto others = [t](int64_t j) -> T { return -to_compute(t[j]); };
+      const auto both = [=](int64_t j, T& left, T& right) { left = own(j), right = left + others(j); };
+      set_row(i, both, own, others);
     }
     clear_rows(n);
     return n;
@@ -127,18 +139,20 @@ class LowRank {
   // Values and dq of a query head, and 2 U^T Q_s with the rows' scales.
   void query_head(const Sequence<E>& tokens, int64_t head) {
     const Head<E> qs = tokens.of(args_.student_q, head), qt = tokens.of(args_.teacher_q, head);
-    const T rest = scale_s_ - scale_t_;
+    const T scale_s_ = this->scale_s_, scale_t_ = this->scale_t_, rest = scale_s_ - scale_t_;
     std::fill_n(f_.mixed, f_.width * f_.half, T(0));
     for (int64_t begin = 0; begin < tokens.n_rows(); begin += kBlock) {
       const int64_t n = std::min(kBlock, tokens.n_rows() - begin);
       for (int64_t i = 0; i < n; ++i) {
         const int64_t at = tokens.row(begin + i);
         const E *s = qs.row(at), *t = qt.row(at);
-        set_row(i, [&](int64_t j, T& difference, T& teacher) {
-          const T q = to_compute(s[j]), u = to_compute(t[j]);
-          difference = scale_s_ * (q - u) + rest * u;
-          teacher = scale_t_ * u;
-        });
+        const auto own = [=](int64_t j) -> T { return scale_s_ * to_compute(s[j]); };
+        const auto others = [=](int64_t j) -> T { return scale_t_ * to_compute(t[j]); };
+        const auto both = [=](int64_t j, T& left, T& right) {
+          const T u = to_compute(t[j]);
+          left = scale_s_ * (to_compute(s[j]) - u) + rest * u, right = scale_t_ * u;
+        };
+        set_row(i, both, own, others);
         const T factor = 2 * scale_s_ * static_cast<T>(tokens.scale(head)[at]);
         if (args_.dk)
           set_panel_row(f_.panels, kBlock, i, f_.size, [=](int64_t j) { return factor * to_compute(s[j]); });
@@ -160,13 +174,14 @@ class LowRank {
     const T *left = f_.rows + first * f_.stride, *right = left + f_.half;
     for (int64_t j = 0; j < f_.width; j += kColumns)
       tile_product<Left::rows, false>(left, f_.stride, f_.gram + j * f_.width, f_.half, f_.products + j, f_.width);
+    const int64_t rest = f_.width - f_.half;
     T of_left[kTileRows], across[kTileRows];  // the left half's square, and its product with the right one
     for (int64_t r = 0; r < n; ++r) {
       of_left[r] = dot(left + r * f_.stride, f_.products + r * f_.width, f_.half);
-      across[r] = dot(right + r * f_.stride, f_.products + r * f_.width + f_.half, f_.half);
+      across[r] = dot(right + r * f_.stride, f_.products + r * f_.width + f_.half, rest);
     }
     for (int64_t j = 0; j < f_.width; j += kColumns)
-      tile_product<Left::rows, true>(right, f_.stride, f_.gram + j * f_.width + f_.half * kColumns, f_.half,
+      tile_product<Left::rows, true>(right, f_.stride, f_.gram + j * f_.width + f_.half * kColumns, rest,
                                      f_.products + j, f_.width);
     for (int64_t r = 0; r < n; ++r) {
       const int64_t at = tokens.row(begin + first + r);
@@ -174,7 +189,7 @@ class LowRank {
       const T scale = static_cast<T>(tokens.scale(head)[at]), factor = 2 * scale_s_ * scale;
       const T value = dot(left + r * f_.stride, product, f_.width);
       value_ += value * scale;
-      halves_ += (of_left[r] + (dot(right + r * f_.stride, product + f_.half, f_.half) - across[r])) * scale;
+      halves_ += (of_left[r] + (dot(right + r * f_.stride, product + f_.half, rest) - across[r])) * scale;
       tokens.values(head)[at] = static_cast<Out>(value * scale);
       if (!args_.dq) continue;
       Out* dq = tokens.dq(head) + at * f_.size;
@@ -217,13 +232,14 @@ class Kernel {
  public:
   Kernel(const AttentionArgs& args, T* memory) : args_(args), memory_(memory) {}
 
-  static int64_t memory(int64_t head_size) {
-    const int64_t own = Factors<T>(head_size).lay_out(nullptr), again = Factors<double>(head_size).lay_out(nullptr);
+  static int64_t memory(const AttentionArgs& args) {
+    const int64_t own = Factors<T>(args).lay_out(nullptr), again = Factors<double>(args).lay_out(nullptr);
     return std::max(own, again * static_cast<int64_t>(sizeof(double) / sizeof(T)));
   }
 
   void run(const Item& item, const Item&) {
-    if (LowRank<E, T>(args_, memory_).run(item) || std::is_same_v<T, double>) return;
+    if constexpr (!std::is_same_v<T, double>)
+      if (args_.student_q.size == args_.teacher_q.size && LowRank<E, T>(args_, memory_).run(item)) return;
     LowRank<E, double>(args_, reinterpret_cast<double*>(memory_)).run(item);
   }
 };
@@ -234,7 +250,7 @@ void attention_low_rank(const AttentionArgs& args, int threads) {
   with_element(args.dtype, [&](auto element) {
     using E = decltype(element);
     using T = Compute<E>;
-    const int64_t each = Kernel<E>::memory(args.student_q.size);
+    const int64_t each = Kernel<E>::memory(args);
     for_key_heads<T>(args, threads, each, [&](T* memory) { return Kernel<E>(args, memory); });
   });
 }

@@ -28,9 +28,17 @@ struct AttentionRow {
 
 template <class T>
 struct Spread {
-  T largest_b;
+  T largest_b, width;  // width: of c
   bool near;
 };
+
+template <class T>
+inline T squares(const T* x, int64_t n) {
+  T sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += x[i] * x[i];
+  return sum;
+}
 
 // What the rows' rules must know first; with kSubtract c still holds the student's scores a, and becomes a - b.
 template <bool kSubtract, class T>
@@ -46,7 +54,7 @@ inline Spread<T> spread(AttentionRow<T> row) {
     high = c > high ? c : high;
     odd |= !(math::magnitude(c) < T(1e30));  // NaN, infinite
   }
-  return {largest, !odd && high - low <= T(kLargestSpread)};
+  return {largest, high - low, !odd && high - low <= T(kLargestSpread)};
 }
 
 template <class T>

@@ -52,10 +52,11 @@ inline void store(T* to, Vector<T> x) {
 
 enum class Left { rows, columns };  // element (i, k) at left[i * stride + k], or at left[k * stride + i]
 
-// out[i][j] = (kAdd: its old value plus) the sum over k < depth of left(i, k) * panel[k][j].
+// out[i][j] = (kAdd: its old value plus) the sum over k < depth of left(i, k) * panel[k][j]. On its own, because the
+// eight addresses of a step do not stay in registers where GCC inlines it into a larger function.
 template <Left kLeft, bool kAdd, class T>
-inline void tile_product(const T* left, int64_t left_stride, const T* panel, int64_t depth, T* out,
-                         int64_t out_stride) {
+__attribute__((noinline)) void tile_product(const T* left, int64_t left_stride, const T* panel, int64_t depth, T* out,
+                                            int64_t out_stride) {
   Vector<T> low[kTileRows] = {}, high[kTileRows] = {};
   for (int64_t k = 0; k < depth; ++k, panel += kTileColumns<T>) {
     const Vector<T> p = load(panel), q = load(panel + kLanes<T>);

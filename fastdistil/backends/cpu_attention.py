@@ -1,7 +1,7 @@
 """attention_loss on the CPU: the C++ kernels of csrc/cpu/attention*.cpp, on torch's own number of threads.
 
-The maps exist one cache-sized block a thread at a time; score_mse of equal head sizes, without a causal mask, never
-forms one where the sequences are so long (S > 2 d) that the low-rank form is less work.
+The maps exist one cache-sized block a thread at a time; score_mse without a causal mask never forms one where the
+sequences are so long that the low-rank form is less work.
 """
 
 from __future__ import annotations
@@ -13,6 +13,10 @@ from fastdistil import _C
 from fastdistil.backends.memory import new_empty
 
 _KINDS = {"prob_mse": 0, "prob_kl": 1, "score_mse": 2}  # enum AttentionKind
+
+# Tokens of a sequence a column of the low-rank factors from which on that form is the faster one; of head sizes that
+# differ it is in double, and so are the tiles where the two maps are alike.
+_LONG = {True: 1, False: 2}
 
 
 def attention(
@@ -52,7 +56,7 @@ def attention(
         causal=causal,
         student_scale=student_scale,
         teacher_scale=teacher_scale,
-        low_rank=kind == "score_mse" and not causal and sizes[0] == sizes[1] and row_scale.shape[-1] > 2 * sizes[0],
+        low_rank=kind == "score_mse" and not causal and row_scale.shape[-1] > _LONG[sizes[0] == sizes[1]] * sum(sizes),
         threads=torch.get_num_threads(),
     )
     return rows, dq, dk

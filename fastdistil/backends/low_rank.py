@@ -3,7 +3,8 @@
 X_s Y_s^T - X_t Y_t^T = [X_s - X_t, X_t] [Y_s, Y_s - Y_t]^T =: U W^T with X = scale * Q and Y = K, so that the squared
 norm of row i is U_i (W^T W) U_i^T: time linear in S, and nothing cancels as the student's factors near its teacher's.
 Where only the maps are alike (factors in another basis) the halves of U W^T cancel each other, so all is in float64: to
-ask first would be to wait for the device. The CPU's form of it is csrc/cpu/attention_low_rank.cpp.
+ask first would be to wait for the device. Head sizes that differ leave U = [X_s, X_t], W = [Y_s, -Y_t]. The CPU's form
+of it is csrc/cpu/attention_low_rank.cpp.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ def score_mse(
     teacher_scale: float,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Rows sum over keys of (A_s - A_t)^2 times `row_scale`, and gradients, for equal head sizes and no causal mask.
+    """Rows sum over keys of (A_s - A_t)^2 times `row_scale`, and gradients, without a causal mask.
 
     Arguments and results as in `fastdistil.reference.attention.attention`, all in the vendor's matrix products.
     """
     tensors = (student_q, student_k, teacher_q, teacher_k, row_scale, *(() if key_mask is None else (key_mask,)))
-    step = max(1, CHUNK_BYTES // max(1, _FACTORS * 8 * student_q[:1].numel()))
+    step = max(1, CHUNK_BYTES // max(1, _FACTORS * 4 * (student_q[:1].numel() + teacher_q[:1].numel())))
     rows = torch.empty_like(row_scale, memory_format=torch.contiguous_format)
     dq, dk = (rows.new_empty(x.shape) if need_grad else None for x in (student_q, student_k))
     for start in range(0, len(rows), step):
@@ -66,10 +67,12 @@ def _score_mse(
         hidden = ~key_mask[:, None, :, None]
         k_s, k_t = k_s.masked_fill(hidden, 0.0), k_t.masked_fill(hidden, 0.0)
     k_s, k_t = (k.repeat_interleave(heads // k.shape[1], 1) for k in (k_s, k_t))
-    dx = (q_s - q_t) * student_scale + q_t * (student_scale - teacher_scale)
-    u = torch.cat((dx, q_t * teacher_scale), -1)
-    w = torch.cat((k_s, k_s - k_t), -1)
-    projected = u @ (w.mT @ w)  # (.., S, 2d); its first half is (A_s - A_t) K_s, since W begins with K_s
+    if size == teacher_q.shape[-1]:
+        dx, dy = (q_s - q_t) * student_scale + q_t * (student_scale - teacher_scale), k_s - k_t
+    else:
+        dx, dy = q_s * student_scale, -k_t
+    u, w = torch.cat((dx, q_t * teacher_scale), -1), torch.cat((k_s, dy), -1)
+    projected = u @ (w.mT @ w)  # (.., S, d_s + d_t); it begins with (A_s - A_t) K_s, since W begins with K_s
     rows = torch.linalg.vecdot(projected, u) * row_scale
     if not need_grad:
         return (rows,)

@@ -48,7 +48,7 @@ def _compute(
         return attention_mean.attention(
             *tensors, kind, causal, student_scale, teacher_scale, name == "reference", need_grad
         )
-    linear = kind == "score_mse" and not causal and cu_seqlens is None and student_q.shape[-1] == teacher_q.shape[-1]
+    linear = kind == "score_mse" and not causal and cu_seqlens is None
     if name == "triton" and linear and float64.is_fast(student_q.device):  # matrix products alone, the vendor's
         found = low_rank.score_mse(*tensors[:5], row_scale, student_scale, teacher_scale, need_grad)
         return _as_one(*found) if relation else found

@@ -50,11 +50,8 @@ def attention(
         visible = visible & (of_token[:, None] == of_token)
 
     student_scores, teacher_scores = student_scale * q_s @ k_s.mT, teacher_scale * q_t @ k_t.mT
-    if q_s.shape[-1] == q_t.shape[-1]:  # the exact difference: [X_s - X_t, X_t] [Y_s, Y_s - Y_t]^T
-        dx = student_scale * (q_s - q_t) + (student_scale - teacher_scale) * q_t
-        score_difference = dx @ k_s.mT + teacher_scale * q_t @ (k_s - k_t).mT
-    else:
-        score_difference = student_scores - teacher_scores
+    wide = [x.to(torch.float64) for x in (q_s, k_s, q_t, k_t)]  # the scores may agree though their factors do not
+    score_difference = (student_scale * wide[0] @ wide[1].mT - teacher_scale * wide[2] @ wide[3].mT).to(dtype)
 
     if kind == "score_mse":
         score_difference = score_difference.masked_fill(~visible, 0.0)
