@@ -121,6 +121,23 @@ def test_large_gradients_use_their_memory_again() -> None:
     assert _C.pool_held() == 0
 
 
+@pytest.mark.skipif(not _C.pool_available(), reason="this system cannot take kept memory back")
+def test_how_much_memory_is_kept() -> None:
+    """Four blocks of any size, more of them up to 256 MiB; the oldest go first."""
+    mega = 1 << 20
+    fd.empty_cache()
+    small = [_C.PooledMemory(8 * mega) for _ in range(10)]
+    small.clear()
+    assert _C.pool_held() == 80 * mega
+    large = [_C.PooledMemory(200 * mega) for _ in range(6)]  # not touched, hence not there
+    del large[:2]
+    assert _C.pool_held() == 2 * 200 * mega + 2 * 8 * mega
+    large.clear()
+    assert _C.pool_held() == 4 * 200 * mega
+    fd.empty_cache()
+    assert _C.pool_held() == 0
+
+
 def test_small_gradients_are_not_pooled() -> None:
     fd.empty_cache()
     losses(torch.float32, "forward_kl")

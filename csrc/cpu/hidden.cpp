@@ -60,6 +60,50 @@ void store(const T* values, void* target, DType dtype, int64_t begin, int n) {
   }
 }
 
+// The loops are functions of their own, because GCC 12 drops the simd where it inlines them.
+
+// The sum of (h - t)^2; out: factor (h - t).
+template <class T>
+__attribute__((noinline)) T squared_difference(const T* h, const T* t, T factor, T* out, int n) {
+  T sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int i = 0; i < n; ++i) {
+    const T difference = h[i] - t[i];
+    sum += difference * difference;
+    out[i] = difference * factor;
+  }
+  return sum;
+}
+
+template <class T>
+struct Products {
+  T hh, tt, ht, rh;  // of h and t; r = h - t
+};
+
+template <class T>
+__attribute__((noinline)) Products<T> products(const T* h, const T* t, int n) {
+  T hh = 0, tt = 0, ht = 0, rh = 0;
+#pragma omp simd reduction(+ : hh, tt, ht, rh)
+  for (int i = 0; i < n; ++i) {
+    hh += h[i] * h[i], tt += t[i] * t[i];
+    ht += h[i] * t[i], rh += (h[i] - t[i]) * h[i];
+  }
+  return {hh, tt, ht, rh};
+}
+
+// The sum of w^2, w the part of h - t that is left without `part` of h; out: factor w.
+template <class T>
+__attribute__((noinline)) T squared_rest(const T* h, const T* t, T part, T factor, T* out, int n) {
+  T sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int i = 0; i < n; ++i) {
+    const T w = (h[i] - t[i]) - part * h[i];
+    sum += w * w;
+    out[i] = w * factor;
+  }
+  return sum;
+}
+
 template <class T>
 class Kernel {
   const HiddenArgs& args_;
@@ -82,11 +126,14 @@ class Kernel {
     T student[kBlock], teacher[kBlock], out[kBlock];
   };
 
+  static constexpr DType kOwn = std::is_same_v<T, double> ? DType::f64 : DType::f32;
+
   // action(h, t, out, n) over the row's blocks, h with the bias in it; what it leaves in `out` is the gradient.
   template <class Action>
   void for_blocks(int64_t r, bool gradient, Action&& action) const {
     Block block;
     const T* bias = static_cast<const T*>(args_.bias);
+    const bool in_place = gradient && args_.gradient_dtype == kOwn;
     for (int64_t begin = 0; begin < args_.columns; begin += kBlock) {
       const int n = static_cast<int>(args_.columns - begin < kBlock ? args_.columns - begin : kBlock);
       const T* h = load(args_.student, args_.student_dtype, r * args_.student_stride + begin, block.student, n);
@@ -95,8 +142,8 @@ class Kernel {
         for (int i = 0; i < n; ++i) block.student[i] = h[i] + bias[begin + i];
         h = block.student;
       }
-      action(h, t, block.out, n);
-      if (gradient) store(block.out, args_.gradient, args_.gradient_dtype, r * args_.columns + begin, n);
+      action(h, t, in_place ? static_cast<T*>(args_.gradient) + r * args_.columns + begin : block.out, n);
+      if (gradient && !in_place) store(block.out, args_.gradient, args_.gradient_dtype, r * args_.columns + begin, n);
     }
   }
 
@@ -112,16 +159,8 @@ class Kernel {
   double mean_square(int64_t r, T scale) const {
     const T factor = T(2) * scale / static_cast<T>(args_.columns);
     double total = 0;
-    for_blocks(r, args_.gradient, [&](const T* h, const T* t, T* out, int n) {
-      T sum = 0;
-#pragma omp simd reduction(+ : sum)
-      for (int i = 0; i < n; ++i) {
-        const T difference = h[i] - t[i];
-        sum += difference * difference;
-        out[i] = difference * factor;
-      }
-      total += sum;
-    });
+    for_blocks(r, args_.gradient,
+               [&](const T* h, const T* t, T* out, int n) { total += squared_difference(h, t, factor, out, n); });
     return total / static_cast<double>(args_.columns);
   }
 
@@ -129,13 +168,8 @@ class Kernel {
   double cosine(int64_t r, T scale) const {
     double h2 = 0, t2 = 0, ht = 0, rh = 0;
     for_blocks(r, false, [&](const T* h, const T* t, T*, int n) {
-      T hh = 0, tt = 0, mixed = 0, along = 0;
-#pragma omp simd reduction(+ : hh, tt, mixed, along)
-      for (int i = 0; i < n; ++i) {
-        hh += h[i] * h[i], tt += t[i] * t[i];
-        mixed += h[i] * t[i], along += (h[i] - t[i]) * h[i];
-      }
-      h2 += hh, t2 += tt, ht += mixed, rh += along;
+      const Products<T> p = products(h, t, n);
+      h2 += p.hh, t2 += p.tt, ht += p.ht, rh += p.rh;
     });
     if (!(h2 != 0 && t2 != 0)) {  // cos = 0 by definition
       zero(r);
@@ -144,14 +178,7 @@ class Kernel {
     const T part = static_cast<T>(rh / h2), factor = static_cast<T>(scale / std::sqrt(h2) / std::sqrt(t2));
     double perpendicular = 0;
     for_blocks(r, args_.gradient, [&](const T* h, const T* t, T* out, int n) {
-      T sum = 0;
-#pragma omp simd reduction(+ : sum)
-      for (int i = 0; i < n; ++i) {
-        const T w = (h[i] - t[i]) - part * h[i];
-        sum += w * w;
-        out[i] = w * factor;
-      }
-      perpendicular += sum;
+      perpendicular += squared_rest(h, t, part, factor, out, n);
     });
     const double cos = ht / std::sqrt(h2) / std::sqrt(t2);
     return cos > 0 ? perpendicular / (t2 * (1 + cos)) : 1 - cos;

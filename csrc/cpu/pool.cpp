@@ -16,7 +16,8 @@ namespace fastdistil::cpu {
 namespace {
 
 constexpr size_t kHugePage = size_t{1} << 21;
-constexpr size_t kMostBlocks = 4;  // kept at a time: a step has few results of this size
+constexpr size_t kFewBlocks = 4;               // that many are kept, of any size: a step has few results that large
+constexpr size_t kFewBytes = size_t{1} << 28;  // and more of them as long as all together are no larger than this
 
 struct Block {
   void* data;
@@ -27,6 +28,16 @@ std::mutex mutex;
 std::vector<Block>& blocks() {
   static auto* kept = new std::vector<Block>;  // never destroyed: tensors may outlive static objects
   return *kept;
+}
+
+size_t bytes_of(const std::vector<Block>& kept) {
+  size_t bytes = 0;
+  for (const Block& block : kept) bytes += block.capacity;
+  return bytes;
+}
+
+void unmap(const std::vector<Block>& gone) {
+  for (const Block& block : gone) munmap(block.data, block.capacity);
 }
 
 // The smallest kept block that fits and wastes at most half of itself.
@@ -56,26 +67,24 @@ PooledMemory::PooledMemory(size_t bytes) : bytes_(bytes) {
 }
 
 PooledMemory::~PooledMemory() {
-  Block surplus{nullptr, 0};
+  std::vector<Block> surplus;  // the oldest
   madvise(data_, capacity_, MADV_FREE);
   {
     const std::lock_guard<std::mutex> lock(mutex);
     blocks().push_back({data_, capacity_});
-    if (blocks().size() > kMostBlocks) {
-      surplus = blocks().front();
+    while (blocks().size() > kFewBlocks && bytes_of(blocks()) > kFewBytes) {
+      surplus.push_back(blocks().front());
       blocks().erase(blocks().begin());
     }
   }
-  if (surplus.data) munmap(surplus.data, surplus.capacity);
+  unmap(surplus);
 }
 
 bool pool_available() { return true; }
 
 size_t pool_held() {
   const std::lock_guard<std::mutex> lock(mutex);
-  size_t held = 0;
-  for (const Block& block : blocks()) held += block.capacity;
-  return held;
+  return bytes_of(blocks());
 }
 
 void pool_release() {
@@ -84,7 +93,7 @@ void pool_release() {
     const std::lock_guard<std::mutex> lock(mutex);
     released.swap(blocks());
   }
-  for (const Block& block : released) munmap(block.data, block.capacity);
+  unmap(released);
 }
 
 #else

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from fastdistil import _C
 
-# Below, the C library's allocator keeps freed memory by itself (its mmap threshold grows up to 32 MiB).
-SMALLEST_POOLED = 32 << 20
+# Below, two huge pages would be mostly waste. The C library's allocator keeps freed memory of up to 32 MiB too, but not
+# always: it gives back what lies at the end of its heap.
+SMALLEST_POOLED = 4 << 20
 
 
 def new_empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
@@ -27,7 +28,8 @@ def new_empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = No
 def empty_cache() -> None:
     """Gives the CPU memory that past results left for the next ones back to the system.
 
-    Large gradients (32 MiB and more) of the losses keep their memory for the next call, at most four blocks of it,
-    which saves the page faults of a fresh one. The system takes it back by itself when memory is short.
+    Large gradients (4 MiB and more) of the losses keep their memory for the next call, four of any size and more of
+    them up to 256 MiB together, which saves the page faults of a fresh one. The system takes it back by itself when
+    memory is short.
     """
     _C.pool_release()
