@@ -106,6 +106,43 @@ def test_near_convergence(backend: str, kind: str, noise: float, offset: float) 
     judge_exact(outcome(partial(ours, teacher=teacher, kind=kind, backend=backend), inputs), truth, torch.float32)
 
 
+@pytest.mark.parametrize("noise", [1e-1, 1e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+@pytest.mark.parametrize("projected", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", available("reference", "cpu"))
+def test_computed_states_near_convergence(
+    backend: str, kind: str, projected: bool, activation: str, noise: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A product and an activation are rounded where they stand. With a product, 40 rows, one of them of weight 0, are
+    two chunks, the first far."""
+    monkeypatch.setitem(hidden_op.CHUNK_ELEMENTS, "cpu", 32 * 96)
+    parts = [torch.randn(40, 64), torch.randn(96, 64) / 8, torch.randn(96)] if projected else [torch.randn(40, 96)]
+    inputs, weight = [x.to(DEVICE) for x in parts], weights(40)
+    act = functional.gelu if activation == "gelu" else torch.nn.Identity()
+    exact = act(functional.linear(*(x.double() for x in inputs)) if projected else inputs[0].double())
+    noise_of_row = torch.where(torch.arange(40, device=DEVICE) < 33, 1.0 if projected else noise, noise)[:, None]
+    teacher = (exact + noise_of_row * torch.randn_like(exact)).float()
+    teacher[1] = float("nan")  # of weight 0
+
+    def plain(*x: Tensor) -> Tensor:
+        z = functional.linear(*x) if projected else x[0]
+        kept = weight > 0
+        return textbook(act(z[kept]), teacher=teacher.double()[kept], kind=kind, weight=weight[kept])
+
+    options: dict[str, Any] = {"teacher": teacher, "kind": kind, "weight": weight, "activation": activation}
+    names = ("projection", "bias")[: len(inputs) - 1]
+
+    def found(*x: Tensor) -> Tensor:
+        return hidden_loss(x[0], **options, **dict(zip(names, x[1:], strict=True)), backend=backend)
+
+    truth, result = outcome(plain, [x.double() for x in inputs]), outcome(found, inputs)
+    judge_exact(result, truth, torch.float32)
+    # and of the near rows alone, whose error the far ones' gradients would hide
+    near = [Outcome(x.value, (x.gradients[0][33:],)) for x in (result, truth)]
+    judge_exact(*near, torch.float32)
+
+
 @pytest.mark.parametrize("projected", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastdistil.backends import choose, get
 from fastdistil.ops.gradients import hand_out, refuse_double_backward
+from fastdistil.ops.hidden_near import is_near
 from fastdistil.ops.precision import without_autocast
 
 # Elements of one chunk of projected states: 2 MiB of float32 on a CPU, 128 MiB on a GPU.
@@ -48,15 +49,23 @@ def _compute(
             raise ValueError("hidden_loss: backend 'triton' has no float64 kernel, expected backend='reference'")
         name = "reference"
     module = get("hidden", name, student.device)
+    checked = student.device.type == "cpu" and name != "triton" and row_scale.dtype == torch.float32
     if projection is not None:
-        rows, found = _projected(module, student, teacher, projection, bias, row_scale, kind, activation, dense, wanted)
+        states = (student, teacher, projection, bias, row_scale)
+        rows, found = _projected(module, *states, kind, activation, dense, wanted, checked)
         if rounded:
             inputs = (student, projection, bias)
             found = tuple(g if g is None or x is None else g.to(x.dtype) for g, x in zip(found, inputs, strict=True))  # type: ignore[assignment]
         return rows, found
     dtype = (student.dtype if rounded else row_scale.dtype) if wanted[0] else None
-    rows, dstudent = module.hidden_rows(student, teacher, None, row_scale, kind, activation, dtype)
-    return rows, (dstudent, None, None)
+    wide = (
+        checked
+        and activation != "none"
+        and is_near(student.to(row_scale.dtype), teacher, None, row_scale, kind, activation)
+    )
+    scale = row_scale.double() if wide else row_scale
+    rows, dstudent = module.hidden_rows(student, teacher, None, scale, kind, activation, dtype)
+    return rows.to(row_scale.dtype), (dstudent, None, None)
 
 
 def _projected(
@@ -70,6 +79,7 @@ def _projected(
     activation: str,
     dense: bool,
     wanted: tuple[bool, bool, bool],
+    checked: bool,
 ) -> tuple[Tensor, Gradients]:
     dtype, (count, size_s), size_t = row_scale.dtype, student.shape, projection.shape[0]
     on_cpu = student.device.type == "cpu"
@@ -84,13 +94,22 @@ def _projected(
     low = multiplied_in(student, projection, dtype)
     weight = projection.to(low)
     shift = None if bias is None else bias.to(dtype)
+    near = False
+    wide: Tensor | None = None
     step = chunk_rows(size_t, student.device)
     for start in range(0, count if kept is None else len(kept), step):
         chunk = slice(start, min(start + step, count)) if kept is None else kept[start : start + step]
         scale, h = row_scale[chunk], student[chunk].to(low)
-        z = _product(h, weight.T, dtype)
+        t, offset = teacher[chunk], shift
+        if not near:
+            z = _product(h, weight.T, dtype)
+            near = checked and is_near(z, t, shift, scale, kind, activation)
+        if near:  # and the rest of the rows without asking
+            wide = weight.double() if wide is None else wide
+            z, offset, scale = h.double() @ wide.T, None if shift is None else shift.double(), scale.double()
         need = dtype if any(wanted) else None
-        rows[chunk], dz = module.hidden_rows(z, teacher[chunk], shift, scale, kind, activation, need)
+        values, dz = module.hidden_rows(z, t, offset, scale, kind, activation, need)
+        rows[chunk] = values.to(dtype)
         if dstudent is not None:
             if kept is None and weight.dtype == dtype:
                 torch.mm(dz, weight, out=dstudent[chunk])
