@@ -214,7 +214,7 @@ def cpu_cases() -> list[Case]:
     ]  # fmt: skip
     hidden = [
         _hidden("minilm-mbert-mse", 4096, 384, 1, _CPU_OTHER, "float32", bars=half),
-        _hidden("lightmbert-mse", 2048, 768, 6, _CPU_OTHER, "float32"),
+        _hidden("lightmbert-mse", 2048, 768, 6, _CPU_OTHER, "float32", bars=(Bar("fastdistil:cpu", "eager", 1.1),)),
     ]
     attention = [
         _attention(

@@ -3,8 +3,7 @@
 // keeps 2^-24 of a score, and the difference is a small part of that.
 //
 // Work: twice that of the float products, X_s Y_s^T and X_t Y_t^T as one of depth d_s + d_t. The keys stay floats in
-// their panels, a half of which is widened for a tile of rows: the
-// conversions are an eighth of the multiply-adds, and no operand is stored twice.
+// their panels, half a panel is widened at a time: the conversions are an eighth of the multiply-adds.
 #pragma once
 
 #include "attention_heads.h"

@@ -14,10 +14,6 @@ from fastdistil.backends.memory import new_empty
 
 _KINDS = {"prob_mse": 0, "prob_kl": 1, "score_mse": 2}  # enum AttentionKind
 
-# Tokens of a sequence a column of the low-rank factors from which on that form is the faster one; of head sizes that
-# differ it is in double, and so are the tiles where the two maps are alike.
-_LONG = {True: 1, False: 2}
-
 
 def attention(
     student_q: Tensor,
@@ -39,6 +35,10 @@ def attention(
         for x in (student_q, student_k, teacher_q, teacher_k)
     )
     dtype, sizes = row_scale.dtype, (student_q.shape[-1], teacher_q.shape[-1])
+    offsets = [] if cu_seqlens is None else cu_seqlens.tolist()
+    length = row_scale.shape[-1] / max(1, len(offsets) - 1)  # the sequences' mean
+    # From this many tokens on the low-rank form is the faster one; of head sizes that differ it is in double.
+    many = sum(sizes) if sizes[0] == sizes[1] else 2 * sum(sizes)
     rows = torch.empty_like(row_scale, memory_format=torch.contiguous_format)
     dq, dk = (new_empty(x, x.shape, dtype) if need_grad else None for x in (student_q, student_k))
     _C.attention(
@@ -51,12 +51,12 @@ def attention(
         rows=rows,
         dq=dq,
         dk=dk,
-        offsets=[] if cu_seqlens is None else cu_seqlens.tolist(),
+        offsets=offsets,
         kind=_KINDS[kind],
         causal=causal,
         student_scale=student_scale,
         teacher_scale=teacher_scale,
-        low_rank=kind == "score_mse" and not causal and row_scale.shape[-1] > _LONG[sizes[0] == sizes[1]] * sum(sizes),
+        low_rank=kind == "score_mse" and not causal and length > many,
         threads=torch.get_num_threads(),
     )
     return rows, dq, dk
