@@ -16,6 +16,7 @@ import fastdistil
 from fastdistil.backends import interpreting
 
 if interpreting():
+    import triton_interpreter_fast  # noqa: F401
     import triton_interpreter_fix  # noqa: F401
 
 
