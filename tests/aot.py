@@ -1,7 +1,8 @@
 """Ahead-of-time compilation of every Triton kernel, for GPUs that are not there: what `python tests/aot.py` prints.
 
-One JSON line a kernel, configuration and target: registers, spilled bytes, shared memory, assembler warnings, counts of
-some instructions. It runs in a process of its own, because a kernel decorated under TRITON_INTERPRET cannot be compiled.
+One JSON line a kernel, configuration and target: registers, spilled bytes, shared memory, assembler warnings, loads of
+16 bytes. It runs in a process of its own, because a kernel decorated under TRITON_INTERPRET cannot be compiled.
+Targets are its arguments; `make test` takes those of TESTED, `make versions` all that the compiler knows.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,25 +22,39 @@ from typing import Any
 import fastdistil.kernels.triton as kernels
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
 
 # Target and the shared memory that one block may use, in bytes (the vendors' documentation; triton does not check it).
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), 166_912),
+    "sm_89": (GPUTarget("cuda", 89, 32), 101_376),
     "sm_90a": (GPUTarget("cuda", 90, 32), 232_448),
+    "sm_100a": (GPUTarget("cuda", 100, 32), 232_448),
+    "sm_120a": (GPUTarget("cuda", 120, 32), 101_376),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 65_536),
+    "gfx950": (GPUTarget("hip", "gfx950", 64), 163_840),
 }
-TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-INSTRUCTIONS = ("HGMMA", "HMMA", r"LDG\.E\.128", r"LDG\.E\.U16", r"STG\.E\.128")
+TESTED = ("sm_80", "sm_90a", "gfx942")
+# In PTX, which the assembler takes over one to one, and on AMD.
+WIDE = re.compile(r"ld\.global\S*\.(?:v4\.[bfu]32|v2\.[bfu]64|v8\.[bfu]32)|(?:global|buffer)_load_dwordx4")
 
 
-def cases() -> list[tuple[str, int, str]]:
-    """Module, index and target of each case that a kernel file declares in `aot_cases()` (all `TARGETS` by default)."""
+def assembler(arch: int) -> str:
+    """The one that Triton itself takes: a wheel may hold two, and the older one does not read the newer one's PTX."""
+    return str(nvidia.get_ptxas(arch).path)
+
+
+def cases(targets: Sequence[str]) -> list[tuple[str, int, str]]:
+    """Module, index and target of each case that a kernel file declares in `aot_cases()` (all targets by default). Those
+    that a case names stand for their vendor's others too."""
     found = []
     for module in pkgutil.iter_modules(kernels.__path__):
         name = f"fastdistil.kernels.triton.{module.name}"
         declared = getattr(importlib.import_module(name), "aot_cases", list)()
-        found += [(name, i, arch) for i, case in enumerate(declared) for arch in case.get("targets", TARGETS)]
+        for i, case in enumerate(declared):
+            vendors = {arch[:2] for arch in case.get("targets", TARGETS)}
+            found += [(name, i, arch) for arch in targets if arch[:2] in vendors]
     return found
 
 
@@ -59,18 +75,16 @@ def resources(compiled: Any, arch: str) -> dict[str, Any]:
     if "amdgcn" in compiled.asm:
         return _amd_resources(compiled)
     with tempfile.TemporaryDirectory() as folder:
-        ptx, cubin = Path(folder, "k.ptx"), Path(folder, "k.cubin")
+        ptx = Path(folder, "k.ptx")
         ptx.write_text(compiled.asm["ptx"])
-        cubin.write_bytes(compiled.asm["cubin"])
-        assemble = [TOOLS / "ptxas", "-v", f"--gpu-name={arch}", ptx, "-o", Path(folder, "o")]
+        assemble = [assembler(TARGETS[arch][0].arch), "-v", f"--gpu-name={arch}", ptx, "-o", Path(folder, "o")]
         log = subprocess.run(assemble, capture_output=True, text=True, check=True).stderr
-        sass = subprocess.run([TOOLS / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True).stdout
     return {
         "shared_bytes": compiled.metadata.shared,
         "registers": max(map(int, re.findall(r"Used (\d+) registers", log))),
         "spill_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", log))),
         "warnings": re.findall(r"\((C\d+)\)", log),
-        "instructions": {name.replace("\\", ""): len(re.findall(name, sass)) for name in INSTRUCTIONS},
+        "loads_of_16_bytes": len(WIDE.findall(compiled.asm["ptx"])),
     }
 
 
@@ -86,7 +100,7 @@ def _amd_resources(compiled: Any) -> dict[str, Any]:
         # Scratch memory. Scalar registers that overflow go to lanes of vector registers, not to memory.
         "spill_bytes": max(4 * first("vgpr_spill_count"), first("private_segment_fixed_size")),
         "warnings": [],
-        "instructions": {"wide": len(re.findall(r"(?:global|buffer)_load_dwordx4", text))},
+        "loads_of_16_bytes": len(WIDE.findall(text)),
     }
 
 
@@ -95,11 +109,12 @@ def run(job: tuple[str, int, str]) -> dict[str, Any]:
     case = importlib.import_module(module).aot_cases()[index]
     target, limit = TARGETS[arch]
     record = {"case": f"{module.rsplit('.', 1)[1]}:{case['name']}", "target": arch, "shared_limit": limit}
-    return record | {"wide_loads": case.get("wide_loads", False)} | resources(compile_case(case, target), arch)
+    record |= {"wide_loads": case.get("wide_loads", False), "fusion": case.get("options", {}).get("enable_fp_fusion")}
+    return record | resources(compile_case(case, target), arch)
 
 
 def main() -> None:
-    jobs = cases()
+    jobs = cases(sys.argv[1:] or TESTED)
     with ProcessPoolExecutor(2) as pool:
         for record in pool.map(run, jobs, chunksize=4):
             print(json.dumps(record), flush=True)

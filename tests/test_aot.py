@@ -18,11 +18,13 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.timeout(1200)
 def test_triton_kernels_compile_for_every_target_without_spills() -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    result = subprocess.run([sys.executable, ROOT / "tests/aot.py"], capture_output=True, text=True, env=environment)
+    targets = os.environ.get("FASTDISTIL_AOT_TARGETS", "sm_80 sm_90a gfx942").split()  # `make versions` names more
+    command = [sys.executable, ROOT / "tests/aot.py", *targets]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-4000:]
     records = [json.loads(line) for line in result.stdout.splitlines()]
     assert {r["case"].split(":")[0] for r in records} >= {"logit", "hidden", "attention", "sparse"}
-    assert {r["target"] for r in records} == {"sm_80", "sm_90a", "gfx942"}
+    assert {r["target"] for r in records} == set(targets)
     problems = [f"{r['case']} on {r['target']}: {p}" for r in records for p in _problems(r)]
     assert not problems, "\n".join(problems)
 
@@ -33,9 +35,11 @@ def _problems(record: dict) -> list[str]:
         found.append(f"spills {record['spill_bytes']} bytes")
     if record["shared_bytes"] > record["shared_limit"]:
         found.append(f"needs {record['shared_bytes']} bytes of shared memory, the limit is {record['shared_limit']}")
+    if record["fusion"] is None:
+        found.append("leaves enable_fp_fusion to the compiler's default, which Triton 3.10 changes")
     if "C7515" in record["warnings"]:
         found.append("wgmma is serialised (C7515)")
-    if record["wide_loads"] and not (record["instructions"].get("LDG.E.128") or record["instructions"].get("wide")):
+    if record["wide_loads"] and not record["loads_of_16_bytes"]:
         found.append("has no 16-byte loads")
     return found
 

@@ -14,6 +14,7 @@ from fastdistil.kernels.triton.attention_kernels import (
     attention_value_kernel,
 )
 from fastdistil.kernels.triton.attention_relation import attention_dx_kernel
+from fastdistil.kernels.triton.numerics import FUSION
 from torch import Tensor
 
 from fastdistil.reference.attention import sum_of_groups
@@ -28,10 +29,10 @@ def attention_config(widest: int, itemsize: int, hip: bool) -> tuple[int, int, d
     that compile without a spill for sm_80, sm_90a and gfx942; they are not yet tuned for speed on a GPU.
     """
     if hip:
-        return 32, 16, {"num_warps": 4, "num_stages": 1}
+        return 32, 16, {"num_warps": 4, "num_stages": 1} | FUSION
     if itemsize == 4:
-        return (32 if widest <= 64 else 16), 16, {"num_warps": 8, "num_stages": 1}
-    return 64, 32, {"num_warps": 4, "num_stages": 3}
+        return (32 if widest <= 64 else 16), 16, {"num_warps": 8, "num_stages": 1} | FUSION
+    return 64, 32, {"num_warps": 4, "num_stages": 3} | FUSION
 
 
 def relation_config(widest: int, itemsize: int, hip: bool) -> tuple[int, int, dict[str, int]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from fastdistil.kernels.triton.numerics import FUSION
 from torch import Tensor
 
 
@@ -68,7 +69,7 @@ def cross_entropy_kernel(
 def cross_entropy_config(columns: int) -> tuple[int, dict[str, int]]:
     """Columns a tile, four a thread: one 16-byte load. Not yet tuned on a GPU."""
     block = min(max(triton.next_power_of_2(columns), 128), 2048)
-    return block, {"num_warps": max(1, block // 256)}
+    return block, {"num_warps": max(1, block // 256)} | FUSION
 
 
 def cross_entropy_rows(

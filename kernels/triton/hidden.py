@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from fastdistil.kernels.triton.exact import forward_kl_terms, move_unit, scaled_expm1
-from fastdistil.kernels.triton.numerics import log1p
+from fastdistil.kernels.triton.numerics import FUSION, log1p
 from torch import Tensor
 
 
@@ -18,7 +18,7 @@ def hidden_config(size: int) -> tuple[int, dict[str, int]]:
     """Columns that a program holds at a time, and its warps: 8 elements a thread, for 16 spill on sm_80 with kl and
     gelu. Wider rows take several steps."""
     block = min(triton.next_power_of_2(size), 2048)
-    return block, {"num_warps": max(1, block // 256)}
+    return block, {"num_warps": max(1, block // 256)} | FUSION
 
 
 @triton.jit

@@ -8,6 +8,7 @@ import torch
 import triton
 from fastdistil.kernels.triton.divergence import RULES, Rule, jsd, skew_kl, skew_reverse_kl
 from fastdistil.kernels.triton.logit_kernels import logit_bwd_kernel, logit_fwd_kernel
+from fastdistil.kernels.triton.numerics import FUSION
 from torch import Tensor
 
 from fastdistil.ops.logit_rule import PHASE_ALL, STATS
@@ -17,7 +18,7 @@ def logit_config(columns: int, lanes: int, most: int = 2048) -> tuple[int, dict[
     """Columns a tile, and warps of `lanes` threads: 8 columns a thread, one 16-byte load of 16-bit logits; 16 columns
     spill. Not yet tuned on a GPU."""
     block = min(max(triton.next_power_of_2(columns), 64), most)
-    return block, {"num_warps": max(1, block // (8 * lanes))}
+    return block, {"num_warps": max(1, block // (8 * lanes))} | FUSION
 
 
 def forward_config(columns: int, lanes: int, rule: Rule) -> tuple[int, dict[str, int]]:

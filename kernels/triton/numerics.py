@@ -9,6 +9,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Part of every kernel's options: a * b + c may be rounded once. The compiler's default for it depends on its version
+# and on the environment. Fused, the polynomials below err less and cost half; where a difference must be exact (equal
+# inputs, equal temperatures) the kernels subtract before they multiply, so that no product is fused apart from its
+# twin. tests/test_triton_fusion.py judges both settings.
+FUSION: dict[str, int] = {"enable_fp_fusion": True}
+
 
 @triton.jit
 def _excess_series(x):

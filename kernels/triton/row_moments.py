@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from fastdistil.kernels.triton.numerics import FUSION
 from torch import Tensor
 
 from fastdistil.ops.row_statistics import MOMENTS
@@ -82,7 +83,7 @@ def row_moments_kernel(
 def row_moments_config(columns: int) -> tuple[int, dict[str, int]]:
     """Columns a tile, four a thread. Not yet tuned on a GPU."""
     block = min(max(triton.next_power_of_2(columns), 128), 2048)
-    return block, {"num_warps": max(1, block // 256)}
+    return block, {"num_warps": max(1, block // 256)} | FUSION
 
 
 def row_moments(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from fastdistil.kernels.triton.numerics import FUSION
 from torch import Tensor
 
 PIECE = 1 << 16  # elements of a program, where one factor serves them all
@@ -30,7 +31,7 @@ def scale_kernel(x_ptr, factor_ptr, x_stride, factor_stride, columns, count, BLO
 def scale_config(columns: int) -> tuple[int, dict[str, int]]:
     """Columns a step, eight a thread. Not yet tuned on a GPU."""
     block = min(max(triton.next_power_of_2(columns), 256), 2048)
-    return block, {"num_warps": block // 256}
+    return block, {"num_warps": block // 256} | FUSION
 
 
 def scale_(x: Tensor, factor: Tensor) -> None:

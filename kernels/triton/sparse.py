@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from fastdistil.kernels.triton.numerics import FUSION
 from torch import Tensor
 
 from fastdistil.ops.sparse_rows import COLUMNS, CONSTANTS, UpdateRow, update_table
@@ -71,7 +72,7 @@ def sparse_update_kernel(
 
 def sparse_config() -> tuple[int, dict[str, int]]:
     """Entries a program, and warps: 8 entries a thread, gathered together. Not yet tuned on a GPU."""
-    return 1024, {"num_warps": 4}
+    return 1024, {"num_warps": 4} | FUSION
 
 
 @lru_cache(maxsize=16)
