@@ -41,13 +41,22 @@ def translate(source: str) -> str:
     return re.sub(r"(\w+(?:<[\w, ]+>)?)<<<(.+?)>>>\(", wrapped, source)
 
 
+def included(name: str, texts: dict[str, str]) -> dict[str, str]:
+    """Those of the texts that one includes, directly or not."""
+    found, names = dict[str, str](), [name]
+    while names:
+        new = set(re.findall(r'#include "([\w.]+)"', texts[names.pop()])) & texts.keys() - found.keys()
+        found |= {header: texts[header] for header in new}
+        names += new
+    return dict(sorted(found.items()))
+
+
 def build(folder: Path, change: Callable[[str, str], str] = lambda name, source: source) -> Path:
     """The kernels, after `change(file name, source)`, as a library in `folder`. Objects and libraries are kept by a
     hash of all that went into them."""
     texts = {path.name: change(path.name, path.read_text()) for path in sorted(SOURCES.iterdir())}
     texts = {name: (SHIM / name).read_text() if (SHIM / name).exists() else translate(t) for name, t in texts.items()}
     texts["library.cu"] = (SHIM / "library.cpp").read_text()
-    headers = {name: text for name, text in texts.items() if not name.endswith(".cu")}
     around = [path.read_text() for path in sorted([*SHIM.iterdir(), *(ROOT / "csrc/rules").iterdir()])]
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -58,9 +67,9 @@ def build(folder: Path, change: Callable[[str, str], str] = lambda name, source:
         for name, text in texts.items():
             source = tree / name.replace(".cu", ".cpp")
             source.write_text(text)
-            if name in headers:
+            if not name.endswith(".cu"):
                 continue
-            key = hashlib.sha256(repr((FLAGS, COMPILER, text, headers, around)).encode()).hexdigest()[:16]
+            key = hashlib.sha256(repr((FLAGS, COMPILER, text, included(name, texts), around)).encode()).hexdigest()[:16]
             objects.append(folder / f"{source.stem}-{key}.o")
             if not objects[-1].exists():
                 made = source.with_suffix(".o")
