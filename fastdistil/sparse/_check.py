@@ -13,14 +13,18 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastdistil.losses._check import FLOATS, number
+from fastdistil.sparse.names import Parameters, all_names
 
 Named = nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 
 
 def named_tensors(function: str, name: str, value: Named) -> Mapping[str, Tensor]:
-    """`value` as a mapping, in its own order; a mapping stays what it is, which may read its tensors lazily."""
+    """`value` as a mapping, in its own order, tied tensors once; a mapping that is no dict stays what it is, since it
+    may read its tensors lazily."""
     if isinstance(value, nn.Module):
-        return dict(value.named_parameters())
+        return Parameters.of_module(value)
+    if isinstance(value, dict):
+        return Parameters(value.items())
     if isinstance(value, Mapping):
         return value
     found: dict[str, Tensor] = {}
@@ -36,7 +40,7 @@ def named_tensors(function: str, name: str, value: Named) -> Mapping[str, Tensor
         if pair[0] in found:
             raise ValueError(f"{function}: {name} holds {pair[0]!r} twice")
         found[pair[0]] = pair[1]
-    return found
+    return Parameters(found.items())
 
 
 def float_param(function: str, argument: str, name: str, value: object) -> Tensor:
@@ -51,12 +55,17 @@ def float_param(function: str, argument: str, name: str, value: object) -> Tenso
     return value.detach()
 
 
-def base_param(function: str, name: str, base_params: Mapping[str, Tensor], param: Tensor) -> Tensor:
-    """θ⁰ of one parameter, dense; a lazy mapping is asked once."""
-    try:
-        found = base_params[name]
-    except KeyError:
-        raise ValueError(f"{function}: base_params has no {name!r}, which params has") from None
+def base_param(
+    function: str, name: str, base_params: Mapping[str, Tensor], param: Tensor, names: Sequence[str] = ()
+) -> Tensor:
+    """θ⁰ of one parameter, dense, under `name` or another of its `names`; a lazy mapping is asked once."""
+    found: object = None
+    for known in dict.fromkeys((name, *names)):
+        with suppress(KeyError):  # `in` would fetch a lazy mapping's tensor once more
+            found = base_params[known]
+            break
+    else:
+        raise ValueError(f"{function}: base_params has no {name!r}, which params has")
     base = float_param(function, "base_params", name, found)
     if base.shape != param.shape:
         raise ValueError(
@@ -75,19 +84,24 @@ def _parts(function: str, argument: str, value: str | Sequence[str], names: Sequ
 
 
 def chosen_names(
-    function: str, names: Sequence[str], include: str | Sequence[str] | None, exclude: str | Sequence[str] | None
+    function: str,
+    names: Sequence[str] | Mapping[str, Tensor],
+    include: str | Sequence[str] | None,
+    exclude: str | Sequence[str] | None,
 ) -> list[str]:
     """The names that hold a part of `include` (None: all) and none of `exclude`; a part that fits no name is a
-    ValueError, because a misspelt name would go unnoticed."""
-    wanted = None if include is None else _parts(function, "include", include, names)
-    unwanted = () if exclude is None else _parts(function, "exclude", exclude, names)
-    found = [
-        name
-        for name in names
-        if (wanted is None or any(part in name for part in wanted)) and not any(part in name for part in unwanted)
-    ]
+    ValueError, because a misspelt name would go unnoticed. Of a tied parameter any name counts."""
+    known = {name: all_names(names, name) if isinstance(names, Mapping) else (name,) for name in names}
+    every = [name for several in known.values() for name in several]
+    wanted = None if include is None else _parts(function, "include", include, every)
+    unwanted = () if exclude is None else _parts(function, "exclude", exclude, every)
+
+    def hold(name: str, parts: Sequence[str]) -> bool:
+        return any(part in alias for alias in known[name] for part in parts)
+
+    found = [name for name in known if (wanted is None or hold(name, wanted)) and not hold(name, unwanted)]
     if not found:
-        raise ValueError(f"{function}: include and exclude leave none of the {len(names)} parameters")
+        raise ValueError(f"{function}: include and exclude leave none of the {len(known)} parameters")
     return found
 
 

@@ -13,6 +13,7 @@ from fastdistil.losses._check import number
 from fastdistil.ops.sparse_rows import UpdateConstants, UpdateRow
 from fastdistil.sparse._check import Named, float_param, named_tensors
 from fastdistil.sparse.mask import SparseMask
+from fastdistil.sparse.names import all_names, by_parameter, found_name, same_positions
 from fastdistil.sparse.select import kernels
 
 _SIXTEEN_BITS = (torch.float16, torch.bfloat16)
@@ -23,8 +24,9 @@ class SparseAdamW(torch.optim.Optimizer):
     """torch.optim.AdamW for the entries of a mask; the parameters that the mask does not name are updated densely.
 
     `named_params` is a module, a mapping, pairs of name and parameter, or a list of groups as torch.optim takes them,
-    whose "params" are pairs. `mask` maps names to sorted flat positions (a SparseMask, or any mapping). Parameters are
-    dense float32, bfloat16, float16 or float64. In a masked parameter everything outside of the mask stays bit for bit
+    whose "params" are pairs. `mask` maps names to sorted flat positions (a SparseMask, or any mapping); it may name a
+    tied parameter by any name that `named_params` has for it, which are all of them in a module. Parameters are dense
+    float32, bfloat16, float16 or float64. In a masked parameter everything outside of the mask stays bit for bit
     what it was, also under weight decay; inside, the numbers are those of torch.optim.AdamW. State: two float32 an
     entry (float64 for float64 parameters), one more, the master, for 16-bit parameters, one more under `l1`. Someone
     else may write the parameters between two steps: a master that no longer rounds to its parameter gives way.
@@ -57,10 +59,23 @@ class SparseAdamW(torch.optim.Optimizer):
         backend: str = "auto",
     ) -> None:
         groups = _groups(named_params)
-        shapes = {name: param.shape for group in groups for name, param in group["params"]}
+        self._masked: dict[str, str] = {}  # first name of a parameter -> its name in the mask
+        shapes = dict[str, torch.Size]()
+        for group in groups:
+            params = group["params"]
+            known = [name for name in mask if name in params]
+            self._masked |= by_parameter(
+                "SparseAdamW", "mask", known, params, lambda a, b: torch.equal(mask[a], mask[b])
+            )
+            shapes |= {name: params[name].shape for name in known}
         for name in mask:
             if name not in shapes:
-                raise ValueError(f"SparseAdamW: mask has {name!r}, which named_params has not")
+                raise ValueError(
+                    f"SparseAdamW: mask has {name!r}, which named_params has not (a tied parameter has all of its "
+                    "names in a module, or in named_parameters(remove_duplicate=False))"
+                )
+        if len(self._masked) < len(mask):  # it holds a tied parameter under two names
+            mask = {name: mask[name] for name in self._masked.values()}
         self.mask = mask if isinstance(mask, SparseMask) else SparseMask(mask, shapes)
         self._index: dict[Tensor, Tensor | None] = {}
         self._place: dict[Tensor, tuple[int, str]] = {}  # group's number, name
@@ -72,22 +87,27 @@ class SparseAdamW(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch.optim's, for pairs of name and parameter."""
-        param_group = {**param_group, "params": _pairs(param_group["params"])}
-        super().add_param_group(param_group)
+        params = named_tensors("SparseAdamW", "named_params", param_group["params"])
+        for name in params:
+            masked = found_name(self.mask, all_names(params, name))
+            if masked is not None:
+                self._masked.setdefault(name, masked)
+        super().add_param_group({**param_group, "params": list(params.items())})
         group = self.param_groups[-1]
         _check_numbers(group)
         for name, param in zip(group["param_names"], group["params"], strict=True):
             float_param("SparseAdamW", "named_params", name, param)
             if not param.is_contiguous():
                 raise ValueError(f"SparseAdamW: named_params[{name!r}] has strides {param.stride()}, expected it dense")
-            if name in self.mask and self.mask.shapes[name] != param.shape:
+            masked = self._masked.get(name)
+            if masked is not None and self.mask.shapes[masked] != param.shape:
                 raise ValueError(
                     f"SparseAdamW: named_params[{name!r}] has shape {tuple(param.shape)}, expected "
-                    f"{tuple(self.mask.shapes[name])} to match mask"
+                    f"{tuple(self.mask.shapes[masked])} to match mask"
                 )
-            self._index[param] = self.mask.get(name)
+            self._index[param] = None if masked is None else self.mask[masked]
             self._place[param] = (len(self.param_groups) - 1, name)
-            if group["l1"] and name in self.mask:
+            if group["l1"] and masked is not None:
                 self.state[param]["base"] = self._entries(param)
             self._add_hook(param)
 
@@ -98,7 +118,7 @@ class SparseAdamW(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy.deepcopy and pickle, together with the model: torch.optim's knows nothing of the mask."""
-        own = ("mask", "_index", "_place", "_backend", "_in_backward")
+        own = ("mask", "_masked", "_index", "_place", "_backend", "_in_backward")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -182,7 +202,7 @@ class SparseAdamW(torch.optim.Optimizer):
         an error here."""
         state: dict[str, Any] = self.state[param]
         index = self._index[param]
-        if not param.is_contiguous() or (index is not None and param.shape != self.mask.shapes[name]):
+        if not param.is_contiguous() or (index is not None and param.shape != self._mask_shape(name)):
             raise ValueError(
                 f"SparseAdamW: {name!r} has become {tuple(param.shape)} with strides {param.stride()}, expected it "
                 "dense and of the shape that it had"
@@ -195,6 +215,9 @@ class SparseAdamW(torch.optim.Optimizer):
             if key in state and state[key].device != param.device:
                 state[key] = state[key].to(param.device)
         return state
+
+    def _mask_shape(self, name: str) -> torch.Size:
+        return self.mask.shapes[self._masked[name]]
 
     def _begin(self, param: Tensor, state: dict[str, Any]) -> None:
         """A parameter's state before its first step. The step is a number: a tensor would cost more than the rest of
@@ -258,18 +281,16 @@ def _state_dtype(param: Tensor) -> torch.dtype:
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
-def _pairs(params: Any) -> list[tuple[str, Tensor]]:
-    return list(named_tensors("SparseAdamW", "named_params", params).items())
-
-
 def _groups(named_params: Any) -> list[dict[str, Any]]:
-    """torch.optim's groups, with pairs of name and parameter; frozen ones stay, they may thaw."""
+    """torch.optim's groups, with parameters by name; frozen ones stay, they may thaw."""
     if isinstance(named_params, (list, tuple)) and named_params and all(isinstance(g, dict) for g in named_params):
-        return [{**group, "params": _pairs(group["params"])} for group in named_params]
-    pairs = _pairs(named_params)
-    if not pairs:
+        parts = list(named_params)
+    else:
+        parts = [{"params": named_params}]
+    groups = [{**part, "params": named_tensors("SparseAdamW", "named_params", part["params"])} for part in parts]
+    if len(groups) == 1 and not groups[0]["params"]:
         raise ValueError("SparseAdamW: named_params is empty")
-    return [{"params": pairs}]
+    return groups
 
 
 def _check_numbers(group: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ from fastdistil.sparse._check import (
     same_bits,
 )
 from fastdistil.sparse.mask import SparseMask
+from fastdistil.sparse.names import Parameters, all_names, by_parameter, same_positions
 from fastdistil.sparse.select import kernels
 from fastdistil.sparse.sums import added, common_base, merged
 
@@ -87,22 +88,28 @@ class SparseDelta:
         whole: Mapping[str, Tensor] | None = None,
         base_model: str | None = None,
     ) -> SparseDelta:
-        """params - base_params at the mask's positions. Arguments as `select_topk`; `whole` as the class's."""
+        """params - base_params at the mask's positions. Arguments as `select_topk`; `whole` as the class's.
+
+        A tied parameter is stored once, under its first name in `params`; `mask` and `base_params` may use another.
+        """
         function = "SparseDelta.from_params"
         after = named_tensors(function, "params", params)
         before = named_tensors(function, "base_params", base_params)
         positions, values, shapes = dict[str, Tensor](), dict[str, Tensor](), dict[str, torch.Size]()
-        for name, index in mask.items():
+        for name in mask:
             if name not in after:
                 raise ValueError(f"{function}: params has no {name!r}, which mask has")
+        names = by_parameter(function, "mask", mask, after, same_positions(mask))
+        for name, masked in names.items():
+            index, known = mask[masked], all_names(after, name)
             param = float_param(function, "params", name, after[name]).contiguous()
-            base = base_param(function, name, before, param).to(param.device)
-            check_positions(function, f"mask[{name!r}]", index, param.numel())
+            base = base_param(function, name, before, param, known).to(param.device)
+            check_positions(function, f"mask[{masked!r}]", index, param.numel())
             kernel, at = kernels(param.device), index.to(param.device)
             exact = torch.float64 if torch.float64 in (param.dtype, base.dtype) else torch.float32
             difference = kernel.sparse_take(param, at).to(exact) - kernel.sparse_take(base, at).to(exact)
             positions[name], values[name], shapes[name] = index.cpu(), difference.cpu(), param.shape
-        copies = {name: tensor.detach().cpu().clone() for name, tensor in (whole or {}).items()}
+        copies = {name: tensor.detach().cpu().clone() for name, tensor in Parameters((whole or {}).items()).items()}
         return cls(positions, values, shapes, whole=copies, base_model=base_model)
 
     @property
@@ -130,8 +137,10 @@ class SparseDelta:
     def apply_(self, module: nn.Module) -> SparseDelta:
         """Add the values to the module's parameters in place; what they overwrite is kept for `revert_`.
 
-        Everything is checked before anything is written. Raises ValueError where a parameter is missing, has another
-        shape or is not dense, or this delta is applied already.
+        A tied parameter is one: the delta may name it by any of its names, and where it holds the same under two of
+        them, that is added once. Everything is checked before anything is written. Raises ValueError where a parameter
+        is missing, has another shape or is not dense, is there under two names with different entries, or this delta is
+        applied already.
         """
         if module in self._kept:
             raise ValueError("SparseDelta.apply_: the delta is applied to module already, expected revert_ first")
@@ -167,9 +176,16 @@ class SparseDelta:
 
     def _params(self, function: str, module: nn.Module) -> dict[str, Tensor]:
         """The module's parameters that the delta changes, checked, detached."""
-        params = dict(module.named_parameters())
+        params = Parameters.of_module(module)
         self.check(params, function, "module")
-        return {name: params[name].detach() for name in self.shapes}
+        names = by_parameter(function, "the delta", self.shapes, params, self._same)
+        return {name: params[name].detach() for name in names.values()}
+
+    def _same(self, a: str, b: str) -> bool:
+        """Whether two names hold the same difference."""
+        if a in self.whole or b in self.whole:
+            return a in self.whole and b in self.whole and same_bits(self.whole[a], self.whole[b])
+        return torch.equal(self.positions[a], self.positions[b]) and same_bits(self.values[a], self.values[b])
 
     def _read(self, name: str, param: Tensor) -> Tensor:
         if name in self.whole:

@@ -26,7 +26,7 @@ def random_mask(
     Arguments and errors as `select_topk`; the same seed gives the same mask.
     """
     found = named_tensors("random_mask", "params", params)
-    names = chosen_names("random_mask", list(found), include, exclude)
+    names = chosen_names("random_mask", found, include, exclude)
     sizes = {name: float_param("random_mask", "params", name, found[name]).shape for name in names}
     return select_topk(_Draws(sizes, seed), _Zeros(sizes), k=k, density=density)
 

@@ -20,6 +20,7 @@ from fastdistil.sparse._check import (
     position_dtype,
 )
 from fastdistil.sparse.mask import SparseMask
+from fastdistil.sparse.names import all_names
 
 Pair = tuple[str, Tensor, Tensor]
 
@@ -50,6 +51,9 @@ def select_topk(
     names: only parameters with one of the former (None: all) and none of the latter take part. Ties go to the first
     tensor and the lowest flat position; the result is the same on every backend, however many threads there are.
 
+    A tied parameter (a head that is the embedding table) is one: of a module, a dict or pairs, tensors that are the
+    same memory are counted once, under their first name; `include`, `exclude` and `base_params` may use any of them.
+
     Returns a SparseMask over the parameters that took part. Extra memory: 8 MiB for the histogram, as much twice while
     it is read, and less than 1 MiB a thread.
 
@@ -58,7 +62,7 @@ def select_topk(
     """
     function = "select_topk"
     after, before = named_tensors(function, "params", params), named_tensors(function, "base_params", base_params)
-    names = chosen_names(function, list(after), include, exclude)
+    names = chosen_names(function, after, include, exclude)
     shapes, device = dict[str, torch.Size](), torch.device("cpu")
     for i, name in enumerate(names):
         tensor = float_param(function, "params", name, after[name])
@@ -89,7 +93,7 @@ class _Selection:
     def pairs(self) -> Iterator[Pair]:
         for name in self.names:
             param = float_param("select_topk", "params", name, self.after[name]).contiguous()
-            yield name, param, base_param("select_topk", name, self.before, param)
+            yield name, param, base_param("select_topk", name, self.before, param, all_names(self.after, name))
 
     def groups(self) -> Iterator[list[Pair]]:
         """Pairs that are worth one launch: on a GPU all those that already lie there; on a CPU each by itself."""

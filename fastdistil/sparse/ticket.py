@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ from fastdistil.sparse import files
 from fastdistil.sparse._check import chosen_names, entries, same_bits, whole_number
 from fastdistil.sparse.delta import SparseDelta
 from fastdistil.sparse.mask import SparseMask
+from fastdistil.sparse.names import Parameters, found_name
 from fastdistil.sparse.select import kernels, select_topk
 
 TrainFn = Callable[[nn.Module, SparseMask | None, Path | None], object]
 _NAME = "lottery_ticket"
-DELTA, TUNED = "delta.safetensors", "tuned.safetensors"
+BASE, DELTA, TUNED = "base.safetensors", "delta.safetensors", "tuned.safetensors"
 
 
 def lottery_ticket(
@@ -66,7 +67,7 @@ def lottery_ticket(
     share = None if density is None or k is not None else number(_NAME, "density", density)
     _check_parameters(model, k, share, include, exclude, mask)
     if folder is not None:
-        shapes = files.hash_shapes({name: p.shape for name, p in model.named_parameters()})
+        shapes = files.hash_shapes(_shapes(model, folder))
         given = None if mask is None else mask.digest()
         asked = {"density": share, "k": k, "include": include, "exclude": exclude, "mask": given}
         folder.mkdir(parents=True, exist_ok=True)
@@ -77,8 +78,9 @@ def lottery_ticket(
     mask = _kept_mask(folder) if mask is None else mask
     if mask is None:
         train_fn(model, None, None if folder is None else folder / "full")
-        names = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        mask = select_topk(names, start, k=k, density=share, include=include, exclude=exclude)
+        every = model.named_parameters(remove_duplicate=False)
+        trained = Parameters((name, p) for name, p in every if p.requires_grad)
+        mask = select_topk(trained, start, k=k, density=share, include=include, exclude=exclude)
         if folder is not None:
             mask.save(folder / "mask.safetensors")
     rewind_(model, start)
@@ -95,21 +97,36 @@ def rewind_(model: nn.Module, start: Mapping[str, Tensor]) -> None:
     """Every parameter and buffer back to `start`, bit for bit. Raises ValueError, before anything is written, where
     `start` lacks one or has it in another shape or dtype."""
     _check_start(model, start)
-    for name, tensor in _tensors(model).items():
-        tensor.copy_(start[name])
+    for tensor, before in _beside(Parameters.of_module(model, buffers=True), start):
+        tensor.detach().copy_(before)
 
 
 def _check_start(model: nn.Module, start: Mapping[str, Tensor]) -> None:
-    for name, tensor in _tensors(model).items():
-        if name not in start:
+    tensors = Parameters.of_module(model, buffers=True)
+    for name, tensor in tensors.items():
+        known = found_name(start, tensors.names(name))
+        if known is None:
             raise ValueError(f"rewind_: start has no {name!r}, which model has")
-        if start[name].shape != tensor.shape or start[name].dtype != tensor.dtype:
-            came = f"{start[name].dtype} of shape {tuple(start[name].shape)}"
-            raise ValueError(f"rewind_: start[{name!r}] is {came}, expected {tensor.dtype} of {tuple(tensor.shape)}")
+        if start[known].shape != tensor.shape or start[known].dtype != tensor.dtype:
+            came = f"{start[known].dtype} of shape {tuple(start[known].shape)}"
+            raise ValueError(f"rewind_: start[{known!r}] is {came}, expected {tensor.dtype} of {tuple(tensor.shape)}")
+
+
+def _beside(tensors: Parameters, start: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each tensor and its start, which may lie there under another of its names."""
+    for name, tensor in tensors.items():
+        yield tensor, start[found_name(start, tensors.names(name)) or name]
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {name: x.detach() for name, x in (*model.named_parameters(), *model.named_buffers())}
+    return {name: x.detach() for name, x in Parameters.of_module(model, buffers=True).items()}
+
+
+def _shapes(model: nn.Module, folder: Path) -> dict[str, torch.Size]:
+    """Shapes of the parameters, under the names that they have in the folder where a ticket was begun."""
+    params, path = Parameters.of_module(model), folder / BASE
+    begun: Mapping[str, Tensor] = files.Checkpoint(path) if path.exists() else {}
+    return {found_name(begun, params.names(name)) or name: p.shape for name, p in params.items()}
 
 
 def _check_parameters(
@@ -121,9 +138,9 @@ def _check_parameters(
     mask: SparseMask | None,
 ) -> None:
     """Raises, before hours of training, what the selection and the sparse training would raise behind them."""
-    params = dict(model.named_parameters())
+    params = Parameters.of_module(model)
     if mask is None:
-        names = chosen_names(_NAME, list(params), include, exclude)
+        names = chosen_names(_NAME, params, include, exclude)
         entries(_NAME, k, density, sum(params[name].numel() for name in names))
         names = [name for name in names if params[name].requires_grad]
     else:
@@ -137,9 +154,9 @@ def _check_parameters(
 
 def _check_same(model: nn.Module, start: files.Checkpoint) -> None:
     """Refuse a model that cannot have had this start; tell of one that has moved away from it, or is another."""
-    moved = ""
-    for name, param in model.named_parameters():
-        if same_bits(start[name], param.detach()):
+    moved, params = "", Parameters.of_module(model)
+    for (param, before), name in zip(_beside(params, start), params, strict=True):
+        if same_bits(before, param.detach()):
             continue
         if not param.requires_grad:
             raise ValueError(
@@ -158,7 +175,7 @@ def _start(model: nn.Module, folder: Path | None) -> Mapping[str, Tensor]:
     """The model's start: from the folder where a run was interrupted, into which it goes first of all."""
     if folder is None:
         return {name: tensor.clone() for name, tensor in _tensors(model).items()}
-    path = folder / "base.safetensors"
+    path = folder / BASE
     if path.exists():
         start = files.Checkpoint(path)
         _check_start(model, start)
@@ -182,16 +199,16 @@ def _save_tuned(model: nn.Module, delta: SparseDelta, path: Path) -> None:
 def _finished(model: nn.Module, folder: Path) -> SparseDelta:
     """The difference of a finished ticket; the model, which stands at the start, becomes the tuned one."""
     delta, tuned = SparseDelta.load(folder / DELTA), files.Checkpoint(folder / TUNED)
-    tensors = _tensors(model)
+    tensors = Parameters.of_module(model, buffers=True)
     for name, shape in delta.shapes.items():
         if name not in tensors or tensors[name].shape != shape:
             raise ValueError(f"{_NAME}: {folder / DELTA} holds {name!r} of shape {tuple(shape)}, which model has not")
-    for name, tensor in tensors.items():
-        if name in delta.positions:
-            at = delta.positions[name].to(tensor.device)
-            kernels(tensor.device).sparse_put_(tensor, at, tuned[name].to(tensor.device))
-        elif name in delta.whole or name in tuned:
-            tensor.copy_(delta.whole[name] if name in delta.whole else tuned[name])
+    for name, index in delta.positions.items():
+        tensor = tensors[name].detach()
+        kernels(tensor.device).sparse_put_(tensor, index.to(tensor.device), tuned[name].to(tensor.device))
+    buffers = {name: tuned[name] for name in tuned if name not in delta.positions and name in tensors}
+    for name, value in {**buffers, **delta.whole}.items():
+        tensors[name].detach().copy_(value)
     return delta
 
 
@@ -216,15 +233,15 @@ def _check_settings(folder: Path, asked: dict[str, Any]) -> None:
 
 def _whole(model: nn.Module, start: Mapping[str, Tensor], mask: SparseMask) -> dict[str, Tensor]:
     """The parameters outside of the mask that have changed; inside, nothing but its entries may have."""
-    whole = {}
-    for name, param in model.named_parameters():
-        now, before = param.detach().cpu(), start[name].cpu()
-        if name not in mask:
+    whole, params = {}, Parameters.of_module(model)
+    for (param, base), name in zip(_beside(params, start), params, strict=True):
+        now, before, masked = param.detach().cpu(), base.cpu(), found_name(mask, params.names(name))
+        if masked is None:
             if not torch.equal(now, before):
                 whole[name] = now
             continue
         expected = before.reshape(-1).clone()
-        at = mask[name].cpu().long()
+        at = mask[masked].cpu().long()
         expected[at] = now.reshape(-1)[at]
         if not torch.equal(expected.view(now.shape), now):
             raise ValueError(
