@@ -208,7 +208,7 @@ BAD = [
     ({"student_scale": "1"}, TypeError, "student_scale is str, expected a number"),
     ({"teacher_scale": float("nan")}, ValueError, "teacher_scale is nan, expected a finite number"),
     ({"reduction": "batchmean"}, ValueError, "reduction is 'batchmean', expected one of 'mean', 'sum', 'none'"),
-    ({"num_items": 0}, ValueError, "num_items is 0.0, expected more than 0"),
+    ({"num_items": -1}, ValueError, "num_items is -1.0, expected at least 0"),
     ({"num_items": torch.ones(2)}, ValueError, "num_items has shape (2,), expected one number"),
     (
         {"num_items": 3, "reduction": "sum"},

@@ -70,7 +70,7 @@ BAD = [
     ({"layer_weights": [float("nan")]}, ValueError, "layer_weights is nan, expected a finite number"),
     ({"layer_weights": 1.0}, TypeError, "layer_weights is float, expected a list of numbers"),
     ({"reduction": "batchmean"}, ValueError, "reduction is 'batchmean', expected one of 'mean', 'sum', 'none'"),
-    ({"num_items": 0}, ValueError, "num_items is 0.0, expected more than 0"),
+    ({"num_items": -1}, ValueError, "num_items is -1.0, expected at least 0"),
     (
         {"num_items": 3, "reduction": "sum"},
         ValueError,

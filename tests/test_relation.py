@@ -175,7 +175,7 @@ BAD = [
     ({"kind": "mse"}, ValueError, "kind is 'mse', expected one of"),
     ({"mask": torch.ones(2, 4).bool()}, ValueError, "mask has shape (2, 4), expected (2, 5), (B, S) of the student"),
     ({"mask": torch.ones(2, 5)}, TypeError, "mask has dtype torch.float32, expected bool"),
-    ({"num_items": -1}, ValueError, "num_items is -1.0, expected more than 0"),
+    ({"num_items": -1}, ValueError, "num_items is -1.0, expected at least 0"),
     ({"reduction": "all"}, ValueError, "reduction is 'all', expected one of 'mean', 'sum', 'none'"),
 ]
 

@@ -1,8 +1,10 @@
 // Distance of two hidden states, value and gradient (docs/losses.md, section 3), without activation.
 //
-// Bytes: student and teacher are read once, the gradient is written once (cosine reads a second time, from L1).
+// Bytes: student and teacher are read once, the gradient is written once (cosine reads a second time, from L1). Float32
+// rows that float32 cannot hold (a small angle, extreme lengths, a sum beyond its range) are read again, in double.
 #include "../rules/hidden_args.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "elements.h"
@@ -75,33 +77,58 @@ __attribute__((noinline)) T squared_difference(const T* h, const T* t, T factor,
   return sum;
 }
 
-template <class T>
 struct Products {
-  T hh, tt, ht, rh;  // of h and t; r = h - t
+  double hh, tt, ht;  // of h and t
 };
 
-template <class T>
-__attribute__((noinline)) Products<T> products(const T* h, const T* t, int n) {
-  T hh = 0, tt = 0, ht = 0, rh = 0;
-#pragma omp simd reduction(+ : hh, tt, ht, rh)
+// Sums of n products in A, of h and t times a power of two each.
+template <class A, class T>
+__attribute__((noinline)) Products products(const T* h, const T* t, A h_unit, A t_unit, int n) {
+  A hh = 0, tt = 0, ht = 0;
+#pragma omp simd reduction(+ : hh, tt, ht)
   for (int i = 0; i < n; ++i) {
-    hh += h[i] * h[i], tt += t[i] * t[i];
-    ht += h[i] * t[i], rh += (h[i] - t[i]) * h[i];
+    const A x = static_cast<A>(h[i]) * h_unit, y = static_cast<A>(t[i]) * t_unit;
+    hh += x * x, tt += y * y, ht += x * y;
   }
-  return {hh, tt, ht, rh};
+  return {static_cast<double>(hh), static_cast<double>(tt), static_cast<double>(ht)};
 }
 
-// The sum of w^2, w the part of h - t that is left without `part` of h; out: factor w.
-template <class T>
-__attribute__((noinline)) T squared_rest(const T* h, const T* t, T part, T factor, T* out, int n) {
-  T sum = 0;
+// The sum of w^2, w = part h - t; out: factor w.
+template <class A, class T>
+__attribute__((noinline)) A squared_rest(const T* h, const T* t, A part, A t_unit, A factor, T* out, int n) {
+  A sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int i = 0; i < n; ++i) {
-    const T w = (h[i] - t[i]) - part * h[i];
+    const A w = part * static_cast<A>(h[i]) - static_cast<A>(t[i]) * t_unit;
     sum += w * w;
-    out[i] = w * factor;
+    out[i] = static_cast<T>(w * factor);
   }
   return sum;
+}
+
+// The sum of (h - t)^2 in double.
+template <class T>
+__attribute__((noinline)) double wide_squared_difference(const T* h, const T* t, int n) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int i = 0; i < n; ++i) {
+    const double difference = static_cast<double>(h[i]) - static_cast<double>(t[i]);
+    sum += difference * difference;
+  }
+  return sum;
+}
+
+template <class T>
+__attribute__((noinline)) T largest(const T* x, int n) {
+  T found = 0;
+#pragma omp simd reduction(max : found)
+  for (int i = 0; i < n; ++i) found = std::max(found, std::abs(x[i]));
+  return found;
+}
+
+// The power of two that brings a number near 1; the smallest subnormals stay small, but not their squares 0.
+inline double unit_of(double x) {
+  return x > 0 && x < INFINITY ? std::ldexp(1.0, std::clamp(-std::ilogb(x), -1000, 1000)) : 1.0;
 }
 
 template <class T>
@@ -115,7 +142,7 @@ class Kernel {
     const T scale = static_cast<const T*>(args_.row_scale)[r];
     double value = 0;
     if (scale == T(0))
-      zero(r);
+      fill(r, T(0));
     else
       value = args_.kind == HiddenKind::mse ? mean_square(r, scale) : cosine(r, scale);
     static_cast<T*>(args_.loss)[r] = static_cast<T>(value * scale);
@@ -147,12 +174,13 @@ class Kernel {
     }
   }
 
-  void zero(int64_t r) const {
+  void fill(int64_t r, T number) const {
     if (!args_.gradient) return;
-    const T zeros[kBlock] = {};
+    T numbers[kBlock];
+    std::fill_n(numbers, kBlock, number);
     for (int64_t begin = 0; begin < args_.columns; begin += kBlock) {
       const int64_t n = args_.columns - begin < kBlock ? args_.columns - begin : kBlock;
-      store(zeros, args_.gradient, args_.gradient_dtype, r * args_.columns + begin, static_cast<int>(n));
+      store(numbers, args_.gradient, args_.gradient_dtype, r * args_.columns + begin, static_cast<int>(n));
     }
   }
 
@@ -161,27 +189,63 @@ class Kernel {
     double total = 0;
     for_blocks(r, args_.gradient,
                [&](const T* h, const T* t, T* out, int n) { total += squared_difference(h, t, factor, out, n); });
+    if (kOwn == DType::f32 && !std::isfinite(total)) {  // the mean of what float32 cannot add up may be within its range
+      total = 0;
+      for_blocks(r, false, [&](const T* h, const T* t, T*, int n) { total += wide_squared_difference(h, t, n); });
+    }
     return total / static_cast<double>(args_.columns);
   }
 
-  // 1 - cos = |w|^2 / (|t|^2 (1 + cos)) with w the part of h - t perpendicular to h: nothing cancels near the teacher.
+  // The gradient is w / (|h| |t|) with w = part h - t, part = h t / |h|^2: the component of -t perpendicular to h; and
+  // 1 - cos = |w|^2 / (|t|^2 (1 + cos)). The rounding of w is that of t, whatever the length of h is.
   double cosine(int64_t r, T scale) const {
-    double h2 = 0, t2 = 0, ht = 0, rh = 0;
+    double h2 = 0, t2 = 0, ht = 0;
     for_blocks(r, false, [&](const T* h, const T* t, T*, int n) {
-      const Products<T> p = products(h, t, n);
-      h2 += p.hh, t2 += p.tt, ht += p.ht, rh += p.rh;
+      const Products p = products<T, T>(h, t, T(1), T(1), n);
+      h2 += p.hh, t2 += p.tt, ht += p.ht;
     });
-    if (!(h2 != 0 && t2 != 0)) {  // cos = 0 by definition
-      zero(r);
+    constexpr double longest = std::is_same_v<T, double> ? 1e200 : 1e30, smallest_square_of_sine = 1.0 / 256;
+    const bool ordinary = h2 > 1 / longest && t2 > 1 / longest && h2 < longest && t2 < longest;
+    const bool near = std::is_same_v<T, float> && !((ht / h2) * (ht / t2) < 1 - smallest_square_of_sine);
+    if (!ordinary || near) return wide_cosine(r, scale);
+    return rest(r, {h2, t2, ht}, scale, T(1), T(1));
+  }
+
+  // As `cosine`, in double, of the row's vectors times a power of two each where double has not their squares' range.
+  double wide_cosine(int64_t r, T scale) const {
+    double h_unit = 1, t_unit = 1;
+    if (std::is_same_v<T, double>) {
+      T h_top = 0, t_top = 0;
+      for_blocks(r, false, [&](const T* h, const T* t, T*, int n) {
+        h_top = std::max(h_top, largest(h, n)), t_top = std::max(t_top, largest(t, n));
+      });
+      h_unit = unit_of(h_top), t_unit = unit_of(t_top);
+    }
+    Products sums{0, 0, 0};
+    for_blocks(r, false, [&](const T* h, const T* t, T*, int n) {
+      const Products p = products<double, T>(h, t, h_unit, t_unit, n);
+      sums.hh += p.hh, sums.tt += p.tt, sums.ht += p.ht;
+    });
+    if (!(sums.hh != 0 && sums.tt != 0)) {  // cos = 0 by definition
+      fill(r, T(0) * scale);
       return 1;
     }
-    const T part = static_cast<T>(rh / h2), factor = static_cast<T>(scale / std::sqrt(h2) / std::sqrt(t2));
+    if (args_.columns == 1 && std::isfinite(sums.ht)) {  // nothing is perpendicular
+      fill(r, T(0) * scale);
+      return sums.ht > 0 ? 0 : 2;
+    }
+    return rest(r, sums, static_cast<double>(scale), h_unit, t_unit);
+  }
+
+  template <class A>
+  double rest(int64_t r, const Products& sums, A scale, A h_unit, A t_unit) const {
+    const double norms = std::sqrt(sums.hh) * std::sqrt(sums.tt), cos = sums.ht / norms;
+    const A part = static_cast<A>(sums.ht / sums.hh) * h_unit, factor = static_cast<A>(scale * h_unit / norms);
     double perpendicular = 0;
     for_blocks(r, args_.gradient, [&](const T* h, const T* t, T* out, int n) {
-      perpendicular += squared_rest(h, t, part, factor, out, n);
+      perpendicular += squared_rest<A, T>(h, t, part, t_unit, factor, out, n);
     });
-    const double cos = ht / std::sqrt(h2) / std::sqrt(t2);
-    return cos > 0 ? perpendicular / (t2 * (1 + cos)) : 1 - cos;
+    return cos > 0 ? perpendicular / (sums.tt * (1 + cos)) : 1 - cos;
   }
 };
 

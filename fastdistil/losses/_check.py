@@ -7,6 +7,8 @@ from numbers import Real
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
+from torch.autograd import forward_ad
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
@@ -18,7 +20,39 @@ def float_tensor(function: str, name: str, value: object) -> Tensor:
         raise TypeError(f"{function}: {name} is {type(value).__name__}, expected a torch.Tensor")
     if value.dtype not in FLOATS:
         raise TypeError(f"{function}: {name} has dtype {value.dtype}, expected float32, bfloat16, float16 or float64")
-    return value
+    return usable(value)
+
+
+def usable(value: Tensor) -> Tensor:
+    """`value`, or, of a tensor made under torch.inference_mode, which autograd would refuse to keep for a backward pass,
+    the same memory as an ordinary tensor. torch.compile cannot ask, and refuses such a tensor itself."""
+    if torch.compiler.is_compiling() or not value.is_inference() or torch.is_inference_mode_enabled():
+        return value
+    ordinary = torch.empty(0, dtype=value.dtype, device=value.device)
+    return ordinary.set_(value.untyped_storage(), value.storage_offset(), value.shape, value.stride())
+
+
+def no_tangents(function: str, **tensors: object) -> None:
+    """The losses have no forward-mode derivative, which torch would take for 0."""
+    if forward_ad._current_level < 0:  # the usual case: outside of torch.func.jvp, jacfwd and dual_level
+        return
+    for name, value in tensors.items():
+        for x in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(x, Tensor) and _has_tangent(x):
+                raise NotImplementedError(
+                    f"{function}: {name} carries a tangent of forward-mode differentiation (torch.func.jvp, jacfwd or "
+                    "a dual tensor), expected none: the loss has a reverse-mode derivative alone (backward)"
+                )
+
+
+def _has_tangent(x: Tensor) -> bool:
+    """In any of the wrappers that nested transforms of torch.func put around a tensor."""
+    while True:
+        if not _functorch.is_batchedtensor(x) and forward_ad.unpack_dual(x).tangent is not None:
+            return True
+        if not _functorch.is_functorch_wrapped_tensor(x):
+            return False
+        x = _functorch.get_unwrapped(x)
 
 
 def one_dtype(*tensors: Tensor) -> list[Tensor]:
@@ -79,23 +113,33 @@ def row_weight(function: str, weight: object, shape: torch.Size, device: torch.d
     same_shape(function, "weight", weight, "the rows", shape)
     same_device(function, "weight", weight, "the rows", device)
     constant(function, "weight", weight)
-    return weight.reshape(-1).to(dtype)
+    return usable(weight).reshape(-1).to(dtype)
 
 
 def given_items(
-    function: str, reduction: str, num_items: object, device: torch.device, dtype: torch.dtype
+    function: str,
+    reduction: str,
+    num_items: object,
+    device: torch.device,
+    dtype: torch.dtype,
+    name: str = "num_items",
 ) -> Tensor | float | None:
-    """num_items as a tensor () or a number above 0; None where the loss counts for itself."""
+    """num_items as a tensor () or a number, NaN for 0: a row that counts after all has no mean. None where the loss
+    counts for itself."""
     if num_items is None:
         return None
     if reduction != "mean":
-        raise ValueError(f"{function}: num_items came with reduction={reduction!r}, expected reduction='mean'")
+        raise ValueError(f"{function}: {name} came with reduction={reduction!r}, expected reduction='mean'")
     if not isinstance(num_items, Tensor):
-        return positive(function, "num_items", num_items)
+        found = number(function, name, num_items)
+        if found < 0:
+            raise ValueError(f"{function}: {name} is {found}, expected at least 0")
+        return math.nan if found == 0 else found
     if num_items.numel() != 1:
-        raise ValueError(f"{function}: num_items has shape {tuple(num_items.shape)}, expected one number")
-    same_device(function, "num_items", num_items, "the rows", device)
-    return num_items.detach().reshape(()).to(dtype)
+        raise ValueError(f"{function}: {name} has shape {tuple(num_items.shape)}, expected one number")
+    same_device(function, name, num_items, "the rows", device)
+    items = num_items.detach().reshape(()).to(dtype)
+    return torch.where(items == 0, math.nan, items)
 
 
 def row_scale(
@@ -106,14 +150,15 @@ def row_scale(
     num_items: object,
     device: torch.device,
     dtype: torch.dtype,
+    items_name: str = "num_items",
 ) -> Tensor:
     """The factor of each row (rows,): w/Σw or w/num_items for "mean" (0 where w = 0), w for "sum" and "none".
 
     `weight` is what `row_weight` returned. Nothing here waits for the device.
     """
-    items = given_items(function, reduction, num_items, device, dtype)
+    items = given_items(function, reduction, num_items, device, dtype, items_name)
     if items is not None:
-        if weight is not None and isinstance(items, Tensor):  # a tensor may hold 0 where no row of any batch counts
+        if weight is not None and (isinstance(items, Tensor) or items != items):  # 0 items where no row counts
             return torch.where(weight == 0, 0.0, weight / items)
     elif reduction != "mean":
         return torch.ones(rows, device=device, dtype=dtype) if weight is None else weight

@@ -52,10 +52,20 @@ def labels(
     rows: torch.Size,
     columns: int | None,
     device: torch.device,
+    label_num_items: object = None,
 ) -> tuple[Tensor | None, Tensor | None, float]:
     """Flat labels int64 and which of them count, both (N,), and the checked label_weight; None where that is 0.
     Rows that are ignored or of weight 0 may hold anything, and get label 0, which no kernel can read beyond.
     weight: what `row_weight` returned. columns: None where they lie on several ranks, which check together."""
+    if label_num_items is not None and value is None:
+        raise ValueError(f"{function}: label_num_items came without labels, expected both or neither")
+    if label_weight is None:
+        if value is not None:
+            raise ValueError(
+                f"{function}: labels came without label_weight, expected both: label_weight is the cross entropy's "
+                "share of the loss, 0 to 1 (0 leaves the labels out)"
+            )
+        return None, None, 0.0
     alpha = _check.number(function, "label_weight", label_weight)
     if not 0 <= alpha <= 1:
         raise ValueError(f"{function}: label_weight is {alpha}, expected 0 to 1")
@@ -86,15 +96,20 @@ def scales(
     alpha: float,
     reduction: str,
     num_items: object,
+    label_num_items: object,
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
     """The factors (rows,) of each row's divergence and of its cross entropy; for "mean" each has its denominator."""
     scale = _check.row_scale(function, rows, weight, reduction, num_items, device, dtype)
     if counted is None:
+        if label_num_items is not None:  # with labels that have no share it is checked, and not needed
+            _check.given_items(function, reduction, label_num_items, device, dtype, "label_num_items")
         return scale, None
     labelled = counted.to(dtype) if weight is None else weight * counted
-    return scale * (1 - alpha), _check.row_scale(function, rows, labelled, reduction, num_items, device, dtype) * alpha
+    items, name = (num_items, "num_items") if label_num_items is None else (label_num_items, "label_num_items")
+    label_scale = _check.row_scale(function, rows, labelled, reduction, items, device, dtype, name)
+    return scale * (1 - alpha), label_scale * alpha
 
 
 def group_name(function: str, group: object) -> str:
@@ -126,4 +141,4 @@ def _integers(function: str, name: str, value: object, shape: torch.Size, device
     if value.shape != shape:
         raise ValueError(f"{function}: {name} has shape {tuple(value.shape)}, expected {tuple(shape)}")
     _check.same_device(function, name, value, "the logits", device)
-    return value.to(torch.int64)
+    return _check.usable(value).to(torch.int64)

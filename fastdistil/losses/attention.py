@@ -38,7 +38,8 @@ def attention_loss(
     no part of it, so such a layer's map is not the one that its model used.
 
     Args:
-        student_q: (B, H, S, d_s) float32, bfloat16, float16 or float64, any strides; after rotary embedding.
+        student_q: (B, H, S, d_s) float32, bfloat16, float16 or float64, as all others, in any combination, any
+            strides; after rotary embedding.
         teacher_q: (B, H, S, d_t), a constant. d_s and d_t may differ, B and S may not.
         student_k, teacher_k: as their queries, or with fewer heads that divide the queries' (grouped-query attention:
             a key head serves as many query heads in a row).
@@ -59,16 +60,18 @@ def attention_loss(
             keys, 0 where it is masked.
         num_items: replaces the number of pairs, or of query rows, in "mean"; the heads are averaged as before. A number
             or a tensor with one entry (gradient accumulation, data parallel): for prob_kl the real tokens of all
-            batches together, for the others the sum of their squared lengths.
+            batches together, for the others the sum of their squared lengths. 0 as in `logit_loss`.
         backend: "auto", "reference", "cpu" or "triton".
 
     Returns:
-        A scalar, or for "none" (B, H, S), packed (H, total), with H = 1 for heads="mean": float32 (float64 for float64
-        inputs). Without any real token it is 0.
+        A scalar, or for "none" (B, H, S), packed (H, total), with H = 1 for heads="mean": float32 (float64 where an
+        input is). Without any real token it is 0.
 
     Raises:
         TypeError, ValueError: what came and what was wanted, by argument; a teacher that requires grad.
+        NotImplementedError: in forward-mode differentiation (torch.func.jvp).
     """
+    _check.no_tangents(_NAME, student_q=student_q, student_k=student_k, teacher_q=teacher_q, teacher_k=teacher_k)
     _check.one_of(_NAME, "heads", heads, HEADS)
     packed = cu_seqlens is not None
     q_s, k_s, q_t, k_t = _check_tensors(student_q, student_k, teacher_q, teacher_k, packed, heads)
@@ -119,6 +122,10 @@ def of_maps(
         scales, heads = [scales[0] / counts[0], scales[1] / counts[1]], "each"
 
     counted = 1 if heads == "mean" else queries[0].shape[1]
+    if mask is not None:
+        mask = _check.usable(mask)
+    if cu_seqlens is not None:
+        cu_seqlens = _check.usable(cu_seqlens)
     row_scale = _row_scale(queries[0], counted, mask, cu_seqlens, kind, causal, mask_queries, reduction, items)
     student_k, teacher_k = keys or (None, None)
     tensors = (queries[0], student_k, queries[1], teacher_k)
@@ -140,7 +147,7 @@ def _check_tensors(
     named = {"student_q": student_q, "student_k": student_k, "teacher_q": teacher_q, "teacher_k": teacher_k}
     axes = "(total, H, d) with cu_seqlens" if packed else "(B, H, S, d)"
     for name, x in named.items():
-        _check.float_tensor(_NAME, name, x)
+        named[name] = _check.float_tensor(_NAME, name, x)
         if x.ndim != (3 if packed else 4) or 0 in (x.shape[-1], x.shape[1]):
             raise ValueError(f"{_NAME}: {name} has shape {tuple(x.shape)}, expected {axes}, with H > 0 and d > 0")
         _check.same_device(_NAME, name, x, "student_q", student_q.device)
@@ -221,7 +228,9 @@ def _row_scale(
     dtype = accumulator(student_q.dtype)
     real = torch.ones(batch, length, dtype=torch.bool, device=student_q.device) if mask is None else mask
     keep = (real if mask_queries else torch.ones_like(real)).to(dtype)
-    if items is not None:  # a tensor may hold 0 where no token of any batch counts
+    if items is not None:  # NaN for 0, where no token of any batch counts
+        if mask is not None and not mask_queries and kind != "prob_kl":  # a query of a sequence without keys is in no pair
+            keep = torch.where(real.any(1, keepdim=True), keep, 0.0)
         keep = torch.where(keep == 0, 0.0, keep / (heads * items))
     elif reduction == "mean":
         if kind == "prob_kl":

@@ -41,7 +41,8 @@ def hidden_loss(
     layers together; lists whose teachers differ in shape, or whose parts differ in dtype, go layer by layer.
 
     Args:
-        student: (..., D_s) float32, bfloat16, float16 or float64, or a list of such layers.
+        student: (..., D_s) float32, bfloat16, float16 or float64, as all others, in any combination; or a list of such
+            layers.
         teacher: (..., D_t), a constant, or as many layers. Without a projection D_t = D_s.
         kind: "mse" |h - t|^2 / D_t; "cosine" 1 - cos(h, t), where a zero vector has cos = 0 and no gradient; "kl"
             KL(softmax(t) || softmax(h)) over the D_t entries (XtremeDistil's option, arXiv 2004.05686).
@@ -53,15 +54,17 @@ def hidden_loss(
             the list is one, else once a layer).
         layer_weights: one finite number a layer, used as they are; by default 1 / number of layers each.
         reduction: "mean" = sum of w * l / sum of w, "sum", or "none" (...), float32, w * l a row.
-        num_items: replaces the sum of w in "mean": a number or a tensor with one entry.
+        num_items: replaces the sum of w in "mean": a number or a tensor with one entry; 0 as in `logit_loss`.
         backend: "auto", "reference", "cpu" or "triton".
 
     Returns:
-        A scalar, or (...) for "none": float32 (float64 for float64 inputs). 0 where all weights are 0.
+        A scalar, or (...) for "none": float32 (float64 where an input is). 0 where all weights are 0.
 
     Raises:
         TypeError, ValueError: what came and what was wanted, by argument; a teacher that requires grad.
+        NotImplementedError: in forward-mode differentiation (torch.func.jvp).
     """
+    _check.no_tangents(_NAME, student=student, teacher=teacher, projection=projection, bias=bias, weight=weight)
     _check.one_of(_NAME, "kind", kind, KINDS)
     _check.one_of(_NAME, "reduction", reduction, _check.REDUCTIONS)
     activation = "none" if activation is None else activation
@@ -83,7 +86,7 @@ def hidden_loss(
             )
     name = choose(backend, first.device)
 
-    wide = any(x.dtype == torch.float64 for x in (*layers, *teachers))
+    wide = any(x is not None and x.dtype == torch.float64 for x in (*layers, *teachers, *projections, *biases))
     dtype = torch.float64 if wide else torch.float32
     rows_weight = None if weight is None else _check.row_weight(_NAME, weight, shape, first.device, dtype)
     scale = _check.row_scale(_NAME, shape.numel(), rows_weight, reduction, num_items, first.device, dtype)

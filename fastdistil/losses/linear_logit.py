@@ -60,7 +60,8 @@ def linear_logit_loss(  # type: ignore[misc] # the overloads need not repeat wha
     scale_by_t2: bool = True,
     weight: Tensor | None = None,
     labels: Tensor | None = None,
-    label_weight: float = 0.0,
+    label_weight: float | None = None,
+    label_num_items: float | Tensor | None = None,
     ignore_index: int = -100,
     vocab_map: Tensor | None = None,
     student_logit_scale: float = 1.0,
@@ -82,14 +83,15 @@ def linear_logit_loss(  # type: ignore[misc] # the overloads need not repeat wha
     the next call.
 
     Args:
-        student_hidden: (..., D_s) float32, bfloat16, float16 or float64. student_weight: (V, D_s), as in
+        student_hidden: (..., D_s) float32, bfloat16, float16 or float64, as all others, in any combination.
+            student_weight: (V, D_s), as in
             torch.nn.Linear; it may be the tied embedding. student_bias: (V,) or None.
         teacher_hidden: (..., D_t), the same rows; D_t may differ. teacher_weight: (V, D_t); teacher_bias: (V,) or None.
             All constants.
         chunk_bytes: upper bound of the memory for logits; by default 124 MB on a CPU, 1.5 GB on a GPU. Beyond it come
             the gradients alone: (..., D_s), (V, D_s) and (V,) in float32.
-        divergence, beta, temperature, teacher_temperature, scale_by_t2, labels, label_weight, ignore_index, vocab_map,
-            reduction, num_items, return_stats: as in `logit_loss`.
+        divergence, beta, temperature, teacher_temperature, scale_by_t2, labels, label_weight, label_num_items,
+            ignore_index, vocab_map, reduction, num_items, return_stats: as in `logit_loss`.
         student_logit_scale, student_softcap, and the teacher's: logits become scale * z and then, with a softcap,
             cap * tanh(z / cap) (Gemma 2, arXiv 2408.00118), before anything else is made of them.
         weight: (...,) one number or bool a row. Rows of weight 0 are dropped before the products: 15% of the rows cost
@@ -103,11 +105,12 @@ def linear_logit_loss(  # type: ignore[misc] # the overloads need not repeat wha
         backend: "auto", "reference", "cpu", "triton" or "cuda", for the rows; the products are torch's.
 
     Returns:
-        float32 (float64 for float64 inputs): a scalar, or (...,) for reduction="none", whose backward pass computes
+        float32 (float64 where an input is): a scalar, or (...,) for reduction="none", whose backward pass computes
         everything again; with return_stats a pair of that and LogitStats.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was wanted.
+        NotImplementedError: in forward-mode differentiation (torch.func.jvp).
     """
     student_weight, student_bias, teacher_weight, teacher_bias, group = _local(
         student_weight, student_bias, teacher_weight, teacher_bias, group
@@ -121,6 +124,10 @@ def linear_logit_loss(  # type: ignore[misc] # the overloads need not repeat wha
         teacher_bias,
         vocab_map is not None,
     )
+    _check.no_tangents(
+        _NAME, student_hidden=student_hidden, student_weight=student_weight, student_bias=student_bias,
+        teacher_hidden=teacher_hidden, teacher_weight=teacher_weight, teacher_bias=teacher_bias, weight=weight,
+    )  # fmt: skip
     rule = rule_of(_NAME, divergence, beta, temperature, teacher_temperature, scale_by_t2)
     _check.one_of(_NAME, "reduction", reduction, _check.REDUCTIONS)
     device = student_hidden.device
@@ -137,9 +144,13 @@ def linear_logit_loss(  # type: ignore[misc] # the overloads need not repeat wha
     if vocab_map is not None:
         partners = _terms.vocab_map(_NAME, vocab_map, columns, teacher_weight.shape[0], device, bool(name))
     columns_here = None if name else columns
-    label, counted, alpha = _terms.labels(_NAME, labels, label_weight, ignore_index, w, rows, columns_here, device)
+    label, counted, alpha = _terms.labels(
+        _NAME, labels, label_weight, ignore_index, w, rows, columns_here, device, label_num_items
+    )
     caps = _terms.caps(_NAME, student_logit_scale, student_softcap, teacher_logit_scale, teacher_softcap)
-    scale, label_scale = _terms.scales(_NAME, rows.numel(), w, counted, alpha, reduction, num_items, device, dtype)
+    scale, label_scale = _terms.scales(
+        _NAME, rows.numel(), w, counted, alpha, reduction, num_items, label_num_items, device, dtype
+    )
     alone = None
     if return_stats and alpha == 1:  # the labels alone count, and no kernel looks at the teacher: a pass for them
         with torch.no_grad():
@@ -232,7 +243,8 @@ def _check_heads(
             f"{_NAME}: teacher_hidden has shape {tuple(teacher_hidden.shape)}, expected ({wanted}) to match "
             "student_hidden"
         )
-    return student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias
+    heads = (student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias)
+    return tuple(None if x is None else _check.usable(x) for x in heads)
 
 
 def check_head(function: str, side: str, hidden: object, weight: object, bias: object) -> None:

@@ -31,7 +31,8 @@ def linear_topk_logit_loss(
     scale_by_t2: bool = True,
     weight: Tensor | None = None,
     labels: Tensor | None = None,
-    label_weight: float = 0.0,
+    label_weight: float | None = None,
+    label_num_items: float | Tensor | None = None,
     ignore_index: int = -100,
     vocab_map: Tensor | None = None,
     student_logit_scale: float = 1.0,
@@ -46,21 +47,26 @@ def linear_topk_logit_loss(
         student_hidden: (..., D) float32, bfloat16, float16 or float64. student_weight: (V, D); student_bias: (V,).
         teacher_values, teacher_indices: (..., K), as in `topk_logit_loss`.
         chunk_bytes: upper bound of the memory for logits, as in `linear_logit_loss`.
-        tail, divergence, beta, temperature, scale_by_t2, labels, label_weight, ignore_index, vocab_map, reduction,
-            num_items: as in `topk_logit_loss`.
+        tail, divergence, beta, temperature, scale_by_t2, labels, label_weight, label_num_items, ignore_index,
+            vocab_map, reduction, num_items: as in `topk_logit_loss`.
         student_logit_scale, student_softcap: as in `linear_logit_loss`; what the teacher says is taken as it is.
         weight: (...,) one number or bool a row; rows of weight 0 are dropped before the products (on a GPU, finding
             them waits for it once a call).
         backend: "auto", "reference", "cpu" or "triton", for the rows; the products are torch's.
 
     Returns:
-        float32 (float64 for float64 inputs): a scalar, or (...,) for reduction="none", whose backward pass computes
+        float32 (float64 where hidden, weight or bias is): a scalar, or (...,) for reduction="none", whose backward pass computes
         everything again.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was wanted; wrong entries of the teacher as in
             `topk_logit_loss`.
+        NotImplementedError: in forward-mode differentiation (torch.func.jvp).
     """
+    _check.no_tangents(
+        _NAME, student_hidden=student_hidden, student_weight=student_weight, student_bias=student_bias,
+        teacher_values=teacher_values, weight=weight,
+    )  # fmt: skip
     check_head(_NAME, "student", student_hidden, student_weight, student_bias)
     values = _check.float_tensor(_NAME, "teacher_values", teacher_values)
     check_teacher(_NAME, student_hidden, student_weight.shape[0], values, teacher_indices)
@@ -73,18 +79,25 @@ def linear_topk_logit_loss(
     if not torch.compiler.is_compiling():
         choose(backend, device)
 
-    heads = (student_hidden, student_weight, student_bias)
+    heads = tuple(None if x is None else _check.usable(x) for x in (student_hidden, student_weight, student_bias))
+    hidden, matrix, bias = heads
+    assert hidden is not None and matrix is not None
+    teacher_indices = _check.usable(teacher_indices)
     wide = any(x is not None and x.dtype == torch.float64 for x in heads)
     dtype = torch.float64 if wide else torch.float32
     w = None if weight is None else _check.row_weight(_NAME, weight, rows, device, dtype)
     columns = student_weight.shape[0]
-    label, counted, alpha = _terms.labels(_NAME, labels, label_weight, ignore_index, w, rows, columns, device)
+    label, counted, alpha = _terms.labels(
+        _NAME, labels, label_weight, ignore_index, w, rows, columns, device, label_num_items
+    )
     partners = None if vocab_map is None else partners_of(_NAME, vocab_map, columns, device)
-    scale, label_scale = _terms.scales(_NAME, rows.numel(), w, counted, alpha, reduction, num_items, device, dtype)
+    scale, label_scale = _terms.scales(
+        _NAME, rows.numel(), w, counted, alpha, reduction, num_items, label_num_items, device, dtype
+    )
     caps = _terms.caps(_NAME, student_logit_scale, student_softcap, 1.0, None)[:2]
     k, constants = values.shape[-1], [float(x) for x in (index, mixture, TAILS.index(tail), t, factor, *caps)]
     arguments = (
-        student_hidden.reshape(-1, student_hidden.shape[-1]), student_weight, student_bias, values.reshape(-1, k),
+        hidden.reshape(-1, hidden.shape[-1]), matrix, bias, values.reshape(-1, k),
         teacher_indices.reshape(-1, k), scale, label, label_scale, partners, constants, chunk, backend, weight is None,
     )  # fmt: skip
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in heads]

@@ -41,7 +41,8 @@ def logit_loss(  # type: ignore[misc] # the overloads need not repeat what is wr
     scale_by_t2: bool = True,
     weight: Tensor | None = None,
     labels: Tensor | None = None,
-    label_weight: float = 0.0,
+    label_weight: float | None = None,
+    label_num_items: float | Tensor | None = None,
     ignore_index: int = -100,
     vocab_map: Tensor | None = None,
     reduction: str = "mean",
@@ -70,22 +71,26 @@ def logit_loss(  # type: ignore[misc] # the overloads need not repeat what is wr
     Args:
         student_logits: (..., V) float32, bfloat16, float16 or float64. Rows that one stride does not reach are copied,
             as those of logits[:, :-1]: a weight of 0 for the last position does without the copy.
-        teacher_logits: the same shape, dtype and device, or (..., V_t) with a vocab_map; a constant.
+        teacher_logits: the same shape and device, or (..., V_t) with a vocab_map, in any of these dtypes; a constant.
+            Two dtypes are computed in the wider one (float32 for bfloat16 with float16), a chunk of rows at a time.
         divergence: one of the names above.
         beta: the mixture's weight of the teacher (jsd, skew_kl) or of the student (skew_reverse_kl); inside (0, 1) for
             jsd, [0, 1) for the skewed ones, ignored by the others.
         temperature: T_s > 0; teacher_temperature: T_t > 0, by default the same.
         scale_by_t2: multiply by T_s * T_t, so that gradients keep their size as the temperature changes (Hinton 2015).
         weight: (...,) one number or bool a row; a row of weight 0 contributes exactly 0 and is not read.
-        labels: (...,) int64, with label_weight: a second term, the cross entropy of the student's own logits at
-            temperature 1. The loss is (1 - label_weight) * divergence + label_weight * cross entropy, in "mean" each
-            over its own rows; rows whose label is ignore_index have no cross entropy.
+        labels: (...,) int64, with label_weight, which they need: a second term, the cross entropy of the student's own
+            logits at temperature 1. The loss is (1 - label_weight) * divergence + label_weight * cross entropy, in
+            "mean" each over its own rows; rows whose label is ignore_index have no cross entropy.
+        label_num_items: replaces the labelled rows' sum(w) in "mean", as num_items does for the divergence (and, where
+            this is None, for both).
         vocab_map: (V_s,) int64: student column v is teacher column vocab_map[v], -1 for none. Both distributions are
             renormalised over the columns that have a partner; the others get no gradient (but from the labels). The
             mse is the mean over the columns that have one. On a GPU the entries of labels and vocab_map are not
             checked: that would wait for it.
         reduction: "mean" is sum(w * loss) / sum(w), "sum" is sum(w * loss), "none" is w * loss, one entry a row.
         num_items: replaces sum(w) in "mean": a number or a tensor of one entry (gradient accumulation, data parallel).
+            0 is for a step in which no row counts: the value is then 0, and NaN where one does.
         inplace_backward: lets the gradient overwrite student_logits, which must not be read after this call and cannot
             be a leaf; a second backward is then an error, and an incoming gradient other than 1 costs bfloat16 logits
             a second rounding. torch.compile, which plans memory itself, ignores it, and so do float16 logits, whose
@@ -99,12 +104,14 @@ def logit_loss(  # type: ignore[misc] # the overloads need not repeat what is wr
         backend: "auto", "reference", "cpu", "triton" or "cuda"; see fastdistil.backends().
 
     Returns:
-        float32 (float64 for float64 logits): a scalar, or (...,) for reduction="none"; with return_stats a pair of
+        float32 (float64 where either side is): a scalar, or (...,) for reduction="none"; with return_stats a pair of
         that and LogitStats.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was wanted.
+        NotImplementedError: in forward-mode differentiation (torch.func.jvp).
     """
+    _check.no_tangents(_NAME, student_logits=student_logits, teacher_logits=teacher_logits, weight=weight)
     student = _check.float_tensor(_NAME, "student_logits", student_logits)
     teacher = _check.float_tensor(_NAME, "teacher_logits", teacher_logits)
     device, columns = student.device, _check_pair(student, teacher, vocab_map is not None)
@@ -115,13 +122,17 @@ def logit_loss(  # type: ignore[misc] # the overloads need not repeat what is wr
         choose(backend, device)
 
     rows = student.shape[:-1]
-    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
     w = None if weight is None else _check.row_weight(_NAME, weight, rows, device, dtype)
     name = _terms.group_name(_NAME, group)
     partners = None if vocab_map is None else _terms.vocab_map(_NAME, vocab_map, *columns, device, bool(name))
     columns_here = None if name else columns[0]
-    label, counted, alpha = _terms.labels(_NAME, labels, label_weight, ignore_index, w, rows, columns_here, device)
-    scale, label_scale = _terms.scales(_NAME, rows.numel(), w, counted, alpha, reduction, num_items, device, dtype)
+    label, counted, alpha = _terms.labels(
+        _NAME, labels, label_weight, ignore_index, w, rows, columns_here, device, label_num_items
+    )
+    scale, label_scale = _terms.scales(
+        _NAME, rows.numel(), w, counted, alpha, reduction, num_items, label_num_items, device, dtype
+    )
     matrices = (matrix(student), matrix(teacher))
     # The gradient ahead of its time, but not where torch.compile plans the memory.
     ahead = student.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
@@ -133,7 +144,7 @@ def logit_loss(  # type: ignore[misc] # the overloads need not repeat what is wr
             student.detach(), teacher, temperature=rule[2], teacher_temperature=rule[3], weight=weight,
             vocab_map=vocab_map, reduction="none", return_stats=True, group=group, backend=backend,
         )  # fmt: skip
-    if label is not None or partners is not None or name:
+    if label is not None or partners is not None or name or student.dtype != teacher.dtype:
         tensors = (*matrices, scale, label, label_scale, partners)
         arguments = (*tensors, pack(rule, (1.0, 0.0, 1.0, 0.0)), return_stats and alone is None, backend, name)
         if overwrite:
@@ -186,10 +197,6 @@ def _check_pair(student: Tensor, teacher: Tensor, mapped: bool) -> tuple[int, in
             f"{_NAME}: teacher_logits has shape {tuple(teacher.shape)}, expected ({wanted}) to match student_logits"
         )
     _check.same_device(_NAME, "teacher_logits", teacher, "student_logits", student.device)
-    if teacher.dtype != student.dtype:
-        raise TypeError(
-            f"{_NAME}: teacher_logits has dtype {teacher.dtype}, expected {student.dtype} to match student_logits"
-        )
     _check.constant(_NAME, "teacher_logits", teacher)
     return student.shape[-1], teacher.shape[-1]
 

@@ -32,7 +32,7 @@ def relation_loss(
     attention heads: x is split anew, so that student and teacher may differ in width and in number of heads.
 
     Args:
-        student: x (B, S, D_s), float32, bfloat16, float16 or float64, any strides; or (B, H, S, d) as `capture` gives
+        student: x (B, S, D_s), float32, bfloat16, float16 or float64, as the teacher in any pair, any strides; or (B, H, S, d) as `capture` gives
             queries, keys and values, whose heads are then put side by side again.
         teacher: likewise with D_t, a constant. D_s and D_t may differ, B and S may not.
         relation_heads: divides D_s and D_t.
@@ -47,7 +47,9 @@ def relation_loss(
 
     Raises:
         TypeError, ValueError: what came and what was wanted, by argument; a teacher that requires grad.
+        NotImplementedError: in forward-mode differentiation (torch.func.jvp).
     """
+    _check.no_tangents(_NAME, student=student, teacher=teacher)
     if isinstance(relation_heads, bool) or not isinstance(relation_heads, int):
         raise TypeError(f"{_NAME}: relation_heads is {type(relation_heads).__name__}, expected a whole number")
     if relation_heads < 1:

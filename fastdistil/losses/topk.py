@@ -28,7 +28,8 @@ def topk_logit_loss(
     scale_by_t2: bool = True,
     weight: Tensor | None = None,
     labels: Tensor | None = None,
-    label_weight: float = 0.0,
+    label_weight: float | None = None,
+    label_num_items: float | Tensor | None = None,
     ignore_index: int = -100,
     vocab_map: Tensor | None = None,
     reduction: str = "mean",
@@ -62,7 +63,8 @@ def topk_logit_loss(
         temperature: T > 0, of the student's logits alone.
         scale_by_t2: multiply by T^2 (Hinton et al. 2015).
         weight: (...,) one number or bool a row; a row of weight 0 contributes exactly 0 and is not read.
-        labels, label_weight, ignore_index: a second term, the cross entropy with (...,) int64 labels, as in logit_loss.
+        labels, label_weight, label_num_items, ignore_index: a second term, the cross entropy with (...,) int64 labels,
+            as in logit_loss.
         vocab_map: (V,) int64: student column v is teacher column vocab_map[v], -1 for none, each teacher column at
             most once; teacher_indices are then the teacher's columns. Entries without a partner are left out, and the
             others' probabilities divided by what those leave of 1; the tail keeps what mass of other columns without a
@@ -80,7 +82,9 @@ def topk_logit_loss(
         TypeError, ValueError: naming the argument, what came and what was wanted. In rows that count, an index out of
             range or given twice, or probabilities that sum to more than 1.1 ("bucket", "zero"), raise on a CPU; on a
             GPU the row's value and gradient are NaN, since looking would wait for the device.
+        NotImplementedError: in forward-mode differentiation (torch.func.jvp).
     """
+    _check.no_tangents(_NAME, student_logits=student_logits, teacher_values=teacher_values, weight=weight)
     student = _check.float_tensor(_NAME, "student_logits", student_logits)
     values = _check.float_tensor(_NAME, "teacher_values", teacher_values)
     if student.dim() == 0 or not 0 < student.shape[-1] < 2**31:
@@ -100,15 +104,15 @@ def topk_logit_loss(
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     w = None if weight is None else _check.row_weight(_NAME, weight, rows, student.device, dtype)
     label, counted, alpha = _terms.labels(
-        _NAME, labels, label_weight, ignore_index, w, rows, student.shape[-1], student.device
+        _NAME, labels, label_weight, ignore_index, w, rows, student.shape[-1], student.device, label_num_items
     )
     partners = None if vocab_map is None else partners_of(_NAME, vocab_map, student.shape[-1], student.device)
     scale, label_scale = _terms.scales(
-        _NAME, rows.numel(), w, counted, alpha, reduction, num_items, student.device, dtype
+        _NAME, rows.numel(), w, counted, alpha, reduction, num_items, label_num_items, student.device, dtype
     )
     rule = (index, mixture, TAILS.index(tail), t, factor)
     k = values.shape[-1]
-    teacher = (values.reshape(-1, k), teacher_indices.reshape(-1, k))
+    teacher = (values.reshape(-1, k), _check.usable(teacher_indices).reshape(-1, k))
     ahead = student.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
     scaled_late = student.dtype == torch.float16  # rounded before a GradScaler's scale it would underflow
     overwrite = inplace_backward and ahead and not scaled_late

@@ -1,8 +1,9 @@
-"""Custom ops of logit_loss with labels, a vocabulary map or a group.
+"""Custom ops of logit_loss with labels, a vocabulary map, a group or two dtypes.
 
 Labels alone are added where the rows are, by the kernel of the divergence: the student's row is read once more, from
-the cache, for its softmax at temperature 1. With a map or a group, a chunk of rows at a time is brought into float32
-buffers, the teacher's in the order of the student's columns, and the gradient is rounded once on its way out.
+the cache, for its softmax at temperature 1. With one of the others, a chunk of rows at a time is brought into float32
+(or float64) buffers, the teacher's in the order of the student's columns, and the gradient is rounded once on its way
+out.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ def _compute(
     rule, caps = unpack(constants)
     name = choose(backend, student.device)
     name = "reference" if name == "triton" and row_scale.dtype == torch.float64 else name
-    if name in ADDS_LABELS and labels is not None and label_scale is not None and vocab_map is None and not group:
+    as_they_are = student.dtype == teacher.dtype and vocab_map is None and not group
+    if name in ADDS_LABELS and labels is not None and label_scale is not None and as_they_are:
         return _in_place(student, teacher, row_scale, labels, label_scale, rule, statistics, name, gradient)
     terms = Terms(labels, label_scale, vocab_map, *caps, statistics)
     source = _Source(student, teacher, vocab_map, gradient)
@@ -110,7 +112,7 @@ def logit_rows(
     backend: str,
     group: str,
 ) -> tuple[Tensor, Tensor]:
-    """student (N, V_s), teacher (N, V_t), row_scale (N,) float32 (float64 for float64 logits), labels (N,) int64,
+    """student (N, V_s), teacher (N, V_t), row_scale (N,) float32 (float64 where either has it), labels (N,) int64,
     label_scale (N,) as row_scale, vocab_map (V_s,) int64, `constants` of logit_terms.pack -> rows (N,) times their
     scales, and statistics (N, ROW_STATISTICS), or none of them."""
     options = (row_scale, labels, label_scale, vocab_map, constants, statistics, backend, group)

@@ -32,7 +32,7 @@ def hidden_rows(
         z = z + bias.to(dtype)
     h = torch.nn.functional.gelu(z) if activation == "gelu" else z
     rows, dh = {"mse": _mse, "cosine": _cosine, "kl": _kl}[kind](h, t)
-    rows = torch.where(keep[:, 0], row_scale * rows, 0.0)
+    rows = torch.where(keep[:, 0], row_scale * rows, 0.0).to(dtype)
     if grad_dtype is None:
         return rows, None
     dz = dh * gelu_derivative(z) if activation == "gelu" else dh
@@ -47,22 +47,33 @@ def gelu_derivative(z: Tensor) -> Tensor:
 
 def _mse(h: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     r = h - t
-    return r.square().mean(-1), 2 * r / h.shape[-1]
+    return r.double().square().mean(-1), 2 * r / h.shape[-1]  # the mean may be within a range that its sum is not
 
 
 def _cosine(h: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """1 - cos = |w|^2 / (|t|^2 (1 + cos)), w the part of h - t that is perpendicular to h; the gradient is
-    w / (|h| |t|). No term cancels as h approaches t. Zero vectors: cos = 0, gradient 0."""
-    r = h - t
+    """The gradient is w / (|h| |t|) with w = h (h t) / |h|^2 - t, the part of -t that is perpendicular to h, and 1 - cos
+    = |w|^2 / (|t|^2 (1 + cos)): in float64 nothing of them is lost at angles and lengths that float32 tells apart.
+    Zero vectors: cos = 0, gradient 0."""
+    (h, h_unit), (t, _) = _near_one(h.double()), _near_one(t.double())
     h2, t2 = h.square().sum(-1, keepdim=True), t.square().sum(-1, keepdim=True)
-    nonzero = (h2 > 0) & (t2 > 0)
+    nonzero = (h2 != 0) & (t2 != 0)
     h2, t2 = torch.where(nonzero, h2, 1.0), torch.where(nonzero, t2, 1.0)
-    inverse_norms = h2.rsqrt() * t2.rsqrt()
-    cos = torch.where(nonzero, (h * t).sum(-1, keepdim=True) * inverse_norms, 0.0)
-    w = r - h * ((r * h).sum(-1, keepdim=True) / h2)
+    ht = (h * t).sum(-1, keepdim=True)
+    norms = h2.sqrt() * t2.sqrt()
+    cos = torch.where(nonzero, ht / norms, 0.0)
+    w = h * (ht / h2) - t if h.shape[-1] > 1 else 0 * h * t  # nothing is perpendicular in one dimension
     near = w.square().sum(-1, keepdim=True) / (t2 * (1 + cos.clamp(min=0)))
     rows = torch.where(cos > 0, near, 1 - cos)
-    return rows[:, 0], torch.where(nonzero, w * inverse_norms, 0.0)
+    return rows[:, 0], torch.where(nonzero, w * (h_unit / norms), 0.0)
+
+
+def _near_one(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (N, D) float64 times a power of two a row (N, 1), which the largest entry is near 1 with."""
+    top = x.abs().amax(-1, keepdim=True)
+    usable = (top > 0) & (top < torch.inf)
+    exponent = torch.frexp(torch.where(usable, top, 1.0)).exponent.clamp(-1000, 1000)
+    unit = torch.ldexp(torch.ones_like(top), -exponent)
+    return x * unit, unit
 
 
 def _kl(h: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

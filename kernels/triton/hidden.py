@@ -94,11 +94,10 @@ def hidden_fwd_kernel(
     end = tl.where(scale != 0, size, 0)
     lanes = tl.arange(0, BLOCK)
 
-    # Statistics of the row. cosine: |h|^2, |t|^2, h t, (h - t) h. kl: see _add_masses.
+    # Statistics of the row. cosine: |h|^2, |t|^2, h t. kl: see _add_masses.
     hh = 0.0
     tt = 0.0
     ht = 0.0
-    rh = 0.0
     max_a = -1e30
     max_b = -1e30
     mass_a = 0.0
@@ -118,7 +117,6 @@ def hidden_fwd_kernel(
                 hh += tl.sum(h * h, 0)
                 tt += tl.sum(t * t, 0)
                 ht += tl.sum(h * t, 0)
-                rh += tl.sum((h - t) * h, 0)
             else:
                 b = tl.where(inside, t, -float("inf"))
                 c = tl.where(inside, (h - offset) - t, 0.0)
@@ -130,11 +128,36 @@ def hidden_fwd_kernel(
         near = (ratio > -0.9) & (ratio < 1e3)  # beyond, the plain difference of the logsumexps is good enough
         plain = ((max_a - max_b) - ref) + (log_mass_a - log_mass_b)
         log_ratio = tl.where(near, log1p(tl.where(near, ratio, 0.0)), plain)
-    nonzero = (hh > 0) & (tt > 0)
-    hh = tl.where(nonzero, hh, 1.0)
-    tt = tl.where(nonzero, tt, 1.0)
-    inverse = tl.where(nonzero, 1.0 / (tl.sqrt(hh) * tl.sqrt(tt)), 0.0)
-    cos = ht * inverse
+    if KIND == "cosine":
+        # w = (h part - t) / |t| is perpendicular to h; its squares add up to 1 - cos^2, w / |h| is the gradient.
+        part = ht / hh
+        inverse_h = scale / tl.sqrt(hh)
+        inverse_t = 1.0 / tl.sqrt(tt)
+        cos = ht / (tl.sqrt(hh) * tl.sqrt(tt))
+        # Float32 has not the digits of an angle below 1/16, nor the range of the squares of extreme lengths.
+        ordinary = (hh > 1e-30) & (tt > 1e-30) & (hh < 1e30) & (tt < 1e30) & (part * (ht / tt) < 0.99609375)
+        wide = (scale != 0) & (ordinary == 0)
+        wide_part = part.to(tl.float64)
+        wide_inverse_h = inverse_h.to(tl.float64)
+        wide_inverse_t = inverse_t.to(tl.float64)
+        if wide:
+            wide_hh = tl.full((), 0.0, tl.float64)
+            wide_tt = tl.full((), 0.0, tl.float64)
+            wide_ht = tl.full((), 0.0, tl.float64)
+            for start in range(0, end, BLOCK):
+                columns = start + lanes
+                _, h, t = _load_pair(z_ptr, t_ptr, bias_ptr, columns, columns < end, HAS_BIAS, GELU)
+                wide_hh += tl.sum(h.to(tl.float64) * h.to(tl.float64), 0)
+                wide_tt += tl.sum(t.to(tl.float64) * t.to(tl.float64), 0)
+                wide_ht += tl.sum(h.to(tl.float64) * t.to(tl.float64), 0)
+            nonzero = (wide_hh != 0.0) & (wide_tt != 0.0)  # cos = 0 by definition
+            wide_hh = tl.where(nonzero, wide_hh, 1.0)
+            wide_tt = tl.where(nonzero, wide_tt, 1.0)
+            wide_part = tl.where(nonzero, wide_ht / wide_hh, 0.0)
+            wide_inverse_h = scale.to(tl.float64) / tl.sqrt(wide_hh)
+            # Nothing is perpendicular in one dimension.
+            wide_inverse_t = tl.where(nonzero & (size > 1), 1.0 / tl.sqrt(wide_tt), 0.0)
+            cos = tl.where(nonzero, wide_ht / (tl.sqrt(wide_hh) * tl.sqrt(wide_tt)), 0.0).to(tl.float32)
 
     value = 0.0
     for start in range(0, end, BLOCK):
@@ -143,12 +166,17 @@ def hidden_fwd_kernel(
         z, h, t = _load_pair(z_ptr, t_ptr, bias_ptr, columns, inside, HAS_BIAS, GELU)
         if KIND == "mse":
             r = h - t
-            value += tl.sum(r * r, 0)
             d = r * (2.0 / size)
+            value += tl.sum(r * d, 0)  # twice the mean, which may be within a range that the sum is not
         elif KIND == "cosine":
-            w = (h - t) - h * (rh / hh)  # the part of h - t that is perpendicular to h
-            value += tl.sum(w * w, 0)
-            d = w * inverse
+            if wide:
+                wide_w = (h.to(tl.float64) * wide_part - t.to(tl.float64)) * wide_inverse_t
+                value += tl.sum(wide_w * wide_w, 0).to(tl.float32)
+                d = (wide_w * wide_inverse_h).to(tl.float32)
+            else:
+                w = (h * part - t) * inverse_t
+                value += tl.sum(w * w, 0)
+                d = w * inverse_h
         else:
             q = tl.where(inside, tl.exp((t - max_b) - log_mass_b), 0.0)
             c = (h - offset) - t
@@ -159,11 +187,13 @@ def hidden_fwd_kernel(
             if GELU:
                 density = tl.exp(-0.5 * z * z) * 0.3989422804014327
                 d *= 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * density
-            tl.store(dz_ptr + columns, d * scale, mask=inside)
+            if KIND != "cosine":  # which has the scale in it
+                d *= scale
+            tl.store(dz_ptr + columns, d, mask=inside)
     if KIND == "mse":
-        value /= size
+        value *= 0.5
     if KIND == "cosine":
-        value = tl.where(cos > 0, value / (tt * (1.0 + tl.maximum(cos, 0.0))), 1.0 - cos)
+        value = tl.where(cos > 0, value / (1.0 + tl.maximum(cos, 0.0)), 1.0 - cos)
     tl.store(rows_ptr + at, tl.where(scale != 0, value * scale, 0.0))
     if NEED_GRAD:
         for start in range(end, size, BLOCK):  # a skipped row
