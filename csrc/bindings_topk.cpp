@@ -51,15 +51,17 @@ TopkArgs topk_args(const TensorView& student, const py::object& columns, const T
 }
 
 void topk_fwd(const TensorView& student, const TensorView& values, const py::object& columns,
-              const TensorView& row_scale, const TensorView& loss, const TensorView& stats, const Optional& gradient,
-              int divergence, double beta, int tail, double temperature, double value_factor, int threads) {
+              const TensorView& rest, const TensorView& row_scale, const TensorView& loss, const TensorView& stats,
+              const Optional& gradient, int divergence, double beta, int tail, double temperature, double value_factor, int threads) {
   TopkArgs args = topk_args(student, columns, row_scale, stats, gradient, temperature);
   expect_dense(values, "values", args.rows, args.k);
+  rest.expect_vector("rest", args.rows, DType::f64).expect_device("rest", true);
   loss.expect_vector("loss", args.rows, row_scale.dtype).expect_device("loss", true);
   if (divergence < 0 || divergence >= kDivergences - 1)  // the last one, mse, is not one of probabilities
     throw std::invalid_argument("divergence " + std::to_string(divergence) + " does not exist");
   if (tail < 0 || tail > 2) throw std::invalid_argument("tail " + std::to_string(tail) + " does not exist");
-  args.values = static_cast<const double*>(values.data), args.loss = loss.data;
+  args.values = static_cast<const double*>(values.data), args.rest = static_cast<const double*>(rest.data);
+  args.loss = loss.data;
   args.divergence = divergence, args.beta = beta, args.tail = static_cast<Tail>(tail), args.value_factor = value_factor;
   py::gil_scoped_release release;
   cpu::topk(args, threads < 1 ? 1 : threads);
@@ -78,8 +80,8 @@ void topk_bwd(const TensorView& student, const py::object& columns, const Tensor
 }  // namespace
 
 void define_topk(py::module_& m) {
-  m.def("topk_fwd", &topk_fwd, py::arg("student"), py::arg("values"), py::arg("columns"), py::arg("row_scale"),
-        py::arg("loss"), py::arg("stats"), py::arg("gradient"), py::arg("divergence"), py::arg("beta"), py::arg("tail"),
+  m.def("topk_fwd", &topk_fwd, py::arg("student"), py::arg("values"), py::arg("columns"), py::arg("rest"),
+        py::arg("row_scale"), py::arg("loss"), py::arg("stats"), py::arg("gradient"), py::arg("divergence"), py::arg("beta"), py::arg("tail"),
         py::arg("temperature"), py::arg("value_factor"), py::arg("threads"));
   m.def("topk_bwd", &topk_bwd, py::arg("student"), py::arg("columns"), py::arg("row_scale"), py::arg("stats"),
         py::arg("gradient"), py::arg("dloss"), py::arg("keep_unit"), py::arg("temperature"), py::arg("threads"));

@@ -108,6 +108,7 @@ def topk_fwd(
     student: Tensor,
     values: Tensor,
     columns: Tensor,
+    rest: Tensor,
     row_scale: Tensor,
     loss: Tensor,
     stats: Tensor,

@@ -146,7 +146,8 @@ def test_gradcheck(tail: str, reduction: str) -> None:
 
 def test_opcheck() -> None:
     inputs, x = draw()
-    tensors = (*(y.requires_grad_() for y in inputs), x["teacher_values"], x["teacher_indices"], x["weight"])
+    tensors = (*(y.requires_grad_() for y in inputs), x["teacher_values"], x["teacher_indices"])
+    tensors = (*tensors, torch.log1p(-x["teacher_values"].exp().sum(-1)), x["weight"])
     labels = (torch.randint(COLUMNS, (ROWS,), device=DEVICE), x["weight"])
     options = (*labels, None, [0.0, 0.5, 0.0, 2.0, 4.0, 1.5, 3.0], 5000, "auto", False)
     torch.library.opcheck(linear_topk_rows, (*tensors, *options))

@@ -137,8 +137,9 @@ def test_opcheck(backend: str, ahead: bool) -> None:
     scale = torch.rand(3, device=DEVICE)
     leaf = student.clone().requires_grad_()
     rule = (0, 0.5, 0, 2.0, 4.0)
-    torch.library.opcheck(torch.ops.fastdistil.topk, (leaf, values, indices, scale, *rule, ahead, backend))
-    _, columns, stats, _ = torch.ops.fastdistil.topk(student, values, indices, scale, *rule, False, backend)
+    for tail in (None, torch.log1p(-values.exp().sum(-1))):
+        torch.library.opcheck(torch.ops.fastdistil.topk, (leaf, values, indices, tail, scale, *rule, ahead, backend))
+    _, columns, stats, _ = torch.ops.fastdistil.topk(student, values, indices, None, scale, *rule, False, backend)
     rest = (columns, scale, stats, torch.rand(3, device=DEVICE), 2.0, backend)
     torch.library.opcheck(torch.ops.fastdistil.topk_bwd, (student, *rest))
 

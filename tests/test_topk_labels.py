@@ -168,6 +168,7 @@ def test_opcheck() -> None:
     arguments = (
         x["teacher_values"],
         x["teacher_indices"],
+        torch.log1p(-x["teacher_values"].exp().sum(-1)),
         *scales,
         vocab_map,
         [0.0, 0.5, 0.0, 2.0, 4.0, 1.0, 0.0],

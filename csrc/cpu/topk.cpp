@@ -139,19 +139,14 @@ class Kernel {
       rest_of_student<false>(r, block, largest, mass);
     else
       rest_of_student<true>(r, block, largest, mass);
-    double total = 0;
-    bool whole = args_.k == args_.columns;
     for (int64_t i = 0; i < args_.k; ++i) {
       const bool there = named(r)[i] < args_.columns;
       o.student[i] = there ? to_compute(student(r)[named(r)[i]]) / args_.temperature : -INFINITY;
       o.teacher[i] = u[i];
-      total += std::exp(u[i]);
-      whole = whole && there;
     }
     o.student[args_.k] = mass == 0 ? -INFINITY : largest / args_.temperature + std::log(mass);
-    const double rest = rest_of_teacher(u, args_.k);
-    o.teacher[args_.k] = args_.tail == Tail::bucket && !whole ? std::log(rest < 0 ? 0 : rest) : -INFINITY;
-    finish(r, o, largest, mass, divergence_(o, args_.beta), total, rest);
+    o.teacher[args_.k] = args_.tail == Tail::bucket ? args_.rest[r] : -INFINITY;
+    finish(r, o, largest, mass, divergence_(o, args_.beta));
     if (gradient(r)) backward(r, block);
   }
 
@@ -192,17 +187,20 @@ class Kernel {
     largest = m > T(-INFINITY) ? m : T(0);
   }
 
-  // The row's value, and what its gradient is made of. total, rest: the teacher's mass on its K columns, and 1 - that.
-  void finish(int64_t r, const Outcomes& o, double largest, double mass, double value, double total,
-              double rest) const {
+  // The row's value, and what its gradient is made of.
+  void finish(int64_t r, const Outcomes& o, double largest, double mass, double value) const {
     const double scale = static_cast<double>(this->scale(r)) * args_.value_factor;
     double part = scale / args_.temperature;
+    bool none = false;
     if (args_.tail == Tail::zero) {
       // The divergence is about as large as -ln(total): a confident teacher's difference needs all digits of both.
-      value = total == 0 ? 0 : total * (value + (rest < 0.5 ? std::log1p(-rest) : std::log(total)));
+      double total = 0;
+      for (int64_t i = 0; i < args_.k; ++i) total += std::exp(o.teacher[i]);
+      const double rest = args_.rest[r];
+      none = total == 0;
+      value = none ? 0 : total * (value + (rest < 0.5 ? std::log1p(-rest) : std::log(total)));
       part *= total;
     }
-    const bool none = args_.tail == Tail::zero && total == 0;
     static_cast<T*>(args_.loss)[r] = static_cast<T>(value * scale);
     double* s = stats(r);
     s[kLargest] = largest;

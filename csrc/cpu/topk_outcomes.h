@@ -24,15 +24,6 @@ double sum_exp(const std::vector<double>& x, double largest) {
   return sum;
 }
 
-// 1 - sum of e^u with full precision for a confident teacher; rounding may leave it a little below 0.
-double rest_of_teacher(const double* u, int64_t k) {
-  const int64_t at = std::max_element(u, u + k) - u;
-  double rest = -std::expm1(u[at]);
-  for (int64_t i = 0; i < k; ++i)
-    if (i != at) rest -= std::exp(u[i]);
-  return rest;
-}
-
 template <class Rule>
 double divergence(Outcomes& o, double beta) {
   const int n = static_cast<int>(o.student.size());
@@ -54,6 +45,10 @@ double divergence(Outcomes& o, double beta) {
   stats.own_max = *std::max_element(o.student.begin(), o.student.end());
   stats.own_log = std::log(sum_exp(o.student, stats.own_max));
   RowTerms<double> row = row_terms<Rule>(stats, beta);
+  // Slopes relative to the student's own largest outcome: the gradient there, of a student that is sure of it, is the
+  // difference of a slope and almost the same mean.
+  const int own = static_cast<int>(std::max_element(o.student.begin(), o.student.end()) - o.student.begin());
+  if (Rule::centred) row.anchor = Rule::share(column<false>(scores(own), row), beta).slope;
   double value = 0;
   for (int pass = Rule::centred ? 0 : 1; pass < 2; ++pass) {
     double v = 0, centre = 0;

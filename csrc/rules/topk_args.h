@@ -18,6 +18,8 @@ struct TopkArgs {
   const void* student;       // (N, V), row stride student_stride
   const double* values;      // (N, K) dense: log-probabilities; -inf where an entry is not there (forward)
   const int32_t* named;      // (N, K) dense, ascending; V where an entry is not there
+  const double* rest;        // (N,) dense, of the teacher's other columns (forward): the logarithm of their mass for
+                             // "bucket", their mass for "zero" (rounding may leave it a little below 0)
   const void* row_scale;     // (N,) float32, float64 for float64 logits; rows of scale 0 are not read
   const void* dloss;         // (N,) as row_scale, or null (forward: 1)
   bool keep_unit;            // backward: gradient holds what a dloss of 1 gives; only the other rows are touched

@@ -14,6 +14,7 @@ def topk_fwd(
     student: Tensor,
     values: Tensor,
     columns: Tensor,
+    rest: Tensor,
     row_scale: Tensor,
     loss: Tensor,
     stats: Tensor,
@@ -22,7 +23,7 @@ def topk_fwd(
 ) -> None:
     """As fastdistil.reference.topk.topk_fwd."""
     threads = torch.get_num_threads()
-    _C.topk_fwd(student, values, columns, row_scale, loss, stats, gradient, **rule, threads=threads)
+    _C.topk_fwd(student, values, columns, rest, row_scale, loss, stats, gradient, **rule, threads=threads)
 
 
 def topk_bwd(

@@ -9,7 +9,7 @@ from fastdistil.backends import choose
 from fastdistil.losses import _check, _terms
 from fastdistil.losses.linear_logit import check_head, chunk_size
 from fastdistil.losses.logit import rule_of
-from fastdistil.losses.topk import check_defined, check_teacher, partners_of
+from fastdistil.losses.topk import check_defined, check_teacher, partners_of, tail_of
 from fastdistil.ops.linear_topk import linear_topk_rows, linear_topk_total
 from fastdistil.ops.topk_rule import TAILS
 
@@ -22,6 +22,7 @@ def linear_topk_logit_loss(
     teacher_values: Tensor,
     teacher_indices: Tensor,
     *,
+    teacher_tail: Tensor | None = None,
     student_bias: Tensor | None = None,
     chunk_bytes: int | None = None,
     tail: str = "bucket",
@@ -45,7 +46,7 @@ def linear_topk_logit_loss(
 
     Args:
         student_hidden: (..., D) float32, bfloat16, float16 or float64. student_weight: (V, D); student_bias: (V,).
-        teacher_values, teacher_indices: (..., K), as in `topk_logit_loss`.
+        teacher_values, teacher_indices, teacher_tail: (..., K) twice and (...,), as in `topk_logit_loss`.
         chunk_bytes: upper bound of the memory for logits, as in `linear_logit_loss`.
         tail, divergence, beta, temperature, scale_by_t2, labels, label_weight, label_num_items, ignore_index,
             vocab_map, reduction, num_items: as in `topk_logit_loss`.
@@ -71,6 +72,7 @@ def linear_topk_logit_loss(
     values = _check.float_tensor(_NAME, "teacher_values", teacher_values)
     check_teacher(_NAME, student_hidden, student_weight.shape[0], values, teacher_indices)
     _check.one_of(_NAME, "tail", tail, TAILS)
+    known = tail_of(_NAME, teacher_tail, tail, values)
     index, mixture, t, _, factor = rule_of(_NAME, divergence, beta, temperature, None, scale_by_t2)
     _check.one_of(_NAME, "reduction", reduction, _check.REDUCTIONS)
     check_defined(_NAME, tail, divergence, mixture)
@@ -98,7 +100,7 @@ def linear_topk_logit_loss(
     k, constants = values.shape[-1], [float(x) for x in (index, mixture, TAILS.index(tail), t, factor, *caps)]
     arguments = (
         hidden.reshape(-1, hidden.shape[-1]), matrix, bias, values.reshape(-1, k),
-        teacher_indices.reshape(-1, k), scale, label, label_scale, partners, constants, chunk, backend, weight is None,
+        teacher_indices.reshape(-1, k), known, scale, label, label_scale, partners, constants, chunk, backend, weight is None,
     )  # fmt: skip
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in heads]
     if reduction != "none" and any(wanted):

@@ -21,6 +21,7 @@ def topk_logit_loss(
     teacher_values: Tensor,
     teacher_indices: Tensor,
     *,
+    teacher_tail: Tensor | None = None,
     tail: str = "bucket",
     divergence: str = "forward_kl",
     beta: float = 0.5,
@@ -42,7 +43,7 @@ def topk_logit_loss(
     With p = softmax(student_logits / temperature) and q_k = exp(teacher_values):
 
     ===========  ==================================================================================================
-    bucket       over K + 1 outcomes, the K columns and all others together (1 - sum q_k against their sum of p)
+    bucket       over K + 1 outcomes, the K columns and all others together (the tail's q against their sum of p)
     renormalize  q scaled to sum 1, 0 elsewhere, against p over all V; teacher_values may then be any scores
     zero         sum over the K of q_k log(q_k / p_k), q as it is; the other columns' terms count as 0
     ===========  ==================================================================================================
@@ -54,8 +55,16 @@ def topk_logit_loss(
         student_logits: (..., V) float32, bfloat16, float16 or float64.
         teacher_values: (..., K) log-probabilities in any of these dtypes, of the distribution to be matched, so with
             the teacher's temperature in them: (teacher_logits / T).log_softmax(-1).topk(K). A constant. An entry of
-            -inf is not there, whatever its index.
+            -inf is not there, whatever its index. Hand them in as they were made or stored: their dtype tells how far
+            they are rounded.
         teacher_indices: (..., K) int32 or int64, their columns, each at most once in a row, in any order.
+        teacher_tail: (...,) float32 or float64, the natural logarithm of the mass of the teacher's other columns, all
+            but teacher_indices: logsumexp over those of teacher_logits / T minus logsumexp over all. -inf: they have
+            none. A store has it (docs/teacher.md). A constant. The values alone do not tell a tail that is smaller than
+            their own rounding: without teacher_tail, "bucket" takes 1 - sum q_k, but at least
+            max(r * sum q_k |log q_k|, min(r, 2^-24)) with r = 2^-24 for float32 values (bfloat16: 2^-8, float16: 2^-11,
+            float64: 2^-53). With it, "bucket" and "zero" divide all of the teacher by its sum, which is 1 but for
+            rounding. "renormalize" has no tail and refuses it.
         tail: "bucket", "renormalize" or "zero".
         divergence: as in fastdistil.logit_loss, but for "mse"; "renormalize" has no reverse_kl (it is infinite),
             "zero" forward_kl alone.
@@ -68,7 +77,7 @@ def topk_logit_loss(
         vocab_map: (V,) int64: student column v is teacher column vocab_map[v], -1 for none, each teacher column at
             most once; teacher_indices are then the teacher's columns. Entries without a partner are left out, and the
             others' probabilities divided by what those leave of 1; the tail keeps what mass of other columns without a
-            partner is in it. The student's distribution is that of its columns with a partner; the others get no
+            partner is in it (teacher_tail is that of the stored entries, mapped or not). The student's distribution is that of its columns with a partner; the others get no
             gradient (but from the labels).
         reduction: "mean" is sum(w * loss) / sum(w), "sum" is sum(w * loss), "none" is w * loss, one entry a row.
         num_items: replaces sum(w) in "mean": a number or a tensor of one entry.
@@ -80,8 +89,9 @@ def topk_logit_loss(
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was wanted. In rows that count, an index out of
-            range or given twice, or probabilities that sum to more than 1.1 ("bucket", "zero"), raise on a CPU; on a
-            GPU the row's value and gradient are NaN, since looking would wait for the device.
+            range or given twice, or probabilities that sum to more than 1.1 ("bucket", "zero"; with teacher_tail: to
+            less than 0.9 or more than 1.1), raise on a CPU; on a GPU the row's value and gradient are NaN, since
+            looking would wait for the device.
         NotImplementedError: in forward-mode differentiation (torch.func.jvp).
     """
     _check.no_tangents(_NAME, student_logits=student_logits, teacher_values=teacher_values, weight=weight)
@@ -93,6 +103,7 @@ def topk_logit_loss(
         )
     check_teacher(_NAME, student, student.shape[-1], values, teacher_indices)
     _check.one_of(_NAME, "tail", tail, TAILS)
+    known = tail_of(_NAME, teacher_tail, tail, values)
     index, mixture, t, _, factor = rule_of(_NAME, divergence, beta, temperature, None, scale_by_t2)
     _check.one_of(_NAME, "reduction", reduction, _check.REDUCTIONS)
     check_defined(_NAME, tail, divergence, mixture)
@@ -112,7 +123,7 @@ def topk_logit_loss(
     )
     rule = (index, mixture, TAILS.index(tail), t, factor)
     k = values.shape[-1]
-    teacher = (values.reshape(-1, k), _check.usable(teacher_indices).reshape(-1, k))
+    teacher = (values.reshape(-1, k), _check.usable(teacher_indices).reshape(-1, k), known)
     ahead = student.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
     scaled_late = student.dtype == torch.float16  # rounded before a GradScaler's scale it would underflow
     overwrite = inplace_backward and ahead and not scaled_late
@@ -146,6 +157,24 @@ def check_teacher(function: str, student: Tensor, width: int, values: Tensor, in
     _check.same_device(function, "teacher_values", values, "the student", student.device)
     _check.same_device(function, "teacher_indices", indices, "the student", student.device)
     _check.constant(function, "teacher_values", values)
+
+
+def tail_of(function: str, value: object, tail: str, values: Tensor) -> Tensor | None:
+    """The checked logarithms of the tails' mass, flat."""
+    if value is None:
+        return None
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{function}: teacher_tail is {type(value).__name__}, expected a torch.Tensor")
+    if tail == "renormalize":
+        raise ValueError(
+            f"{function}: teacher_tail came with tail='renormalize', which has none, expected None or another tail"
+        )
+    if value.dtype not in (torch.float32, torch.float64):  # 16 bits would lose what it is there for
+        raise TypeError(f"{function}: teacher_tail has dtype {value.dtype}, expected float32 or float64")
+    _check.same_shape(function, "teacher_tail", value, "the rows of teacher_values", values.shape[:-1])
+    _check.same_device(function, "teacher_tail", value, "the student", values.device)
+    _check.constant(function, "teacher_tail", value)
+    return value.reshape(-1)
 
 
 def partners_of(function: str, vocab_map: object, columns: int, device: torch.device) -> Tensor:

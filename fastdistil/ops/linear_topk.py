@@ -61,6 +61,7 @@ def _compute(
     bias: Tensor | None,
     values: Tensor,
     indices: Tensor,
+    teacher_tail: Tensor | None,
     row_scale: Tensor,
     labels: Tensor | None,
     label_scale: Tensor | None,
@@ -78,11 +79,13 @@ def _compute(
     kept = None if dense else terms.counts(row_scale).nonzero()[:, 0]
     if kept is not None and len(kept) < len(row_scale):
         hidden, values, indices, scale = hidden[kept], values[kept], indices[kept], row_scale[kept]
+        teacher_tail = None if teacher_tail is None else teacher_tail[kept]
         terms = terms.rows(kept)
     else:
         kept, scale = None, row_scale
     head = StudentHead(hidden, weight, bias, scale, wanted)
-    teacher = canonical("linear_topk_logit_loss", values, indices, scale, head.columns, rule["tail"], vocab_map)
+    known = (values, indices, teacher_tail)
+    teacher = canonical("linear_topk_logit_loss", *known, scale, head.columns, rule["tail"], vocab_map)
     rows = run(head, teacher, scale, rule, terms, chunk_bytes, name, any(wanted))
     found = head.gradients
     if kept is None:
@@ -96,7 +99,7 @@ def _compute(
 
 def run(
     source: Source,
-    teacher: tuple[Tensor, Tensor],
+    teacher: tuple[Tensor, Tensor, Tensor],
     scale: Tensor,
     rule: TopkRule,
     terms: Terms,
@@ -111,7 +114,7 @@ def run(
     rows, count = torch.empty_like(scale), len(scale)
     if count == 0:
         return rows
-    u, columns = teacher
+    u, columns, rest = teacher
     module = get("topk", name, scale.device)
     step = chunk_rows(count, source.columns, scale.element_size(), chunk_bytes)
     padded = -(-source.columns // ALIGNED_COLUMNS) * ALIGNED_COLUMNS
@@ -128,7 +131,7 @@ def run(
         if alone is not None:
             kept = logits[:, alone] if terms.labels is not None else None
             logits.index_fill_(1, alone, float("-inf"))
-        part = (u[chunk], columns[chunk], scale[chunk], rows[chunk], stats[:n])
+        part = (u[chunk], columns[chunk], rest[chunk], scale[chunk], rows[chunk], stats[:n])
         module.topk_fwd(logits, *part, gradient, **rule)
         if terms.labels is not None and terms.label_scale is not None:
             if kept is not None and alone is not None:
@@ -150,6 +153,7 @@ def linear_topk_rows(
     bias: Tensor | None,
     values: Tensor,
     indices: Tensor,
+    teacher_tail: Tensor | None,
     row_scale: Tensor,
     labels: Tensor | None,
     label_scale: Tensor | None,
@@ -159,11 +163,12 @@ def linear_topk_rows(
     backend: str,
     dense: bool,
 ) -> Tensor:
-    """hidden (N, D), weight (V, D), bias (V,), values (N, K), indices (N, K) int32 or int64, row_scale (N,) float32
-    (float64 for float64 inputs), labels (N,) int64, label_scale (N,) as row_scale, vocab_map (V,) int64,
-    `constants` of TopkRule in its order, then logit scale and softcap -> rows (N,) times their scales."""
+    """hidden (N, D), weight (V, D), bias (V,), values (N, K), indices (N, K) int32 or int64, teacher_tail (N,) float32
+    or float64, row_scale (N,) float32 (float64 for float64 inputs), labels (N,) int64, label_scale (N,) as row_scale,
+    vocab_map (V,) int64, `constants` of TopkRule in its order, then logit scale and softcap -> rows (N,) times their
+    scales."""
     options = (row_scale, labels, label_scale, vocab_map, constants, chunk_bytes, backend, dense)
-    return _compute(hidden, weight, bias, values, indices, *options, (False, False, False))[0]
+    return _compute(hidden, weight, bias, values, indices, teacher_tail, *options, (False, False, False))[0]
 
 
 @torch.library.custom_op("fastdistil::linear_topk_total", mutates_args=())
@@ -173,6 +178,7 @@ def linear_topk_total(
     bias: Tensor | None,
     values: Tensor,
     indices: Tensor,
+    teacher_tail: Tensor | None,
     row_scale: Tensor,
     labels: Tensor | None,
     label_scale: Tensor | None,
@@ -187,27 +193,27 @@ def linear_topk_total(
     empty where not `wanted`."""
     options = (row_scale, labels, label_scale, vocab_map, constants, chunk_bytes, backend, dense)
     flags = (wanted[0], wanted[1], wanted[2])
-    rows, found = _compute(hidden, weight, bias, values, indices, *options, flags)
+    rows, found = _compute(hidden, weight, bias, values, indices, teacher_tail, *options, flags)
     dhidden, dweight, dbias = (row_scale.new_empty(0) if g is None else g for g in found)
     return rows.sum(), dhidden, dweight, dbias
 
 
 @linear_topk_rows.register_fake
 def _(*args: Any) -> Tensor:
-    found: Tensor = args[5].new_empty(args[5].shape)
+    found: Tensor = args[6].new_empty(args[6].shape)
     return found
 
 
 @linear_topk_total.register_fake
 def _(*args: Any) -> tuple[Tensor, ...]:
-    scale, wanted = args[5], args[13]
+    scale, wanted = args[6], args[14]
     shapes = (x.shape if want and x is not None else 0 for x, want in zip(args[:3], wanted, strict=True))
     return scale.new_empty(()), *(scale.new_empty(shape) for shape in shapes)
 
 
 def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:9])
-    ctx.options = inputs[9:]
+    ctx.save_for_backward(*inputs[:10])
+    ctx.options = inputs[10:]
 
 
 def _backward_rows(ctx: Any, drows: Tensor) -> tuple[Tensor | None, ...]:
@@ -217,21 +223,21 @@ def _backward_rows(ctx: Any, drows: Tensor) -> tuple[Tensor | None, ...]:
     scale, label_scale = (None if x is None else torch.where(x == 0, 0.0, x * drows) for x in (row_scale, label_scale))
     _, *found = linear_topk_total(*tensors, scale, labels, label_scale, vocab_map, *ctx.options, wanted)
     each = zip(found, tensors[:3], wanted, strict=True)
-    return *(g.to(x.dtype) if want else None for g, x, want in each), *[None] * 10
+    return *(g.to(x.dtype) if want else None for g, x, want in each), *[None] * 11
 
 
 def _setup_total(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:9])
-    ctx.options = inputs[9:]
+    ctx.save_for_backward(*inputs[:10])
+    ctx.options = inputs[10:]
     ctx.kept = output[1:]
 
 
 def _backward_total(ctx: Any, dtotal: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     refuse_double_backward("linear_topk_logit_loss")
     if dtotal is None:
-        return (None,) * 14
+        return (None,) * 15
     tensors = ctx.saved_tensors
 
     def again() -> tuple[Tensor, ...]:
@@ -239,7 +245,7 @@ def _backward_total(ctx: Any, dtotal: Tensor | None, *_: Any) -> tuple[Tensor | 
         return found[1:]
 
     each = zip(hand_out(ctx, dtotal, again), tensors[:3], ctx.options[-1], strict=True)
-    return *(g.to(x.dtype) if want else None for g, x, want in each), *[None] * 11
+    return *(g.to(x.dtype) if want else None for g, x, want in each), *[None] * 12
 
 
 linear_topk_rows.register_autograd(_backward_rows, setup_context=_setup_rows)

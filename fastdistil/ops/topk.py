@@ -35,6 +35,7 @@ def topk(
     student: Tensor,  # (N, V)
     values: Tensor,  # (N, K), any floating dtype
     indices: Tensor,  # (N, K) int32 or int64
+    teacher_tail: Tensor | None,  # (N,) float32 or float64
     row_scale: Tensor,  # (N,) float32, float64 for float64 logits
     divergence: int,
     beta: float,
@@ -54,9 +55,10 @@ def topk(
         "value_factor": value_factor,
     }
     module = _module(backend, student)
-    u, columns = canonical("topk_logit_loss", values, indices, row_scale, student.shape[1], tail)
+    teacher = (values, indices, teacher_tail)
+    u, columns, rest = canonical("topk_logit_loss", *teacher, row_scale, student.shape[1], tail)
     loss, _, stats, gradient = _outputs(student, values, row_scale, with_gradient, new_empty)
-    module.topk_fwd(student, u, columns, row_scale, loss, stats, gradient if with_gradient else None, **rule)
+    module.topk_fwd(student, u, columns, rest, row_scale, loss, stats, gradient if with_gradient else None, **rule)
     return loss, columns, stats, gradient
 
 
@@ -78,6 +80,7 @@ def _(
     student: Tensor,
     values: Tensor,
     indices: Tensor,
+    teacher_tail: Tensor | None,
     row_scale: Tensor,
     divergence: int,
     beta: float,
@@ -121,7 +124,7 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    student, _, _, row_scale, *_, ctx.temperature, _, with_gradient, ctx.backend = inputs
+    student, _, _, _, row_scale, *_, ctx.temperature, _, with_gradient, ctx.backend = inputs
     _, columns, stats, gradient = output
     ctx.mark_non_differentiable(columns, stats, gradient)
     ctx.set_materialize_grads(False)
@@ -141,7 +144,7 @@ def _backward(ctx: Any, dloss: Tensor | None, *unused: Tensor | None) -> tuple[T
             module.topk_bwd(*tensors, gradient, dloss.contiguous(), True, ctx.temperature)
         else:
             gradient = topk_bwd(*tensors, dloss, ctx.temperature, ctx.backend)
-    return (gradient, *(None,) * 10)
+    return (gradient, *(None,) * 11)
 
 
 topk.register_autograd(_backward, setup_context=_setup)

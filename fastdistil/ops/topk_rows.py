@@ -36,6 +36,7 @@ def _compute(
     student: Tensor,
     values: Tensor,
     indices: Tensor,
+    teacher_tail: Tensor | None,
     row_scale: Tensor,
     labels: Tensor | None,
     label_scale: Tensor | None,
@@ -47,7 +48,8 @@ def _compute(
     """Rows; the gradient of their sum is written where one is wanted."""
     name = backend_of("topk_logit_loss", backend, row_scale)
     rule, caps = unpack(constants)
-    teacher = canonical("topk_logit_loss", values, indices, row_scale, student.shape[1], rule["tail"], vocab_map)
+    known = (values, indices, teacher_tail)
+    teacher = canonical("topk_logit_loss", *known, row_scale, student.shape[1], rule["tail"], vocab_map)
     chunk_bytes = CHUNK_BYTES["cpu" if student.device.type == "cpu" else "gpu"]
     terms = Terms(labels, label_scale, vocab_map, *caps)
     return run(_Source(student, gradient), teacher, row_scale, rule, terms, chunk_bytes, name, gradient is not None)
@@ -58,6 +60,7 @@ def topk_rows(
     student: Tensor,
     values: Tensor,
     indices: Tensor,
+    teacher_tail: Tensor | None,
     row_scale: Tensor,
     labels: Tensor | None,
     label_scale: Tensor | None,
@@ -65,10 +68,11 @@ def topk_rows(
     constants: list[float],
     backend: str,
 ) -> Tensor:
-    """student (N, V), values (N, K), indices (N, K) int32 or int64, row_scale (N,) float32 (float64 for float64
-    logits), labels (N,) int64, label_scale (N,) as row_scale, vocab_map (V,) int64, `constants` of linear_topk.unpack
-    -> rows (N,) times their scales."""
-    return _compute(student, values, indices, row_scale, labels, label_scale, vocab_map, constants, backend, None)
+    """student (N, V), values (N, K), indices (N, K) int32 or int64, teacher_tail (N,) float32 or float64, row_scale
+    (N,) float32 (float64 for float64 logits), labels (N,) int64, label_scale (N,) as row_scale, vocab_map (V,) int64,
+    `constants` of linear_topk.unpack -> rows (N,) times their scales."""
+    options = (row_scale, labels, label_scale, vocab_map, constants, backend)
+    return _compute(student, values, indices, teacher_tail, *options, None)
 
 
 @torch.library.custom_op("fastdistil::topk_total", mutates_args=())
@@ -76,6 +80,7 @@ def topk_total(
     student: Tensor,
     values: Tensor,
     indices: Tensor,
+    teacher_tail: Tensor | None,
     row_scale: Tensor,
     labels: Tensor | None,
     label_scale: Tensor | None,
@@ -85,7 +90,8 @@ def topk_total(
 ) -> tuple[Tensor, Tensor]:
     """As `topk_rows` -> the rows' sum () and its gradient (N, V) in the student's dtype."""
     gradient = new_empty(student, student.shape)
-    rows = _compute(student, values, indices, row_scale, labels, label_scale, vocab_map, constants, backend, gradient)
+    options = (row_scale, labels, label_scale, vocab_map, constants, backend)
+    rows = _compute(student, values, indices, teacher_tail, *options, gradient)
     return rows.sum(), gradient
 
 
@@ -94,6 +100,7 @@ def topk_rows_overwrite_(
     student: Tensor,  # (N, V): becomes the gradient of the rows' sum
     values: Tensor,
     indices: Tensor,
+    teacher_tail: Tensor | None,
     row_scale: Tensor,
     labels: Tensor | None,
     label_scale: Tensor | None,
@@ -102,46 +109,52 @@ def topk_rows_overwrite_(
     backend: str,
 ) -> Tensor:
     """As `topk_rows`; the gradient is written over the student's logits."""
-    return _compute(student, values, indices, row_scale, labels, label_scale, vocab_map, constants, backend, student)
+    options = (row_scale, labels, label_scale, vocab_map, constants, backend)
+    return _compute(student, values, indices, teacher_tail, *options, student)
 
 
 @topk_rows.register_fake
 @topk_rows_overwrite_.register_fake
-def _(student: Tensor, values: Tensor, indices: Tensor, row_scale: Tensor, *rest: Any) -> Tensor:
+def _(
+    student: Tensor, values: Tensor, indices: Tensor, teacher_tail: Tensor | None, row_scale: Tensor, *rest: Any
+) -> Tensor:
     return row_scale.new_empty(row_scale.shape)
 
 
 @topk_total.register_fake
-def _(student: Tensor, values: Tensor, indices: Tensor, row_scale: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _(
+    student: Tensor, values: Tensor, indices: Tensor, teacher_tail: Tensor | None, row_scale: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
     return row_scale.new_empty(()), student.new_empty(student.shape)
 
 
 def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:7])
-    ctx.options = inputs[7:]
+    ctx.save_for_backward(*inputs[:8])
+    ctx.options = inputs[8:]
 
 
 def _backward_rows(ctx: Any, drows: Tensor) -> tuple[Tensor | None, ...]:
     refuse_double_backward("topk_logit_loss")
-    student, values, indices, row_scale, labels, label_scale, vocab_map = ctx.saved_tensors
+    student, values, indices, teacher_tail, row_scale, labels, label_scale, vocab_map = ctx.saved_tensors
     scale, label_scale = (None if x is None else torch.where(x == 0, 0.0, x * drows) for x in (row_scale, label_scale))
-    found = topk_total(student, values, indices, scale, labels, label_scale, vocab_map, *ctx.options)[1]
-    return found, *[None] * 8
+    teacher = (values, indices, teacher_tail)
+    found = topk_total(student, *teacher, scale, labels, label_scale, vocab_map, *ctx.options)[1]
+    return found, *[None] * 9
 
 
 def _setup_total(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:7])
-    ctx.options, ctx.kept = inputs[7:], output[1:]
+    ctx.save_for_backward(*inputs[:8])
+    ctx.options, ctx.kept = inputs[8:], output[1:]
 
 
 def _backward_total(ctx: Any, dtotal: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     refuse_double_backward("topk_logit_loss")
     if dtotal is None:
-        return (None,) * 9
+        return (None,) * 10
     tensors, options = ctx.saved_tensors, ctx.options
-    return *hand_out(ctx, dtotal, lambda: (topk_total(*tensors, *options)[1],)), *[None] * 8
+    return *hand_out(ctx, dtotal, lambda: (topk_total(*tensors, *options)[1],)), *[None] * 9
 
 
 topk_rows.register_autograd(_backward_rows, setup_context=_setup_rows)

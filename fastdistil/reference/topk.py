@@ -26,26 +26,20 @@ def _pick(x: Tensor, columns: Tensor, missing: float) -> Tensor:
     return torch.cat((x, x.new_full((x.shape[0], 1), missing)), -1).gather(-1, columns.long())
 
 
-def _rest_of_teacher(u: Tensor) -> Tensor:
-    """1 - sum(exp(u)) (N, 1) with full precision for a confident teacher; rounding may leave it a little below 0."""
-    largest, at = u.max(-1, keepdim=True)
-    others = u.exp().scatter(-1, at, 0.0).sum(-1, keepdim=True)
-    return -torch.expm1(largest) - others
-
-
-def _outcomes(a: Tensor, u: Tensor, columns: Tensor, rule: TopkRule) -> tuple[Tensor, Tensor, Tensor]:
+def _outcomes(
+    a: Tensor, u: Tensor, columns: Tensor, rest: Tensor, rule: TopkRule
+) -> tuple[Tensor, Tensor, Tensor]:
     """Values (N,), gradients in the K + 1 outcomes' scores (N, K + 1), and rho (N, 1), without any scale."""
     chosen = _chosen(columns, a.shape[-1])
     rho = torch.logsumexp(a.masked_fill(chosen, -torch.inf), -1, keepdim=True)
     student = torch.cat((_pick(a, columns, -torch.inf), rho), -1)
-    rest = _rest_of_teacher(u)
-    none = chosen.all(-1, keepdim=True) | (rule["tail"] != BUCKET)
-    teacher = torch.cat((u, torch.where(none, 0.0, rest.clamp_min(0.0)).log()), -1)
+    outside = rest if rule["tail"] == BUCKET else torch.full_like(rest, -torch.inf)
+    teacher = torch.cat((u, outside[:, None]), -1)
     d = torch.where(student == teacher, 0.0, student - teacher)
     value, gradient = pair_rows(DIVERGENCES[rule["divergence"]], rule["beta"], student, teacher, d)
     if rule["tail"] == ZERO:
         # The value is about as large as -log(mass): a confident teacher's difference needs all digits of both.
-        mass, rest = u.exp().sum(-1), rest[:, 0]
+        mass = u.exp().sum(-1)
         value = torch.where(mass == 0, 0.0, mass * (value + torch.where(rest < 0.5, torch.log1p(-rest), mass.log())))
         gradient = torch.where(mass[:, None] == 0, 0.0, mass[:, None] * gradient)
     return value, gradient, rho
@@ -55,6 +49,7 @@ def topk_fwd(
     student: Tensor,
     values: Tensor,
     columns: Tensor,
+    rest: Tensor,
     row_scale: Tensor,
     loss: Tensor,
     stats: Tensor,
@@ -63,12 +58,12 @@ def topk_fwd(
 ) -> None:
     """Writes loss (N,), stats (N, STATS + K) and, where given, gradient (N, V).
 
-    values (N, K) float64 and columns (N, K) int32 are what fastdistil.ops.topk_rule.canonical returns. stats: the
-    largest logit outside of the K columns, the factor of e^((z - largest) / T) there, and the K gradients.
+    values (N, K) float64, columns (N, K) int32 and rest (N,) float64 are what fastdistil.ops.topk_rule.canonical
+    returns. stats: the largest logit outside of the K columns, the factor of e^((z - largest) / T) there, and the K gradients.
     """
     counts = (row_scale != 0)[:, None]
     z = torch.where(counts, student, 0.0).double()
-    value, slope, rho = _outcomes(z / rule["temperature"], values, columns, rule)
+    value, slope, rho = _outcomes(z / rule["temperature"], values, columns, rest, rule)
     scale = row_scale.double() * rule["value_factor"]
     loss.copy_(torch.where(counts[:, 0], value * scale, 0.0))
     slope = torch.where(counts, slope * (scale / rule["temperature"])[:, None], 0.0)

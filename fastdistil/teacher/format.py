@@ -1,8 +1,12 @@
 """The files of a store: index.json, head.safetensors and shard-NNNNN.safetensors.
 
-index.json holds what the store is (kind, model, dtype, width, vocabulary, temperature), whether it is complete, and of
-each other file its size in bytes and its sha256. A shard holds its examples' tokens one after the other, "hidden"
-(tokens, D) or "values" and "indices" (tokens, K), and "offsets" (examples + 1,): example i is offsets[i]:offsets[i+1].
+index.json holds what the store is (kind, model, dtype, width, vocabulary, temperature, tail), whether it is complete,
+and of each other file its size in bytes and its sha256. A shard holds its examples' tokens one after the other,
+"hidden" (tokens, D) or "values" and "indices" (tokens, K) and "tail" (tokens,), and "offsets" (examples + 1,): example i
+is offsets[i]:offsets[i+1].
+
+Version 1 had no tails and no float64. What is neither is still written as version 1, so that versions of this library
+that know no other read it.
 
 Every file is written under a temporary name, brought to disk and renamed, the index after the shard that it lists: at
 any moment the folder is a store of the shards up to some example.
@@ -21,11 +25,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FORMAT, VERSION = "fastdistil-teacher", 1
+FORMAT, VERSION = "fastdistil-teacher", 2
 INDEX, HEAD = "index.json", "head.safetensors"
 PARTIAL = ".partial-"
 FIELDS = {"hidden": ("hidden",), "topk": ("values", "indices")}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TAIL = "tail"
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,7 @@ class Index:
     width: int  # D or K
     vocabulary: int  # V
     temperature: float = 1.0  # that the values of kind "topk" were made at
+    tail: bool = False  # whether shards hold the logarithm of the mass of each token's other columns
     complete: bool = False
     head: File | None = None
     shards: list[File] = field(default_factory=list)
@@ -61,10 +72,29 @@ class Index:
     def tokens(self) -> int:
         return sum(shard.tokens for shard in self.shards)
 
+    @property
+    def version(self) -> int:
+        return 2 if self.tail or self.dtype == "float64" else 1
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The tensors of an example."""
+        return (*FIELDS[self.kind], TAIL) if self.tail else FIELDS[self.kind]
+
+    def shape(self, name: str, tokens: int) -> tuple[int, ...]:
+        return (tokens,) if name == TAIL else (tokens, self.width)
+
+    def torch_dtype(self, name: str) -> torch.dtype:
+        """As which an example's tensor is kept; 16 bits would lose what the tail is there for."""
+        if name == "indices":
+            return torch.int32
+        if name == TAIL and self.dtype != "float64":
+            return torch.float32
+        return DTYPES[self.dtype]
+
     def settings(self) -> dict[str, Any]:
         """What two runs must agree on to write one store."""
-        names = ("kind", "model", "dtype", "width", "vocabulary", "temperature")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in (*_SETTINGS, TAIL)}
 
 
 def write_file(path: Path, write: Callable[[Path], None]) -> None:
@@ -95,7 +125,8 @@ def save(path: Path, tensors: dict[str, Tensor], examples: int = 0, tokens: int 
 
 def write_index(folder: Path, index: Index) -> None:
     counts = {"examples": index.examples, "tokens": index.tokens}
-    text = json.dumps({"format": FORMAT, "version": VERSION, **asdict(index), **counts}, indent=1) + "\n"
+    said = {name: x for name, x in asdict(index).items() if name != TAIL or index.version > 1}
+    text = json.dumps({"format": FORMAT, "version": index.version, **said, **counts}, indent=1) + "\n"
 
     def write(partial: Path) -> None:
         partial.write_text(text, encoding="utf-8")
@@ -115,12 +146,13 @@ def read_index(folder: Path) -> Index:
     found = data.get("format") if isinstance(data, dict) else type(data).__name__
     if found != FORMAT:
         raise ValueError(f"{path}: foreign, its format is {found!r}, expected {FORMAT!r}")
-    if data.get("version") != VERSION:
-        raise ValueError(f"{path}: has version {data.get('version')!r}, expected {VERSION}")
+    version = data.get("version")
+    if version not in range(1, VERSION + 1):
+        raise ValueError(f"{path}: has version {version!r}, expected 1 to {VERSION}")
     try:
         head = None if data["head"] is None else File(**data["head"])
         shards = [File(**shard) for shard in data["shards"]]
-        rest = {name: data[name] for name in (*_SETTINGS, "complete")}
+        rest = {name: data[name] for name in (*_SETTINGS, "complete", *((TAIL,) if version > 1 else ()))}
         counts = {name: data[name] for name in ("examples", "tokens")}
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: incomplete, {error} is missing or wrong") from error

@@ -33,7 +33,8 @@ class Head:
 
 
 class Store(Dataset[Example]):
-    """What `open` returns: a map-style torch Dataset of {"hidden": (tokens, D)} or {"values", "indices": (tokens, K)}.
+    """What `open` returns: a map-style torch Dataset of {"hidden": (tokens, D)} or {"values", "indices": (tokens, K),
+    "tail": (tokens,)}, without "tail" where the store has none (`index.tail`).
 
     An example is read from the memory-mapped shard when it is asked for. DataLoader workers map the files themselves.
     """
@@ -65,7 +66,7 @@ class Store(Dataset[Example]):
 
     def __getitem__(self, i: int) -> Example:
         shard, begin, end = self._place(i)
-        return {name: shard.get_slice(name)[begin:end] for name in files.FIELDS[self.index.kind]}
+        return {name: shard.get_slice(name)[begin:end] for name in self.index.fields}
 
     def __iter__(self) -> Iterator[Example]:
         return (self[i] for i in range(len(self)))
@@ -99,11 +100,11 @@ class Store(Dataset[Example]):
         try:
             shard: Any = safe_open(path, framework="pt")
             offsets = shard.get_tensor("offsets")
-            shapes = {name: tuple(shard.get_slice(name).get_shape()) for name in files.FIELDS[self.index.kind]}
+            shapes = {name: tuple(shard.get_slice(name).get_shape()) for name in self.index.fields}
         except SafetensorError as error:
             raise ValueError(f"{path}: cannot be read as a shard: {error}") from error
-        wanted = (expected.tokens, self.index.width)
-        if any(shape != wanted for shape in shapes.values()) or len(offsets) != expected.examples + 1:
+        wanted = {name: self.index.shape(name, expected.tokens) for name in shapes}
+        if shapes != wanted or len(offsets) != expected.examples + 1:
             raise ValueError(
                 f"{path}: foreign, has shapes {shapes} and {len(offsets) - 1} examples, expected {wanted} "
                 f"and {expected.examples}"
@@ -152,7 +153,7 @@ class Store(Dataset[Example]):
 
     def _look_up(self, batch: dict[str, list[int]]) -> dict[str, list[Any]]:
         examples = [self[i] for i in batch["example"]]
-        columns = {name: [x[name] for x in examples] for name in files.FIELDS[self.index.kind]}
+        columns = {name: [x[name] for x in examples] for name in self.index.fields}
         return {"example": batch["example"], **columns}
 
 
@@ -174,7 +175,7 @@ def open(path: str | Path, *, incomplete: bool = False) -> Store:
 
 def pad(examples: Sequence[Example], length: int | None = None) -> Example:
     """Examples of different lengths as one batch (B, S, ...): zeros at the end, -inf for values, so that a top-k
-    teacher has no entries there. `length`: S, by default the longest's; a student's batch must be as long, and padded
+    teacher has no entries there, and all of its mass in the tail. `length`: S, by default the longest's; a student's batch must be as long, and padded
     at the end as well."""
     if not examples:
         raise ValueError("teacher.pad: examples is empty, expected at least one")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from itertools import chain
@@ -11,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdistil.teacher import format as files
 from fastdistil.teacher.store import Store, open
 from fastdistil.teacher.writer import Writer
 
 _NAME = "teacher.write"
+_BLOCK = 1 << 22  # logits whose float64 copies are in memory at a time
 
 
 def write(
@@ -42,7 +45,9 @@ def write(
             written. Not labels.
         path: the store's folder.
         kind: "hidden": what the head is applied to, and the head once, from which any divergence follows later;
-            "topk": the K largest log-probabilities of softmax(logits / temperature) and their columns.
+            "topk": the K largest log-probabilities of softmax(logits / temperature), their columns, and the logarithm
+            of what all others have together, each in float64 before it is rounded to what is kept. A store that was
+            begun without those is continued without them.
         k, temperature: of kind "topk".
         dtype: of what is written; by default the hidden states' own, and float32 for values.
         name: the teacher's name in the index, by default model.config.name_or_path.
@@ -62,6 +67,7 @@ def write(
     weight: Tensor = head.weight
     hidden_kind = kind == "hidden"
     config: Any = getattr(model, "config", None)
+    tail = not hidden_kind and _keeps_tails(Path(path))
     writer = Writer(
         path,
         kind=kind,
@@ -70,6 +76,7 @@ def write(
         model=str(getattr(config, "name_or_path", "")) if name is None else name,
         dtype=dtype if dtype is not None else weight.dtype if hidden_kind else torch.float32,
         temperature=1.0 if hidden_kind else temperature,
+        tail=tail,
         head_weight=weight if hidden_kind else None,
         head_bias=getattr(head, "bias", None) if hidden_kind else None,
         shard_bytes=shard_bytes,
@@ -77,8 +84,23 @@ def write(
     with writer, _evaluating(model), torch.no_grad():
         for batch in _remaining(loader, writer.examples, progress):
             for example in _examples(model, head, batch, kind, k, temperature):
+                if not tail:
+                    example.pop(files.TAIL, None)
                 writer.add(**example)
     return open(path)
+
+
+def _keeps_tails(path: Path) -> bool:
+    """Of a store of kind "topk": unless version 1 began it, whose shards have none."""
+    if not (path / files.INDEX).is_file():
+        return True
+    found = files.read_index(path)
+    if not found.tail and not found.complete:
+        warnings.warn(
+            f"{_NAME}: {path} was begun without the tails' mass and is continued without it; a new folder would have it",
+            stacklevel=3,
+        )
+    return found.tail
 
 
 @contextmanager
@@ -134,8 +156,24 @@ def _examples(
         if kind == "hidden":
             yield {"hidden": caught[0][row][keep]}
         else:
-            values, indices = (logits[row][keep].float() / temperature).log_softmax(-1).topk(k)
-            yield {"values": values, "indices": indices}
+            yield _largest(logits[row][keep], k, temperature)
+
+
+def _largest(logits: Tensor, k: int, temperature: float) -> dict[str, Tensor]:
+    """Of rows of logits (tokens, V): the K largest log-probabilities of softmax(logits / temperature), their columns and
+    the logarithm of the others' mass, the sum over the others themselves. Some rows at a time, in float64 where the
+    device has it."""
+    wide = torch.float32 if logits.device.type == "mps" else torch.float64
+    found = []
+    for rows in logits.split(max(1, _BLOCK // logits.shape[-1])):
+        indices = rows.topk(k).indices
+        z = (rows.to(wide) - rows.amax(-1, keepdim=True)) / temperature
+        known = z.gather(-1, indices)
+        rest = z.scatter(-1, indices, -torch.inf).logsumexp(-1)
+        whole = torch.logaddexp(known.logsumexp(-1), rest)
+        found.append((known - whole[:, None], indices, rest - whole))
+    values, indices, tail = (torch.cat(x) for x in zip(*found, strict=True))
+    return {"values": values, "indices": indices, files.TAIL: tail}
 
 
 def _check_head(head: Any, hidden: Tensor, logits: Tensor) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastdistil.losses._check import positive
+from fastdistil.ops.topk_rule import LARGEST_MASS
 from fastdistil.teacher import format as files
 
 _NAME = "teacher.Writer"
@@ -29,8 +30,11 @@ class Writer:
         kind: "hidden" (what the head is applied to; needs head_weight) or "topk".
         width: D or K; vocabulary: V.
         model: the teacher's name, kept in the index.
-        dtype: of hidden states or values: torch.float32, bfloat16 or float16; what is added is rounded to it.
+        dtype: of hidden states or values: torch.float32, bfloat16, float16 or float64; what is added is rounded to it.
         temperature: that the values were made at, kept in the index.
+        tail: of kind "topk": each example comes with `tail` (tokens,) float32 or float64, the natural logarithm of the
+            mass of all columns but its indices, which topk_logit_loss takes as teacher_tail. It is kept in float32, in
+            float64 where `dtype` is.
         head_weight, head_bias: (V, D) and optionally (V,), kept once, in their own dtype.
         shard_bytes: a shard is written when its tensors reach this size, which bounds the memory in use.
 
@@ -49,6 +53,7 @@ class Writer:
         model: str = "",
         dtype: torch.dtype = torch.float32,
         temperature: float = 1.0,
+        tail: bool = False,
         head_weight: Tensor | None = None,
         head_bias: Tensor | None = None,
         shard_bytes: int = 256 << 20,
@@ -57,15 +62,21 @@ class Writer:
         if kind not in files.FIELDS:
             raise ValueError(f"{_NAME}: kind is {kind!r}, expected 'hidden' or 'topk'")
         if dtype not in names:
-            raise ValueError(f"{_NAME}: dtype is {dtype}, expected torch.float32, torch.bfloat16 or torch.float16")
+            raise ValueError(
+                f"{_NAME}: dtype is {dtype}, expected torch.float32, torch.bfloat16, torch.float16 or torch.float64"
+            )
         for name, value in (("width", width), ("vocabulary", vocabulary), ("shard_bytes", shard_bytes)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{_NAME}: {name} is {value!r}, expected an integer of at least 1")
         if kind == "topk" and width > vocabulary:
             raise ValueError(f"{_NAME}: width is {width}, expected at most the vocabulary, {vocabulary}")
+        if not isinstance(tail, bool):
+            raise TypeError(f"{_NAME}: tail is {type(tail).__name__}, expected a bool: the tails themselves go to add()")
+        if tail and kind != "topk":
+            raise ValueError(f"{_NAME}: tail came with kind={kind!r}, expected kind='topk'")
         self.path, self._shard_bytes = Path(path), shard_bytes
         self._index = files.Index(
-            kind, model, names[dtype], width, vocabulary, positive(_NAME, "temperature", temperature)
+            kind, model, names[dtype], width, vocabulary, positive(_NAME, "temperature", temperature), tail
         )
         self._buffer: list[dict[str, Tensor]] = []
         self._buffered_bytes = 0
@@ -116,26 +127,32 @@ class Writer:
         self._index = found
 
     def add(self, **example: Tensor) -> None:
-        """One example: hidden (tokens, D), or values (tokens, K) and indices (tokens, K)."""
+        """One example: hidden (tokens, D), or values and indices (tokens, K) and, of a Writer with tails, tail
+        (tokens,)."""
         index = self._index
-        fields = files.FIELDS[index.kind]
-        if set(example) != set(fields):
-            raise TypeError(f"{_NAME}.add: got {sorted(example)}, expected {', '.join(fields)}")
-        tokens = next(iter(example.values())).shape[0] if all(x.dim() == 2 for x in example.values()) else -1
+        if set(example) != set(index.fields):
+            raise TypeError(f"{_NAME}.add: got {sorted(example)}, expected {', '.join(index.fields)}")
+        first = example[index.fields[0]]
+        tokens = first.shape[0] if first.dim() == 2 else -1
         kept = {}
         for name, x in example.items():
-            if tuple(x.shape) != (tokens, index.width):
+            if tuple(x.shape) != index.shape(name, tokens):
+                columns = "" if name == files.TAIL else f" {index.width}"
                 raise ValueError(
-                    f"{_NAME}.add: {name} has shape {tuple(x.shape)}, expected (tokens, {index.width})"
+                    f"{_NAME}.add: {name} has shape {tuple(x.shape)}, expected (tokens,{columns})"
                     + (" of one example" if x.dim() == 3 else "")
                 )
-            dtype = torch.int32 if name == "indices" else files.DTYPES[index.dtype]
+            dtype = index.torch_dtype(name)
             if x.dtype.is_floating_point == (name == "indices"):
                 raise TypeError(f"{_NAME}.add: {name} has dtype {x.dtype}, expected one like {dtype}")
+            if name == files.TAIL and x.dtype not in (torch.float32, torch.float64):
+                raise TypeError(f"{_NAME}.add: tail has dtype {x.dtype}, expected float32 or float64")
             kept[name] = x.detach().to("cpu", dtype, copy=True)
         columns = kept.get("indices")
         if columns is not None and bool(((columns < 0) | (columns >= index.vocabulary)).any()):
             raise ValueError(f"{_NAME}.add: indices holds one outside of 0 to {index.vocabulary - 1}")
+        if index.tail:
+            _check_mass(example["values"], example[files.TAIL])
         self._buffer.append(kept)
         self._buffered_bytes += sum(x.nbytes for x in kept.values())
         if self._buffered_bytes >= self._shard_bytes:
@@ -146,7 +163,7 @@ class Writer:
         if not self._buffer:
             return
         lengths = [next(iter(x.values())).shape[0] for x in self._buffer]
-        tensors = {name: torch.cat([x[name] for x in self._buffer]) for name in files.FIELDS[self._index.kind]}
+        tensors = {name: torch.cat([x[name] for x in self._buffer]) for name in self._index.fields}
         tensors["offsets"] = torch.tensor([0, *lengths]).cumsum(0)
         path = self.path / f"shard-{len(self._index.shards):05d}.safetensors"
         self._index.shards.append(files.save(path, tensors, len(lengths), sum(lengths)))
@@ -167,3 +184,15 @@ class Writer:
     ) -> None:
         if kind is None:
             self.close()
+
+
+def _check_mass(values: Tensor, tail: Tensor) -> None:
+    """A tail that is no logarithm, or of another temperature, would show in training alone."""
+    mass = values.double().exp().sum(-1) + tail.double().exp()
+    wrong = ((mass - 1).abs() > LARGEST_MASS - 1) & (values != -torch.inf).any(-1)
+    if bool(wrong.any()):
+        token = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"{_NAME}.add: values and tail have probabilities that sum to {float(mass[token]):.4g} in token {token}, "
+            "expected 1: tail is the natural logarithm of what the other columns have together"
+        )

@@ -43,6 +43,7 @@ def topk_fwd(
     student: Tensor,
     values: Tensor,
     columns: Tensor,
+    rest: Tensor,
     row_scale: Tensor,
     loss: Tensor,
     stats: Tensor,
@@ -54,7 +55,7 @@ def topk_fwd(
     divergence = RULES[rule["divergence"]]
     if student.shape[0]:
         topk_fwd_kernel[(student.shape[0],)](
-            student, values, columns, row_scale, loss, stats, student if gradient is None else gradient, *sizes,
+            student, values, columns, rest, row_scale, loss, stats, student if gradient is None else gradient, *sizes,
             *_split(rule["temperature"]), rule["value_factor"], rule["beta"], RULE=divergence.share,
             CENTRED=divergence.centred, TAIL=rule["tail"], GRADIENT=gradient is not None, KBLOCK=kblock, **constants,
         )  # fmt: skip
@@ -97,7 +98,7 @@ def _aot_case(rule: Rule | None, tail: int, dtype: str, lanes: int, targets: tup
     types = {
         **dict.fromkeys(("student_ptr", "gradient_ptr"), f"*{dtype}"),
         **dict.fromkeys(("scale_ptr", "dloss_ptr", "loss_ptr"), "*fp32"),
-        **dict.fromkeys(("values_ptr", "stats_ptr"), "*fp64"),
+        **dict.fromkeys(("values_ptr", "rest_ptr", "stats_ptr"), "*fp64"),
         "chosen_ptr": "*i32",
         **dict.fromkeys(("V", "K", "student_stride", "gradient_stride"), "i32"),
         **dict.fromkeys(("inv_high", "inv_low", "value_factor", "beta"), "fp32"),

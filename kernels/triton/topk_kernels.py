@@ -144,7 +144,7 @@ def _spread(
 
 @triton.jit
 def topk_fwd_kernel(
-    student_ptr, values_ptr, chosen_ptr, scale_ptr, loss_ptr, stats_ptr, gradient_ptr,
+    student_ptr, values_ptr, chosen_ptr, rest_ptr, scale_ptr, loss_ptr, stats_ptr, gradient_ptr,
     V, K, student_stride, gradient_stride, inv_high, inv_low, value_factor, beta,
     RULE: tl.constexpr, CENTRED: tl.constexpr, TAIL: tl.constexpr, GRADIENT: tl.constexpr, STATS: tl.constexpr,
     VEC: tl.constexpr, BLOCK: tl.constexpr, KBLOCK: tl.constexpr,
@@ -161,12 +161,15 @@ def topk_fwd_kernel(
     s_row = student_ptr + row * student_stride
     largest, mass = _rest(student_ptr, chosen_ptr, row, V, K, student_stride, live, 0.0, inv_high, False, VEC, BLOCK)
     largest = tl.where(mass == 0.0, 0.0, largest)
-    top_a, sum_a, top_u, ref, sum_u, q_rest, count = _named(s_row, values_ptr, chosen_ptr, V, K, inv_t, KBLOCK)
+    top_a, own_u, sum_a, top_u, ref, sum_u = _named(s_row, values_ptr, chosen_ptr, V, K, inv_t, KBLOCK)
     known = tl.exp(top_u) * sum_u
     nowhere = tl.full((), float("-inf"), tl.float64)
     omega = nowhere
-    if TAIL != 1:
-        omega = tl.log(tl.where((q_rest < 0.0) | (count == V), 0.0, q_rest))
+    if TAIL == 0:
+        omega = tl.load(rest_ptr + row)
+    if TAIL == 2:
+        q_rest = tl.load(rest_ptr + row)
+        omega = tl.log(tl.where((q_rest < 0.0) | (mass == 0.0), 0.0, q_rest))
     lse_u = _log_add(top_u, sum_u, omega)
     mass = mass.to(tl.float64)
     rho = largest.to(tl.float64) * inv_t + tl.log(mass)
@@ -176,6 +179,8 @@ def topk_fwd_kernel(
         _, mass = _rest(student_ptr, chosen_ptr, row, V, K, student_stride, live, wide, inv_t, True, VEC, BLOCK)
         rho = wide * inv_t + tl.log(mass)
         lse_a = _log_add(top_a, sum_a, rho)
+    own_u = tl.where(rho > top_a, omega, own_u)
+    own_a = tl.maximum(top_a, rho)
     if TAIL == 0 and omega > top_u:
         top_u = omega
         ref = rho - omega
@@ -191,13 +196,13 @@ def topk_fwd_kernel(
         teacher = _log_add(tl.where(sum_u == 0.0, nowhere, top_u), sum_u, nowhere)
         slope_ratio = _log_ratio(rho, nowhere, top_u, ref, weight, excess)
     value, slope = _outcomes(
-        s_row, values_ptr, chosen_ptr, stats_ptr + STATS, V, tl.where(live, K, 0), rho, omega, top_u, ref, lse_a, lse_u,
-        log_ratio, teacher, slope_ratio, part, inv_t, beta, RULE, CENTRED, TAIL == 2, KBLOCK,
+        s_row, values_ptr, chosen_ptr, stats_ptr + STATS, V, tl.where(live, K, 0), rho, omega, own_a, own_u, ref, lse_a,
+        lse_u, log_ratio, teacher, slope_ratio, part, inv_t, beta, RULE, CENTRED, TAIL == 2, KBLOCK,
     )  # fmt: skip
     value = value.to(tl.float64)
     nothing = live == 0
     if TAIL == 2:
-        nothing = nothing | (count == 0)
+        nothing = nothing | (sum_u == 0.0)
         log_known = tl.where(tl.abs(q_rest) < 1e-3, _log1p_small(-q_rest), tl.log(known))
         value = tl.where(omega == float("-inf"), known * (value + log_known), value)
     tl.store(loss_ptr + row, tl.where(nothing, 0.0, value * share).to(tl.float32))

@@ -13,15 +13,6 @@ from fastdistil.kernels.triton.numerics import expm1_near
 
 
 @triton.jit
-def _wide_expm1(x):
-    """e^x - 1 in float64, within 1e-11."""
-    s = x * (1.0 / 11.0)
-    for i in tl.static_range(9):
-        s = (1.0 + s) * x * (1.0 / (10.0 - i))  # float64 division is a call, around which registers spill
-    return tl.where(tl.abs(x) < 0.3, (1.0 + s) * x, tl.exp(x) - 1.0)
-
-
-@triton.jit
 def _log1p_small(x):
     """ln(1 + x) for |x| <= 1e-3, within 2e-13."""
     return x * (1.0 - x * (0.5 - x * (1.0 / 3.0 - 0.25 * x)))
@@ -47,32 +38,27 @@ def _entries(student_ptr, values_ptr, chosen_ptr, lanes, V, K, inv_t):
 
 @triton.jit
 def _named(student_ptr, values_ptr, chosen_ptr, V, K, inv_t, KBLOCK: tl.constexpr):
-    """Of the named columns: the largest student score and the mass relative to it, the largest u, a - u there, the sum
-    of e^u relative to it, and 1 - sum of e^u; how many there are."""
+    """Of the named columns: the largest student score, u there and the mass relative to it; the largest u, a - u there
+    and the sum of e^u relative to it."""
     lanes = tl.arange(0, KBLOCK)
     top_a = tl.max(tl.full((KBLOCK,), float("-inf"), tl.float64), 0)
-    top_u, ref = top_a, top_a
-    count = 0
+    top_u, ref, own_u = top_a, top_a, top_a
     for begin in range(0, K, KBLOCK):
         a, u = _entries(student_ptr, values_ptr, chosen_ptr, begin + lanes, V, K, inv_t)
-        largest = tl.max(u, 0)
+        largest, likeliest = tl.max(u, 0), tl.max(a, 0)
         at_top = tl.max(tl.where((u == largest) & (u != float("-inf")), a - u, float("-inf")), 0)
         ref = tl.where(largest > top_u, at_top, ref)
-        top_a = tl.maximum(top_a, tl.max(a, 0))
+        own_u = tl.where(likeliest > top_a, tl.max(tl.where(a == likeliest, u, float("-inf")), 0), own_u)
+        top_a = tl.maximum(top_a, likeliest)
         top_u = tl.maximum(top_u, largest)
-        count += tl.sum((u != float("-inf")).to(tl.int32), 0)
     sum_a = tl.sum(tl.zeros((KBLOCK,), tl.float64), 0)
-    sum_u, others = sum_a, sum_a
+    sum_u = sum_a
     unit_a, unit_u = tl.where(top_a == float("-inf"), 0.0, top_a), tl.where(top_u == float("-inf"), 0.0, top_u)
     for begin in range(0, K, KBLOCK):
         a, u = _entries(student_ptr, values_ptr, chosen_ptr, begin + lanes, V, K, inv_t)
         sum_a += tl.sum(tl.exp(a - unit_a), 0)
         sum_u += tl.sum(tl.exp(u - unit_u), 0)
-        others += tl.sum(tl.where(u == top_u, 0.0, tl.exp(u)), 0)
-    # As many as share the largest u, but for one, are in sum_u and not in others.
-    shared = tl.exp(unit_u) * sum_u - others - tl.exp(top_u)
-    shared = tl.where(shared < 0.5 * tl.exp(top_u), 0.0, shared)
-    return top_a, sum_a, top_u, ref, sum_u, -_wide_expm1(top_u) - others - shared, count
+    return top_a, own_u, sum_a, top_u, ref, sum_u
 
 
 @triton.jit
@@ -127,18 +113,16 @@ def _column(a, u, lse_a, lse_u, ref, log_ratio):
 
 
 @triton.jit
-def _anchor(top, lse_a, lse_u, ref, log_ratio, beta, RULE: tl.constexpr):
-    """The slope at the teacher's largest outcome, where it is near: logit_kernels.py tells why."""
-    p, q, delta, gap = _column(top + ref, top, lse_a, lse_u, ref, log_ratio)
-    near = tl.abs(delta) <= 1.0
-    _, slope = RULE(tl.where(near, p, q), q, tl.where(near, delta, 0.0), tl.where(near, gap, 0.0), beta)
-    return slope
+def _relative(slope, a, u, own_a, own_u, anchor):
+    """Slopes relative to the one at the student's largest outcome (own_a, own_u), exactly 0 there: the gradient of a
+    student that is sure of it, the difference of that slope and almost the same mean, would be rounding."""
+    return tl.where((a == own_a) & (u == own_u), 0.0, slope - anchor)
 
 
 @triton.jit
 def _outcomes(
-    student_ptr, values_ptr, chosen_ptr, named_ptr, V, K, rho, omega, top, ref, lse_a, lse_u, log_ratio, slope_lse,
-    slope_ratio, scale, inv_t, beta, RULE: tl.constexpr, CENTRED: tl.constexpr, ZERO: tl.constexpr,
+    student_ptr, values_ptr, chosen_ptr, named_ptr, V, K, rho, omega, own_a, own_u, ref, lse_a, lse_u, log_ratio,
+    slope_lse, slope_ratio, scale, inv_t, beta, RULE: tl.constexpr, CENTRED: tl.constexpr, ZERO: tl.constexpr,
     KBLOCK: tl.constexpr,
 ):  # fmt: skip
     """The row's value and the gradient in rho, without scale; the K gradients, times scale, go to named_ptr.
@@ -149,8 +133,11 @@ def _outcomes(
     lanes = tl.arange(0, KBLOCK)
     p_rest, q_rest, delta_rest, gap_rest = _column(rho, omega, lse_a, lse_u, ref, log_ratio)
     value, slope_rest = RULE(p_rest, q_rest, delta_rest, gap_rest, beta)
-    anchor = _anchor(top, lse_a, lse_u, ref, log_ratio, beta, RULE) if CENTRED else 0.0
-    slope_rest -= anchor
+    anchor = 0.0
+    if CENTRED:
+        p, q, delta, gap = _column(own_a, own_u, lse_a, lse_u, ref, log_ratio)
+        _, anchor = RULE(p, q, delta, gap, beta)
+        slope_rest = _relative(slope_rest, rho, omega, own_a, own_u, anchor)
     if ZERO:
         value = tl.where(q_rest > 0.5, 0.0, gap_rest)
         slope_rest = p_rest
@@ -162,11 +149,12 @@ def _outcomes(
         if ZERO:
             v = tl.where(q_rest > 0.5, tl.where(q == 0.0, 0.0, -q * delta), v)
         value += tl.sum(v, 0)
-        centre += tl.sum(p * (slope - anchor), 0)
+        if CENTRED:
+            centre += tl.sum(p * _relative(slope, a, u, own_a, own_u, anchor), 0)
     for begin in range(0, K, KBLOCK):
         a, u = _entries(student_ptr, values_ptr, chosen_ptr, begin + lanes, V, K, inv_t)
         p, q, delta, gap = _column(a, u, lse_a, slope_lse, ref, slope_ratio)
         _, slope = RULE(p, q, delta, gap, beta)
-        g = p * ((slope - anchor) - centre) if CENTRED else slope
+        g = p * (_relative(slope, a, u, own_a, own_u, anchor) - centre) if CENTRED else slope
         tl.store(named_ptr + begin + lanes, g * scale, mask=begin + lanes < K)
     return value, p_rest * (slope_rest - centre) if CENTRED else slope_rest
