@@ -99,8 +99,8 @@ def linear_topk_logit_loss(
     caps = _terms.caps(_NAME, student_logit_scale, student_softcap, 1.0, None)[:2]
     k, constants = values.shape[-1], [float(x) for x in (index, mixture, TAILS.index(tail), t, factor, *caps)]
     arguments = (
-        hidden.reshape(-1, hidden.shape[-1]), matrix, bias, values.reshape(-1, k),
-        teacher_indices.reshape(-1, k), known, scale, label, label_scale, partners, constants, chunk, backend, weight is None,
+        hidden.reshape(-1, hidden.shape[-1]), matrix, bias, values.reshape(-1, k), teacher_indices.reshape(-1, k),
+        known, scale, label, label_scale, partners, constants, chunk, backend, weight is None,
     )  # fmt: skip
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in heads]
     if reduction != "none" and any(wanted):
