@@ -1,0 +1,203 @@
+"""Rows, heads, states and maps as training makes them: what the judge draws its cases from.
+
+A case is a small record of names and numbers, drawn by hypothesis; its arrays come from its seed alone. So it can be
+printed in one line, kept in tests/data/cases.jsonl, and drawn again anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+
+Array = Any  # numpy.ndarray of float64
+
+DTYPES = ("float32", "bfloat16", "float16")
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "mse")
+TAILS = ("bucket", "renormalize", "zero")
+OFFSETS = (0.0, 0.3, -7.7, 40.0, -100.0, 1e3, -1e4)
+NOISES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+REDUCTIONS = ("mean", "sum", "none")
+
+# What a teacher's row looks like.
+TEACHERS = ("usual", "flat", "nearly flat", "confident", "one-hot", "two tops", "rising", "wide")
+# How the student's row follows from it.
+STUDENTS = ("near", "same", "apart", "sure of another", "surer", "less sure", "one column off")
+# Columns of -inf: of nobody, of both sides, of one.
+ABSENT = ("nobody", "both", "student", "teacher")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What all losses of distributions have in common."""
+
+    seed: int
+    rows: int
+    columns: int
+    teacher: str
+    student: str
+    spread: float  # of a usual row's logits
+    confidence: float  # the mass outside of a confident row's largest column
+    noise: float
+    student_offset: float
+    teacher_offset: float
+    student_dtype: str
+    teacher_dtype: str
+    garbage: bool  # in rows of weight 0
+    reduction: str
+
+    @property
+    def kind(self) -> str:
+        return f"{self.teacher}, {self.student}"
+
+
+@dataclass(frozen=True)
+class LogitCase(Rows):
+    divergence: str
+    beta: float
+    temperature: float
+    teacher_temperature: float
+    scale_by_t2: bool
+    absent: str
+    mapped: bool
+    label_weight: float
+
+    loss = "logit"
+
+
+def as_line(case: Any) -> str:
+    return json.dumps({"loss": case.loss, **asdict(case)})
+
+
+def from_line(line: str) -> Any:
+    record = json.loads(line)
+    kind = CASES[record.pop("loss")]
+    assert set(record) == {f.name for f in fields(kind)}, "another version's case"
+    return kind(**record)
+
+
+def generator(case: Any, part: str = "") -> np.random.Generator:
+    return np.random.Generator(np.random.PCG64([case.seed, zlib.crc32(part.encode())]))
+
+
+# ---- strategies
+
+SEEDS = st.integers(0, 2**32 - 1)
+COLUMNS = st.one_of(st.integers(1, 20), st.integers(1, 20), st.sampled_from([31, 32, 33, 100, 511, 1000]), st.integers(1, 5000))
+DTYPE_PAIRS = st.one_of(
+    st.just(("float32", "float32")), st.just(("float32", "float32")), st.sampled_from([(d, d) for d in DTYPES]),
+    st.tuples(st.sampled_from(DTYPES), st.sampled_from(DTYPES)),
+)  # fmt: skip
+CONFIDENCES = st.sampled_from([10.0**-n for n in range(1, 13)])
+SPREADS = st.sampled_from([0.1, 1.0, 4.0, 20.0])
+
+
+@st.composite
+def temperatures(draw: Any) -> tuple[float, float]:
+    """Equal, nearly equal, different; 0.05 to 20."""
+    first = draw(st.sampled_from([1.0, 1.0, 2.0, 0.7, 0.05, 20.0, 3.3]))
+    how = draw(st.sampled_from(["equal", "equal", "nearly", "different"]))
+    if how == "equal":
+        return first, first
+    if how == "nearly":
+        return first, first * (1 + draw(st.sampled_from([1e-6, -7e-6, 5e-5])))
+    return first, draw(st.sampled_from([0.05, 0.5, 1.5, 4.0, 20.0]))
+
+
+@st.composite
+def common(draw: Any, columns: Any = COLUMNS) -> dict[str, Any]:
+    dtypes = draw(DTYPE_PAIRS)
+    offsets = draw(st.sampled_from(["neither", "neither", "teacher", "student", "both"]))
+    return {
+        "seed": draw(SEEDS), "rows": draw(st.integers(1, 3)), "columns": draw(columns),
+        "teacher": draw(st.sampled_from(TEACHERS)), "student": draw(st.sampled_from(("near", *STUDENTS))),
+        "spread": draw(SPREADS), "confidence": draw(CONFIDENCES), "noise": draw(st.sampled_from(NOISES)),
+        "student_offset": draw(st.sampled_from(OFFSETS)) if offsets in ("student", "both") else 0.0,
+        "teacher_offset": draw(st.sampled_from(OFFSETS)) if offsets in ("teacher", "both") else 0.0,
+        "student_dtype": dtypes[0], "teacher_dtype": dtypes[1], "garbage": draw(st.booleans()),
+        "reduction": draw(st.sampled_from(REDUCTIONS)),
+    }  # fmt: skip
+
+
+BETAS = {
+    "jsd": (0.5, 0.1, 0.9, 0.3, 1e-4, 0.9999, 1 - 1e-6),
+    "skew_kl": (0.1, 0.5, 0.0, 0.9),
+    "skew_reverse_kl": (0.1, 0.5, 0.0, 0.9),
+}
+
+
+@st.composite
+def logit_cases(draw: Any) -> LogitCase:
+    divergence = draw(st.sampled_from(DIVERGENCES))
+    t_s, t_t = draw(temperatures())
+    absent = draw(st.sampled_from(("nobody", "nobody", "nobody", *ABSENT)))
+    return LogitCase(
+        **draw(common()), divergence=divergence, beta=draw(st.sampled_from(BETAS.get(divergence, (0.5,)))),
+        temperature=t_s, teacher_temperature=t_t, scale_by_t2=draw(st.booleans()),
+        absent="both" if divergence == "mse" and absent != "nobody" else absent,
+        mapped=draw(st.sampled_from([False, False, True])),
+        label_weight=draw(st.sampled_from([0.0, 0.0, 0.0, 0.3, 1.0])),
+    )  # fmt: skip
+
+
+# ---- arrays
+
+
+def teacher_scores(case: Rows, rng: np.random.Generator, kind: str) -> Array:
+    """Rows (N, V) of tempered logits."""
+    shape = (case.rows, case.columns)
+    x = case.spread * rng.standard_normal(shape)
+    every = np.arange(case.rows)
+    top = rng.integers(0, case.columns, case.rows)
+    if kind == "flat":
+        return np.zeros(shape)
+    if kind == "nearly flat":
+        return 1e-3 * rng.standard_normal(shape)
+    if kind == "confident":
+        return surest(x, top, case.confidence)
+    if kind == "one-hot":
+        return surest(np.zeros(shape), top, case.confidence)
+    if kind == "two tops":
+        x[every, top] = x[every, (top + 1) % case.columns] = x.max(-1) + 8
+    if kind == "rising":
+        x += np.linspace(0, 30, case.columns)
+    if kind == "wide":
+        x *= 25
+    return x
+
+
+def surest(x: Array, top: Array, rest: float) -> Array:
+    """x with the logits at `top` such that the other columns have the mass `rest`."""
+    if x.shape[-1] == 1:
+        return x
+    x, every = x.copy(), np.arange(len(x))
+    x[every, top] = -np.inf
+    largest = x.max(-1)
+    mass = np.log(np.exp(x - largest[:, None]).sum(-1)) + largest
+    x[every, top] = mass + np.log1p(-rest) - np.log(rest)
+    return x
+
+
+def student_scores(case: Rows, rng: np.random.Generator, b: Array) -> Array:
+    if case.student == "same":
+        return b
+    if case.student == "apart":
+        return teacher_scores(case, rng, TEACHERS[int(rng.integers(len(TEACHERS)))])
+    if case.student == "sure of another":
+        return surest(b, (b.argmax(-1) + 1 + rng.integers(0, max(1, case.columns - 1), case.rows)) % case.columns, case.confidence)  # fmt: skip
+    if case.student == "surer":
+        return 2 * b
+    if case.student == "less sure":
+        return 0.3 * b
+    a = b + case.noise * rng.standard_normal(b.shape)
+    if case.student == "one column off":
+        a[np.arange(case.rows), rng.integers(0, case.columns, case.rows)] -= 30
+    return a
+
+
+CASES = {"logit": LogitCase}
+STRATEGIES = {"logit": logit_cases}
