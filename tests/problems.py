@@ -7,13 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import double_double as D
 import numpy as np
 import rows
 import torch
 import truth
 from double_double import DD, NEVER
 from judge import ULP, Part
-from rows import LogitCase, Rows, generator
+from rows import HiddenCase, LogitCase, Rows, TopkCase, generator
 from torch import Tensor
 
 import fastdistil as fd
@@ -23,8 +24,9 @@ Array = Any  # numpy.ndarray of float64
 # Temperatures this close are to be as exact as equal ones.
 NEARLY_EQUAL = 1e-4
 DRAWS = 5
+TWO_TEMPERATURES = ("logit", "linear")
 
-LARGEST = {"float32": 1e30, "bfloat16": 1e30, "float16": 6e4}
+LARGEST = {"float64": 1e300, "float32": 1e30, "bfloat16": 1e30, "float16": 6e4}
 
 
 @dataclass
@@ -111,84 +113,242 @@ def spread_out(x: Array, at: Array, columns: int, rng: np.random.Generator) -> A
     return wide
 
 
+@dataclass
+class Terms:
+    """What a logit loss is of its rows: values, with the size that they are relative to (both times the weights), and
+    gradients in the logits, likewise; extra: what is allowed besides."""
+
+    value: Array
+    size: Array
+    value_extra: Array
+    gradient: Array
+    norm: Array
+    extra: Array
+    tiny: Array
+
+
+@dataclass
+class Setting:
+    """Weights, labels and a map, and which columns of the student (and teacher) are mapped to each other."""
+
+    w: Array
+    labels: Array
+    columns_s: int
+    columns_t: int
+    at_s: Array
+    at_t: Array
+
+    def options(self, case: Any) -> dict[str, Any]:
+        found: dict[str, Any] = {
+            "divergence": case.divergence, "beta": case.beta, "temperature": case.temperature,
+            "scale_by_t2": case.scale_by_t2, "reduction": case.reduction,
+        }  # fmt: skip
+        if case.garbage:
+            found["weight"] = torch.from_numpy(self.w).float()
+        if case.mapped:
+            mapping = np.full(self.columns_s, -1)
+            mapping[self.at_s] = self.at_t
+            found["vocab_map"] = torch.from_numpy(mapping)
+        if case.label_weight > 0:
+            found |= {"labels": torch.from_numpy(self.labels), "label_weight": case.label_weight}
+        return found
+
+    def factors(self, case: Any) -> tuple[Array, Array]:
+        """Of the divergence and of the cross entropy, each row's; "mean" divides each by the weights of its own rows."""
+        alpha, labelled = case.label_weight, ((self.labels >= 0) & (self.w != 0)).astype(np.float64)
+        unit, label_unit = 1.0, 1.0
+        if case.reduction == "mean":
+            unit, label_unit = self.w.sum(), max((self.w * labelled).sum(), 1e-30)
+        return (1 - alpha) * self.w / unit, alpha * self.w * labelled / label_unit
+
+
+def setting(case: Any, rng: np.random.Generator) -> Setting:
+    columns_s = columns_t = case.columns
+    at_s = at_t = np.arange(case.columns)
+    if case.mapped:
+        columns_s, columns_t = columns_s + 2, columns_t + 3
+        at_s, at_t = (rng.permutation(n)[: case.columns] for n in (columns_s, columns_t))
+    labels = rng.integers(0, columns_s, case.rows)
+    labels[rng.random(case.rows) < 0.2] = -100
+    return Setting(weights(case, rng), labels, columns_s, columns_t, at_s, at_t)
+
+
+def terms(case: Any, place: Setting, value: Array, gradient: Array, z_s: DD) -> Terms:
+    """From values and gradients in the tempered mapped logits, without any factor."""
+    factor = case.temperature * (case.teacher_temperature if case.loss in TWO_TEMPERATURES else case.temperature)
+    factor = factor if case.scale_by_t2 else 1.0
+    first, second = place.factors(case)
+    wide = np.zeros((case.rows, place.columns_s))
+    wide[:, place.at_s] = gradient * (factor / case.temperature)
+    values, parts = [_times(first, value * factor)], [_rowwise(first, wide)]
+    if case.label_weight > 0:
+        ce, ce_gradient = truth.cross_entropy(z_s, np.maximum(place.labels, 0))
+        values.append(_times(second, ce))
+        parts.append(_rowwise(second, ce_gradient))
+    # p at the label is rounded before 1 is subtracted.
+    rounded_p = second * ULP["float32"] * (1 + math.log2(place.columns_s))
+    return Terms(
+        sum(values), sum(np.abs(x) for x in values), rounded_p, sum(parts),
+        sum(np.linalg.norm(x, axis=-1) for x in parts), math.sqrt(2) * rounded_p,
+        np.abs(first) * factor * max(1.0, 1 / case.temperature) + second,
+    )  # fmt: skip
+
+
+def value_of(found: Terms, reduction: str, columns: int) -> Part:
+    each = found.value, found.size, found.tiny, found.value_extra
+    if reduction != "none":
+        each = tuple(x.sum(keepdims=True) for x in each)
+    part = Part.of_values(*each[:3], columns)
+    part.extra = part.extra + each[3]
+    return part
+
+
+def with_labels(case: Any, place: Setting, plain: Tensor, logits: Tensor) -> Tensor:
+    """The eager total of the rows' divergences and the cross entropies."""
+    first, second = (torch.from_numpy(x).float() for x in place.factors(case))
+    factor = case.temperature * (case.teacher_temperature if case.loss in TWO_TEMPERATURES else case.temperature)
+    found = _times_t(first, plain * (factor if case.scale_by_t2 else 1.0))
+    if case.label_weight > 0:
+        ce = torch.nn.functional.cross_entropy(logits.float(), torch.from_numpy(place.labels), reduction="none")
+        found = found + _times_t(second, ce)
+    return found if case.reduction == "none" else found.sum()
+
+
 def logit(case: LogitCase) -> Problem:
     rng = generator(case)
     b = rows.teacher_scores(case, rng, case.teacher)
     a = rows.student_scores(case, rng, b)
     t_s, t_t = case.temperature, case.teacher_temperature
     z_s, z_t = absent_columns(case, t_s * a + case.student_offset, t_t * b + case.teacher_offset, rng)
-    mapping, columns_s, columns_t = None, case.columns, case.columns
-    at_s = at_t = np.arange(case.columns)
+    place = setting(case, rng)
     if case.mapped:
-        columns_s, columns_t = columns_s + 2, columns_t + 3
-        at_s, at_t = (rng.permutation(n)[: case.columns] for n in (columns_s, columns_t))
-        mapping = np.full(columns_s, -1)
-        mapping[at_s] = at_t
-        z_s, z_t = spread_out(z_s, at_s, columns_s, rng), spread_out(z_t, at_t, columns_t, rng)
-    w, alpha = weights(case, rng), case.label_weight
-    labels = rng.integers(0, columns_s, case.rows)
-    labels[rng.random(case.rows) < 0.2] = -100
+        z_s = spread_out(z_s, place.at_s, place.columns_s, rng)
+        z_t = spread_out(z_t, place.at_t, place.columns_t, rng)
     s, t = rounded(z_s, case.student_dtype), rounded(z_t, case.teacher_dtype)
-    x_s, x_t = exactly(s), exactly(t)
-    factor = t_s * t_t if case.scale_by_t2 else 1.0
-
-    a_, b_ = truth.tempered(x_s[:, at_s], t_s), truth.tempered(x_t[:, at_t], t_t)
-    value, gradient = truth.divergence(case.divergence, case.beta, a_, b_)
-    value, gradient = value * factor, gradient * (factor / t_s)
-    wide = np.zeros((case.rows, columns_s))
-    wide[:, at_s] = gradient
-    ce, ce_gradient = truth.cross_entropy(x_s, np.maximum(labels, 0))
-    labelled = ((labels >= 0) & (w != 0)).astype(np.float64)
-    # "mean" divides each by the weights of its own rows.
-    unit, label_unit = (w.sum(), max((w * labelled).sum(), 1e-30)) if case.reduction == "mean" else (1.0, 1.0)
-    first, second = (1 - alpha) * w / unit, alpha * w * labelled / label_unit
-    first_value, second_value = _times(first, value), _times(second, ce)
-    parts = _rowwise(first, wide), _rowwise(second, ce_gradient)
-    tiny = np.abs(first) * factor * max(1.0, 1 / t_s) + second
-    weight = torch.from_numpy(w).float()
-    value_truth = first_value + second_value
-    sizes = np.abs(first_value) + second_value
-    if case.reduction != "none":
-        value_truth, sizes, value_tiny = (x.sum(keepdims=True) for x in (value_truth, sizes, tiny))
-    else:
-        value_tiny = tiny
+    x_s = exactly(s)
+    a_, b_ = truth.tempered(x_s[:, place.at_s], t_s), truth.tempered(exactly(t)[:, place.at_t], t_t)
+    found = terms(case, place, *truth.divergence(case.divergence, case.beta, a_, b_), truth.tempered(x_s, 1.0))
+    if abs(t_s / t_t - 1) > NEARLY_EQUAL:  # quotients that float32 rounds
+        moved_value, moved = rounding_of_scores(
+            lambda x, y: truth.divergence(case.divergence, case.beta, x, y), a_, b_, rng, case.divergence == "mse"
+        )
+        found.value_extra = found.value_extra + found.tiny * moved_value
+        found.extra = found.extra + found.tiny * moved
+    gradient = Part.of_gradient(found.gradient, found.norm, found.tiny, case.student_dtype)
+    gradient.extra = gradient.extra + found.extra
     if case.garbage:
-        s, t = spoilt(s, w, rng), spoilt(t, w, rng)
-    options: dict[str, Any] = {
-        "divergence": case.divergence, "beta": case.beta, "temperature": t_s, "teacher_temperature": t_t,
-        "scale_by_t2": case.scale_by_t2, "reduction": case.reduction,
-    }  # fmt: skip
-    if case.garbage:
-        options["weight"] = weight
-    if mapping is not None:
-        options["vocab_map"] = torch.from_numpy(mapping)
-    if alpha > 0:
-        options |= {"labels": torch.from_numpy(labels), "label_weight": alpha}
+        s, t = spoilt(s, place.w, rng), spoilt(t, place.w, rng)
+    options = place.options(case) | {"teacher_temperature": t_t}
 
     def loss(backend: str, student: Tensor) -> Tensor:
         return fd.logit_loss(student, t, backend=backend, **options)
 
     def eager(student: Tensor) -> Tensor:
-        plain = textbook(student[:, at_s], t[:, at_t], case.divergence, case.beta, t_s, t_t) * factor
-        found = _times_t(torch.from_numpy(first).float(), plain)
-        if alpha > 0:
-            ce = torch.nn.functional.cross_entropy(student.float(), torch.from_numpy(labels), reduction="none", ignore_index=-100)
-            found = found + _times_t(torch.from_numpy(second).float(), ce)
-        return found if case.reduction == "none" else found.sum()
+        plain = textbook(student[:, place.at_s], t[:, place.at_t], case.divergence, case.beta, t_s, t_t)
+        return with_labels(case, place, plain, student)
 
-    # Different temperatures: quotients that float32 rounds. Labels: p is rounded before 1 is subtracted.
-    near = abs(t_s / t_t - 1) <= NEARLY_EQUAL
-    moved_value, moved = (0.0, 0.0) if near else rounding_of_scores(
-        lambda x, y: truth.divergence(case.divergence, case.beta, x, y), a_, b_, rng, case.divergence == "mse"
+    return Problem([s], loss, eager, value_of(found, case.reduction, place.columns_s), [gradient])
+
+
+@dataclass
+class Known:
+    """A top-k teacher as it is handed in: values and their columns (N, K), and the logarithm of the tail, if any."""
+
+    values: Tensor
+    indices: Array
+    tail: Tensor | None
+
+
+def known(case: Any, place: Setting, b: Array, rng: np.random.Generator) -> Known:
+    """The most probable columns of scores b (N, V), and, with a map, of three columns more that have no partner."""
+    wide = b.max(-1, keepdims=True) + rng.uniform(-9, 0, (case.rows, place.columns_t))
+    wide[:, place.at_t] = b
+    lq = truth.log_softmax(DD(wide))
+    k = min(case.k, place.columns_s)
+    order = np.argsort(-wide, -1, kind="stable")
+    indices = np.array([rng.permutation(x) for x in order[:, :k]])
+    values = rounded(np.take_along_axis(lq.double(), indices, -1), case.values_dtype)
+    tail = None
+    if case.given_tail:
+        others = D.where(np.arange(place.columns_t) < k, NEVER, DD(*(np.take_along_axis(x, order, -1) for x in (lq.hi, lq.lo))))
+        tail = D.log(D.exp(others).sum()).double()
+        tail = torch.from_numpy(np.where(tail <= NEVER, -np.inf, tail)).to(getattr(torch, case.given_tail))
+    return Known(values, indices, tail)
+
+
+def topk(case: TopkCase) -> Problem:
+    rng = generator(case)
+    b = rows.teacher_scores(case, rng, case.teacher)
+    a = rows.student_scores(case, rng, b)
+    place = setting(case, rng)
+    z_s = case.temperature * a + case.student_offset
+    if case.mapped:
+        z_s = spread_out(z_s, place.at_s, place.columns_s, rng)
+    teacher = known(case, place, b, rng)
+    s = rounded(z_s, case.student_dtype)
+    x_s = exactly(s)
+    a_ = truth.tempered(x_s, case.temperature)
+    found = terms(case, place, *topk_rows(case, place, teacher, a_), truth.tempered(x_s, 1.0))
+    gradient = Part.of_gradient(found.gradient, found.norm, found.tiny, case.student_dtype)
+    gradient.extra = gradient.extra + found.extra
+    if case.tail == "zero":  # a difference of two numbers, which float64 rounds
+        found.value_extra = found.value_extra + 64 * ULP["float64"] * found.tiny
+    values, tail, indices = teacher.values, teacher.tail, torch.from_numpy(teacher.indices)
+    if case.garbage:
+        s, values = spoilt(s, place.w, rng), spoilt(values, place.w, rng)
+        tail = None if tail is None else spoilt(tail, place.w, rng)
+        indices = torch.where(torch.from_numpy(place.w == 0)[:, None], 10**9, indices)
+    options = topk_options(case, place, tail)
+
+    def loss(backend: str, student: Tensor) -> Tensor:
+        return fd.topk_logit_loss(student, values, indices, backend=backend, **options)
+
+    def eager(student: Tensor) -> Tensor:
+        return with_labels(case, place, topk_eager(case, place, teacher, student), student)
+
+    return Problem([s], loss, eager, value_of(found, case.reduction, place.columns_s), [gradient])
+
+
+def topk_options(case: Any, place: Setting, tail: Tensor | None) -> dict[str, Any]:
+    options = place.options(case) | {"tail": case.tail}
+    return options if tail is None else options | {"teacher_tail": tail}
+
+
+def student_columns(place: Setting, indices: Array) -> Array:
+    """The mapped columns (as numbered in `at_s`) of the teacher's, -1 where there is none."""
+    back = np.full(max(place.columns_t, int(indices.max()) + 1), -1)
+    back[place.at_t] = np.arange(len(place.at_t))
+    return back[indices]
+
+
+def topk_rows(case: Any, place: Setting, teacher: Known, a: DD) -> tuple[Array, Array]:
+    return truth.topk(
+        case.divergence, case.beta, case.tail, a[:, place.at_s], exactly(teacher.values),
+        student_columns(place, teacher.indices), None if teacher.tail is None else exactly(teacher.tail),
+        ULP[case.values_dtype],
     )  # fmt: skip
-    sum_of_p = second * ULP["float32"] * (1 + math.log2(columns_s))
-    value_extra = np.abs(first) * factor * moved_value + sum_of_p
-    gradient_extra = np.abs(first) * factor / t_s * moved + math.sqrt(2) * sum_of_p
-    value = Part.of_values(value_truth, sizes, value_tiny, columns_s)
-    value.extra = value.extra + (value_extra if case.reduction == "none" else value_extra.sum())
-    whole = Part.of_gradient(parts[0] + parts[1], sum(np.linalg.norm(x, axis=-1) for x in parts), tiny, case.student_dtype)
-    whole.extra = whole.extra + gradient_extra
-    return Problem([s], loss, eager, value, [whole])
+
+
+def topk_eager(case: Any, place: Setting, teacher: Known, student: Tensor) -> Tensor:
+    """float32 log-probabilities of K + 1 outcomes, or of all columns, as one writes them."""
+    log_p = (student.float()[:, place.at_s] / case.temperature).log_softmax(-1)
+    at = torch.from_numpy(student_columns(place, teacher.indices))
+    u = torch.where(at < 0, -math.inf, teacher.values.float())
+    at = at.clamp_min(0)
+    if case.mapped and case.tail != "renormalize":
+        kept = torch.where(torch.from_numpy(student_columns(place, teacher.indices)) < 0, teacher.values.float().exp(), 0.0)
+        u = u - torch.log1p(-kept.nan_to_num().sum(-1, keepdim=True))
+    there = u > -math.inf
+    if case.tail == "zero":
+        return torch.where(there, u.exp() * (u - log_p.gather(-1, at)), 0.0).sum(-1)
+    chosen = torch.zeros_like(log_p).scatter_add(-1, at, there.float()) > 0
+    p_rest = log_p.masked_fill(chosen, -math.inf).logsumexp(-1, keepdim=True)
+    p = torch.cat((torch.where(there, log_p.gather(-1, at), -math.inf), p_rest), -1)
+    q = u.log_softmax(-1) if case.tail == "renormalize" else u
+    rest = torch.zeros_like(p_rest) if case.tail == "renormalize" else (1 - u.exp().sum(-1, keepdim=True)).clamp_min(0)
+    if case.tail == "bucket" and teacher.tail is not None:
+        rest = teacher.tail.float().exp()[:, None]
+    return of_log_probabilities(p, torch.cat((q, rest.log()), -1), case.divergence, case.beta)
 
 
 def _times(w: Array, x: Array) -> Array:
@@ -228,4 +388,109 @@ def of_log_probabilities(p: Tensor, q: Tensor, divergence: str, beta: float) -> 
     }[divergence]()
 
 
-PROBLEMS: dict[str, Callable[[Any], Problem]] = {"logit": logit}
+def hidden(case: HiddenCase) -> Problem:
+    rng = generator(case)
+    b = rows.teacher_scores(case, rng, case.teacher)
+    a = rows.student_scores(case, rng, b)
+    z_t = case.teacher_length * b + case.teacher_offset
+    z_s = case.student_length * a + case.student_offset
+    w = weights(case, rng)
+    form, factor = case.form, w / (w.sum() if case.reduction == "mean" else 1.0)
+    dtype = case.student_dtype
+    if not case.width:
+        leaves = [rounded(z_s, dtype)]
+        t = rounded(z_t, case.teacher_dtype)
+        h, slope, size_h = DD(exactly(leaves[0])), np.ones((case.rows, case.columns)), None
+    else:
+        # The teacher is the projected student and its difference: the projection is what makes them near.
+        x = case.student_length * rng.standard_normal((case.rows, case.width))
+        matrix = rng.standard_normal((case.columns, case.width)) / math.sqrt(case.width)
+        leaves = [rounded(x, dtype), rounded(matrix, dtype)]
+        x, matrix = map(exactly, leaves)
+        h = truth.product(x, matrix)
+        size_h = np.abs(x) @ np.abs(matrix).T
+        if case.bias:
+            leaves.append(rounded(case.student_length * rng.standard_normal(case.columns), dtype))
+            h, size_h = h + exactly(leaves[2]), size_h + np.abs(exactly(leaves[2]))
+        slope = np.ones(h.shape)
+        if case.gelu:
+            found, slope = truth.gelu(h)
+            h, size_h = DD(found), size_h * np.abs(slope)
+        unit = np.abs(h.double()).max() or 1.0
+        z_t = {"same": 0.0, "near": case.noise}.get(case.student, 3.0) * unit * rng.standard_normal(h.shape) + h.double()
+        t = rounded(z_t * (case.teacher_length / case.student_length) + case.teacher_offset, case.teacher_dtype)
+    t_ = DD(exactly(t))
+    value, dh = truth.hidden(form, h, t_)
+    value, dh = _times(factor, value), _rowwise(factor, dh)
+    dz = dh * slope
+    length = np.maximum(np.linalg.norm(h.double(), axis=-1), 1e-45)
+    # What float64 cannot tell from 0: directions that differ by less than its half ulp.
+    unit = {"mse": np.abs(h.double()).max(-1) ** 2, "cosine": np.ones(case.rows), "kl": np.ones(case.rows)}[form]
+    per_h = {"mse": np.sqrt(unit), "cosine": 1 / length, "kl": np.ones(case.rows)}[form]
+    blind = 16 * ULP["float64"]
+    moved_v, moved = np.zeros(case.rows), np.zeros_like(dz)
+    if size_h is not None:
+        signs = rng.choice([-1.0, 1.0], (DRAWS, *h.shape)) * ULP["float32"] * size_h
+        for sign in signs:
+            v, g = truth.hidden(form, h + sign, t_)
+            moved_v = np.maximum(moved_v, np.abs(_times(factor, v) - value))
+            moved = np.maximum(moved, np.abs(_rowwise(factor, g) - dh) * np.abs(slope))
+    extra_v = factor * unit * blind
+    extra_z = np.repeat((factor * per_h * blind)[:, None], case.columns, 1) * np.abs(slope)
+    if not case.width:
+        gradients = [Part.of_gradient(dz, np.linalg.norm(dz, axis=-1), factor * per_h, dtype)]
+        gradients[0].extra = gradients[0].extra + np.linalg.norm(extra_z, axis=-1)
+    else:
+        gradients = through_head(dz, extra_z, moved, *map(exactly, leaves[:2]), case.bias, dtype)
+    if case.reduction == "none":
+        value_part = Part(value[:, None], value, extra_v, rounding=moved_v)
+    else:
+        value_part = Part(*(x.sum(keepdims=True) for x in (value[:, None], value, extra_v)), rounding=moved_v.sum(keepdims=True))
+    options: dict[str, Any] = {"kind": form, "reduction": case.reduction}
+    if case.garbage:
+        leaves[0], t = spoilt(leaves[0], w, rng), spoilt(t, w, rng)
+        options["weight"] = torch.from_numpy(w).float()
+    if case.gelu:
+        options["activation"] = "gelu"
+
+    def loss(backend: str, *tensors: Tensor) -> Tensor:
+        named = dict(zip(("projection", "bias"), tensors[1:], strict=False))
+        return fd.hidden_loss(tensors[0], t, backend=backend, **named, **options)
+
+    def eager(*tensors: Tensor) -> Tensor:
+        f = torch.nn.functional
+        first, *rest = (x.float() for x in tensors)
+        y = f.linear(first, *rest) if rest else first
+        y, u = f.gelu(y) if case.gelu else y, t.float()
+        if form == "mse":
+            plain = (y - u).square().mean(-1)
+        elif form == "cosine":
+            plain = 1 - f.cosine_similarity(y, u, dim=-1)
+        else:
+            plain = of_log_probabilities(y.log_softmax(-1), u.log_softmax(-1), "forward_kl", 0.5)
+        found = _times_t(torch.from_numpy(factor).float(), plain)
+        return found if case.reduction == "none" else found.sum()
+
+    return Problem(leaves, loss, eager, value_part, gradients)
+
+
+def through_head(dz: Array, extra: Array, moved: Array, x: Array, matrix: Array, bias: bool, dtype: str) -> list[Part]:
+    """The gradients of x, matrix and bias of z = x matrixᵀ + bias, from that of z (N, V), with what is allowed in z
+    carried on, and the rounding of these products themselves: half a unit of their terms."""
+    unit, parts = ULP["float32"], []
+    tiny = np.abs(dz).max(initial=0.0)
+    for left, right, rows_of_its_own in ((dz, matrix, True), (dz.T, x, False), (dz.T, np.ones((len(dz), 1)), False)):
+        allowed, movement = (e if rows_of_its_own else e.T for e in (extra, moved))
+        found = left @ right
+        terms = np.abs(left) @ np.abs(right) * unit
+        carried, changed = np.sqrt(allowed**2 @ right**2), np.sqrt(movement**2 @ right**2)
+        if not rows_of_its_own:  # one matrix, one norm
+            found, terms, carried, changed = (e.reshape(1, -1) for e in (found, terms, carried, changed))
+        part = Part.of_gradient(found, np.linalg.norm(found, axis=-1), np.full(len(found), 1e-10 * tiny), dtype)
+        part.extra = part.extra + np.linalg.norm(terms, axis=-1) + np.linalg.norm(carried, axis=-1)
+        part.rounding = np.linalg.norm(changed, axis=-1)
+        parts.append(part)
+    return parts if bias else parts[:2]
+
+
+PROBLEMS: dict[str, Callable[[Any], Problem]] = {"logit": logit, "hidden": hidden, "topk": topk}

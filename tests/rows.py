@@ -69,6 +69,34 @@ class LogitCase(Rows):
     loss = "logit"
 
 
+@dataclass(frozen=True)
+class TopkCase(Rows):
+    divergence: str
+    beta: float
+    temperature: float
+    scale_by_t2: bool
+    mapped: bool
+    label_weight: float
+    tail: str
+    k: int
+    values_dtype: str
+    given_tail: str  # the dtype of teacher_tail, "" for none
+
+    loss = "topk"
+
+
+@dataclass(frozen=True)
+class HiddenCase(Rows):
+    form: str  # "mse", "cosine" or "kl"
+    student_length: float
+    teacher_length: float
+    width: int  # of the student's state where it is projected, else 0
+    bias: bool
+    gelu: bool
+
+    loss = "hidden"
+
+
 def as_line(case: Any) -> str:
     return json.dumps({"loss": case.loss, **asdict(case)})
 
@@ -144,6 +172,51 @@ def logit_cases(draw: Any) -> LogitCase:
     )  # fmt: skip
 
 
+@st.composite
+def of_known_columns(draw: Any) -> dict[str, Any]:
+    tail = draw(st.sampled_from(["bucket", "bucket", "renormalize", "zero"]))
+    divergence = "forward_kl"
+    if tail != "zero":
+        divergence = draw(st.sampled_from([d for d in DIVERGENCES if d not in (("mse",) if tail == "bucket" else ("mse", "reverse_kl"))]))  # fmt: skip
+    betas = BETAS.get(divergence, (0.5,))
+    if tail == "renormalize" and divergence == "skew_reverse_kl":
+        betas = tuple(x for x in betas if x > 0)
+    return {
+        "divergence": divergence, "beta": draw(st.sampled_from(betas)),
+        "temperature": draw(st.sampled_from([1.0, 1.0, 2.0, 0.7, 0.05, 20.0])), "scale_by_t2": draw(st.booleans()),
+        "mapped": draw(st.sampled_from([False, False, True])),
+        "label_weight": draw(st.sampled_from([0.0, 0.0, 0.0, 0.3, 1.0])), "tail": tail,
+        "k": draw(st.one_of(st.integers(1, 8), st.integers(1, 64), st.just(5000))),
+        "values_dtype": draw(st.sampled_from(["float32", "float32", "float64", "bfloat16", "float16"])),
+        "given_tail": draw(st.sampled_from(["", "", "float32", "float64"])) if tail != "renormalize" else "",
+    }  # fmt: skip
+
+
+@st.composite
+def topk_cases(draw: Any) -> TopkCase:
+    return TopkCase(**draw(common()) | {"teacher_offset": 0.0}, **draw(of_known_columns()))
+
+
+LENGTHS = (1.0, 1.0, 1e-6, 1e-3, 30.0, 1e3, 1e6)
+
+
+@st.composite
+def hidden_cases(draw: Any) -> HiddenCase:
+    form = draw(st.sampled_from(["mse", "cosine", "kl"]))
+    lengths = draw(st.tuples(st.sampled_from(LENGTHS), st.sampled_from(LENGTHS))) if form == "cosine" else (1.0, 1.0)
+    if form == "cosine" and draw(st.integers(0, 9)) == 0:
+        lengths = draw(st.sampled_from([(1e19, 1.0), (1e-22, 1.0), (1e19, 1e-19), (1.0, 1e19), (1e-19, 1e-22)]))
+    projected = draw(st.booleans())
+    values = draw(common(st.one_of(st.integers(1, 40), st.sampled_from([64, 100, 384, 768]))))
+    if form != "kl":
+        values |= {"student_offset": 0.0, "teacher_offset": 0.0}
+    return HiddenCase(
+        **values, form=form, student_length=lengths[0], teacher_length=lengths[1],
+        width=draw(st.integers(1, 24)) if projected else 0, bias=projected and draw(st.booleans()),
+        gelu=projected and draw(st.booleans()),
+    )  # fmt: skip
+
+
 # ---- arrays
 
 
@@ -199,5 +272,5 @@ def student_scores(case: Rows, rng: np.random.Generator, b: Array) -> Array:
     return a
 
 
-CASES = {"logit": LogitCase}
-STRATEGIES = {"logit": logit_cases}
+CASES = {"logit": LogitCase, "hidden": HiddenCase, "topk": TopkCase}
+STRATEGIES = {"logit": logit_cases, "hidden": hidden_cases, "topk": topk_cases}

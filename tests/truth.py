@@ -7,10 +7,12 @@ mpmath's 50 digits.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import double_double as D
 import numpy as np
+import torch
 from double_double import DD, NEVER
 
 Array = Any  # numpy.ndarray of float64
@@ -78,9 +80,94 @@ def _centred(p: DD, slope: DD) -> Array:
     return (p * (slope - (p * slope).sum(keepdims=True))).double()
 
 
-def cross_entropy(logits: Array, labels: Array) -> tuple[Array, Array]:
-    """Of the rows' labels, (...,) and its gradient in the logits."""
-    lp = log_softmax(tempered(logits, 1.0))
-    one = np.arange(logits.shape[-1]) == labels[..., None]
+def cross_entropy(z: DD, labels: Array) -> tuple[Array, Array]:
+    """Of the rows' labels, (...,) and its gradient in the logits z."""
+    lp = log_softmax(z)
+    one = np.arange(z.shape[-1]) == labels[..., None]
     value = -np.take_along_axis(lp.double(), labels[..., None], -1)[..., 0]
     return np.where(value >= -NEVER, np.inf, value), (D.exp(lp) - one.astype(np.float64)).double()
+
+
+def topk(
+    name: str, beta: float, tail: str, a: DD, u: Array, columns: Array, given: Array | None, ulp: float
+) -> tuple[Array, Array]:
+    """From a teacher of K known columns (docs/losses.md, section 1a): a (N, V) the student's tempered logits, u (N, K)
+    logarithms of probabilities, columns (N, K) where they belong, -1 for entries without a column, given (N,) the
+    logarithm of all other columns' mass or None, ulp the rounding of a stored value near 1."""
+    n, v = a.shape
+    q = D.exp(D.where(np.isneginf(u), NEVER, np.maximum(u, -1e9)))
+    kept = D.where(columns < 0, 0.0, q)
+    there = kept.hi > 0
+    if given is None:
+        floor = np.maximum(ulp * (q.double() * np.abs(np.where(q.hi > 0, u, 0.0))).sum(-1), min(ulp, 2.0**-24))
+        rest = 1.0 - q.sum()
+        rest = D.where(rest.hi < floor, floor, rest)
+    else:
+        rest = D.exp(D.where(np.isneginf(given), NEVER, np.maximum(given, -1e9)))
+    if tail == "renormalize":
+        rest = DD(np.zeros(n))
+    whole = there.sum(-1) == v
+    if tail == "bucket":
+        rest = D.where(whole, 0.0, rest)
+    every = np.arange(n)[:, None]
+    lp = log_softmax(a)
+    at = np.maximum(columns, 0)
+    chosen = np.zeros((n, v), bool)
+    np.logical_or.at(chosen, (np.broadcast_to(every, at.shape)[there], at[there]), True)
+    p = D.exp(lp)
+    if tail == "zero":
+        partial = (columns < 0).any(-1) | (given is not None)
+        unit = D.where(partial, kept.sum() + rest, 1.0)
+        share = kept / unit[:, None]
+        lq = D.log(share)
+        value = D.where(there, share * (lq - lp[every, at]), 0.0).sum().double()
+        gradient = p * share.sum(keepdims=True)
+        scattered = DD(np.zeros((n, v)), np.zeros((n, v)))
+        scattered.hi[np.broadcast_to(every, at.shape)[there], at[there]] = share.hi[there]
+        scattered.lo[np.broadcast_to(every, at.shape)[there], at[there]] = share.lo[there]
+        return value, (gradient - scattered).double()
+    p_rest = D.where(chosen, 0.0, p).sum(keepdims=True)
+    outcomes_p = D.where_last(D.where(there, lp[every, at], NEVER), D.log(p_rest))
+    mass = D.where_last(kept, rest[:, None])
+    lq = D.log(mass / mass.sum(keepdims=True))
+    value, slope = of_log_probabilities(name, beta, outcomes_p, lq)
+    share = p.double() / np.where(p_rest.hi > 0, p_rest.double(), 1.0)
+    gradient = np.where(chosen, 0.0, slope[:, -1:] * share)
+    gradient[np.broadcast_to(every, at.shape)[there], at[there]] = slope[:, :-1][there]
+    return value, gradient
+
+
+def hidden(form: str, h: DD, t: DD) -> tuple[Array, Array]:
+    """Values (N,) and gradients in h (N, D)."""
+    if form == "kl":
+        return divergence("forward_kl", 0.5, h, t)
+    if form == "mse":
+        return divergence("mse", 0.5, h, t)
+    h, length_h = _unit(h)
+    t, _ = _unit(t)
+    cos = (h * t).sum(keepdims=True)
+    empty = (h.hi == 0).all(-1) | (t.hi == 0).all(-1)
+    gradient = np.where(empty[:, None], 0.0, ((h * cos - t) / length_h).double())
+    return np.where(empty, 1.0, (1.0 - cos)[:, 0].double()), gradient
+
+
+def _unit(x: DD) -> tuple[DD, DD]:
+    """Directions and lengths, which are 1 where x is 0. The largest entry is divided by first: no square overflows."""
+    _, power = np.frexp(np.abs(x.hi).max(-1, keepdims=True))
+    scale = np.exp2(-power.astype(np.float64))
+    x = DD(x.hi * scale, x.lo * scale)
+    squared = (x * x).sum(keepdims=True)
+    length = D.where(squared.hi > 0, D.sqrt(squared), 1.0)
+    return x / length, DD(length.hi / scale, length.lo / scale)
+
+
+def product(x: Array, y: Array) -> DD:
+    """x yᵀ of x (..., N, d) and y (..., M, d): exact products, added in 31 digits."""
+    return (DD(x)[..., :, None, :] * y[..., None, :, :]).sum()
+
+
+def gelu(x: DD) -> tuple[Array, Array]:
+    """The exact GELU and its derivative, in float64 (erfc keeps its relative precision)."""
+    z = x.double()
+    half = 0.5 * torch.special.erfc(torch.from_numpy(-z / math.sqrt(2))).numpy()
+    return z * half, half + z * np.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
