@@ -14,7 +14,7 @@ import torch
 import truth
 from double_double import DD, NEVER
 from judge import ULP, Part
-from rows import HiddenCase, LogitCase, Rows, TopkCase, generator
+from rows import HiddenCase, LogitCase, RelationCase, Rows, TopkCase, generator
 from torch import Tensor
 
 import fastdistil as fd
@@ -493,4 +493,135 @@ def through_head(dz: Array, extra: Array, moved: Array, x: Array, matrix: Array,
     return parts if bias else parts[:2]
 
 
-PROBLEMS: dict[str, Callable[[Any], Problem]] = {"logit": logit, "hidden": hidden, "topk": topk}
+def attention(case: Any) -> Problem:
+    rng = generator(case)
+    relation = isinstance(case, RelationCase)
+    parts = rows.factors(case, rng)
+    kinds = (case.student_dtype,) * 2 + (case.teacher_dtype,) * 2
+    q_s, k_s, q_t, k_t = (rounded(x, kind) for x, kind in zip(parts, kinds, strict=True))
+    shape, groups, length = q_s.shape, case.groups, case.length
+    real = np.ones((case.batch, length), bool)
+    if case.padded and length > 1:
+        real = rng.random(real.shape) < 0.7
+        real[:, rng.integers(length)] = True
+    query = real if case.mask_queries else np.ones_like(real)
+    visible = (real[:, None, None, :] & query[:, None, :, None]) & (np.tri(length, dtype=bool) | (not case.causal))
+    x, y, x_t, y_t = (exactly(z) for z in (q_s, k_s, q_t, k_t))
+    scales = [z.shape[-1] ** -0.5 for z in (x, x_t)]
+    scores, sizes = [], []
+    for q, k, scale in ((x, y, scales[0]), (x_t, y_t, scales[1])):
+        k = np.repeat(k, groups, 1)
+        scores.append(truth.product(q, k) * scale)
+        # A softmax does not see what all keys have in common.
+        middle = k if case.form == "score_mse" else k - k.mean(2, keepdims=True)
+        sizes.append(scale * (np.abs(q) @ np.abs(middle).swapaxes(-1, -2)))
+    value, da = truth.maps(case.form, *scores, visible, case.mean_of_heads)
+    counted = 1 if case.mean_of_heads else case.heads
+    heads_of = np.broadcast_to(visible, (case.batch, 1, length, length))
+    count = int(heads_of.sum() if case.form != "prob_kl" else query.sum()) * counted
+    unit = 1 / max(1, count) if case.reduction == "mean" else 1.0
+    seen = np.broadcast_to(query[:, None, :], value.shape)
+    value, da = np.where(seen, value, 0.0) * unit, da * unit
+    moves: list[tuple[Array, Array]] = []
+    for shared in (True, False):
+        moved_v, moved = np.zeros_like(value), np.zeros_like(da)
+        for _ in range(DRAWS - 1):
+            signs = [rng.choice([-1.0, 1.0], s.shape) * ULP["float32"] for s in sizes]
+            steps = [sign * size for sign, size in zip(signs, sizes, strict=True)]
+            both = [scores[0] + steps[0], scores[1] + (steps[0] if shared and not case.mean_of_heads else steps[1])]
+            v, g = truth.maps(case.form, *both, visible, case.mean_of_heads)
+            moved_v = np.maximum(moved_v, np.abs(np.where(seen, v, 0.0) * unit - value))
+            moved = np.maximum(moved, np.abs(g * unit - da))
+        moves.append((moved_v, moved))
+    tiny = np.where(seen, unit, 0.0)
+    blind = rounded_maps(case, value, unit)
+    if case.reduction == "none":
+        flat = value.reshape(-1)
+        value_part = Part.of_values(flat, flat, tiny.reshape(-1), length)
+        value_part.extra = value_part.extra + moves[0][0].reshape(-1) + blind.reshape(-1)
+        value_part.rounding = moves[1][0].reshape(-1)
+    else:
+        total = value.sum().reshape(1)
+        value_part = Part.of_values(total, total, tiny.sum().reshape(1), length)
+        value_part.extra = value_part.extra + moves[0][0].sum() + blind.sum()
+        value_part.rounding = moves[1][0].sum()
+
+    def through(left: Array, right: Array, scale: float) -> tuple[Array, Array]:
+        """left right, and the norm of its terms' rounding."""
+        return scale * (left @ right), scale * ULP["float32"] * (np.abs(left) @ np.abs(right))
+
+    def carried(left: Array, right: Array, scale: float) -> Array:
+        return scale * np.sqrt(left**2 @ right**2)
+
+    def grouped(z: Array, root: bool = False) -> Array:
+        z = z.reshape(case.batch, case.heads // groups, groups, *z.shape[2:])
+        return np.sqrt((z**2).sum(2)) if root else z.sum(2)
+
+    keys, turned = np.repeat(y, groups, 1), (lambda z: z.swapaxes(-1, -2))
+    dq, terms_q = through(da, keys, scales[0])
+    dk, terms_k = through(turned(da), x, scales[0])
+    dk, terms_k = grouped(dk), grouped(terms_k)
+    moved_q = [carried(m, keys, scales[0]) for _, m in moves]
+    moved_k = [grouped(carried(turned(m), x, scales[0]), True) for _, m in moves]
+    floor = scales[0] * unit * length
+    gradients = []
+    if relation:  # the sum through both sides
+        triples = [(dq + dk, terms_q + terms_k, [np.hypot(m, n) for m, n in zip(moved_q, moved_k, strict=True)], False)]
+    else:
+        triples = [(dq, terms_q, moved_q, True), (dk, terms_k, moved_k, False)]
+    for g, terms_g, moved, by_row in triples:
+        flat = [z.reshape((-1, z.shape[-1]) if by_row else (case.batch * z.shape[1], -1)) for z in (g, terms_g, *moved)]
+        norms = [np.linalg.norm(z, axis=-1) for z in flat]
+        part = Part.of_gradient(flat[0], norms[0], np.full(len(norms[0]), floor * max(np.abs(keys).max(), np.abs(x).max())), case.student_dtype)
+        part.extra = part.extra + norms[1] + norms[2]
+        part.rounding = norms[3]
+        gradients.append(part)
+    if case.padded and case.mask_queries:
+        hole = torch.from_numpy(~real)[:, None, :, None]
+        q_s, k_s, q_t, k_t = (torch.where(hole, torch.tensor(math.nan, dtype=z.dtype), z) for z in (q_s, k_s, q_t, k_t))
+    options: dict[str, Any] = {
+        "kind": case.form, "causal": case.causal, "reduction": case.reduction, "mask_queries": case.mask_queries,
+    }  # fmt: skip
+    if case.padded:
+        options["mask"] = torch.from_numpy(real)
+    if case.mean_of_heads:
+        options["heads"] = "mean"
+
+    def side_by_side(z: Tensor) -> Tensor:
+        return z.transpose(1, 2).flatten(2)
+
+    def loss(backend: str, *student: Tensor) -> Tensor:
+        if relation:
+            xs = side_by_side(student[0]), side_by_side(q_t)
+            return fd.relation_loss(*xs, relation_heads=case.heads, backend=backend, **options)
+        return fd.attention_loss(*student, q_t, k_t, backend=backend, **options)
+
+    def eager(*student: Tensor) -> Tensor:
+        sides = (student[0], student[-1]), (q_t, q_t if relation else k_t)
+        hide = torch.from_numpy(~visible)
+        a, b = (
+            (q.nan_to_num().float() @ k.nan_to_num().float().repeat_interleave(groups, 1).mT) * scale
+            for (q, k), scale in zip(sides, scales, strict=True)
+        )
+        p, q = (z.masked_fill(hide, torch.finfo(z.dtype).min).softmax(-1).masked_fill(hide, 0.0) for z in (a, b))
+        if case.mean_of_heads:
+            a, b, p, q = (z.mean(1, keepdim=True) for z in (a, b, p, q))
+        if case.form == "score_mse":
+            found = (a - b).masked_fill(hide, 0.0).square().sum(-1)
+        elif case.form == "prob_mse":
+            found = (p - q).square().sum(-1)
+        else:
+            found = torch.where(q > 0, q * (q.clamp_min(1e-45).log() - p.clamp_min(1e-45).log()), 0.0).sum(-1)
+        found = found * unit
+        return found if case.reduction == "none" else found.sum()
+
+    assert shape[1] == case.heads
+    return Problem([q_s] if relation else [q_s, k_s], loss, eager, value_part, gradients)
+
+
+def rounded_maps(case: Any, value: Array, unit: float) -> Array:
+    """What float64, in which near maps are computed, cannot tell from 0 in a row's value."""
+    return np.full(value.shape, unit * ULP["float64"] ** 2 * case.length)
+
+
+PROBLEMS: dict[str, Callable[[Any], Problem]] = {"logit": logit, "hidden": hidden, "topk": topk, "attention": attention, "relation": attention}

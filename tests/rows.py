@@ -97,6 +97,48 @@ class HiddenCase(Rows):
     loss = "hidden"
 
 
+@dataclass(frozen=True)
+class MapCase:
+    """Attention maps, of queries and keys or of one tensor with itself."""
+
+    seed: int
+    form: str  # "prob_kl", "prob_mse" or "score_mse"
+    student: str
+    batch: int
+    heads: int
+    groups: int  # query heads that share a key head
+    length: int
+    student_width: int
+    teacher_width: int
+    spread: float
+    noise: float
+    sink: str  # whose first key nearly all queries look at: nobody's, both's, ...
+    sink_score: float
+    student_common: float  # length of a vector that all keys have in common
+    teacher_common: float
+    causal: bool
+    padded: bool
+    mask_queries: bool
+    mean_of_heads: bool
+    student_dtype: str
+    teacher_dtype: str
+    reduction: str
+
+    @property
+    def kind(self) -> str:
+        return f"{self.student}, sink of {self.sink}"
+
+
+@dataclass(frozen=True)
+class AttentionCase(MapCase):
+    loss = "attention"
+
+
+@dataclass(frozen=True)
+class RelationCase(MapCase):
+    loss = "relation"
+
+
 def as_line(case: Any) -> str:
     return json.dumps({"loss": case.loss, **asdict(case)})
 
@@ -217,6 +259,33 @@ def hidden_cases(draw: Any) -> HiddenCase:
     )  # fmt: skip
 
 
+@st.composite
+def map_cases(draw: Any, kind: Any) -> Any:
+    relation = kind is RelationCase
+    length, widest = draw(st.sampled_from([(12, 64), (12, 16), (24, 24), (70, 8), (3, 64)]))
+    width = draw(st.integers(1, widest))
+    student = draw(st.sampled_from(["near", "near", "same", "apart", "other basis", "other basis"]))
+    another = student in ("apart", "other basis") and draw(st.booleans())
+    heads_mean = not relation and draw(st.integers(0, 4)) == 0
+    padded = draw(st.booleans())
+    dtypes = draw(DTYPE_PAIRS)
+    commons = draw(st.sampled_from(["neither", "neither", "neither", "student", "both"]))
+    return kind(
+        seed=draw(SEEDS), form=draw(st.sampled_from(["prob_kl", "prob_mse", "score_mse"])), student=student,
+        batch=draw(st.integers(1, 2)), heads=(heads := draw(st.sampled_from([1, 2, 2, 4]))),
+        groups=1 if relation else draw(st.sampled_from([g for g in (1, 1, 2, 4) if heads % g == 0])),
+        length=draw(st.integers(1, length)), student_width=draw(st.integers(1, widest)) if another else width,
+        teacher_width=width, spread=draw(st.sampled_from([0.3, 1.0, 2.0, 4.0])), noise=draw(st.sampled_from(NOISES)),
+        sink="nobody" if relation else draw(st.sampled_from(("nobody", "nobody", *ABSENT))),
+        sink_score=draw(st.sampled_from([8.0, 12.0, 16.0, 22.0])),
+        student_common=draw(st.sampled_from([1.0, 10.0, 100.0])) if commons != "neither" else 0.0,
+        teacher_common=draw(st.sampled_from([1.0, 10.0, 100.0])) if commons == "both" else 0.0,
+        causal=draw(st.booleans()), padded=padded, mask_queries=not padded or draw(st.booleans()),
+        mean_of_heads=heads_mean, student_dtype=dtypes[0], teacher_dtype=dtypes[1],
+        reduction=draw(st.sampled_from(REDUCTIONS)),
+    )  # fmt: skip
+
+
 # ---- arrays
 
 
@@ -272,5 +341,49 @@ def student_scores(case: Rows, rng: np.random.Generator, b: Array) -> Array:
     return a
 
 
-CASES = {"logit": LogitCase, "hidden": HiddenCase, "topk": TopkCase}
-STRATEGIES = {"logit": logit_cases, "hidden": hidden_cases, "topk": topk_cases}
+def factors(case: MapCase, rng: np.random.Generator) -> list[Array]:
+    """Queries and keys of student and teacher, (B, H, S, d); keys of a relation are its queries."""
+    sizes = case.student_width, case.teacher_width
+    relation = isinstance(case, RelationCase)
+    found = []
+    basis = other_bases(sizes, rng) if case.student == "other basis" else None
+    for keys in (False,) if relation else (False, True):
+        shape = (case.batch, case.heads // (case.groups if keys else 1), case.length)
+        if basis is not None:
+            shared = case.spread * rng.standard_normal((*shape, len(basis[0])))
+            moved = shared + case.noise * case.spread * rng.standard_normal(shared.shape)
+            stretch = (sizes[0] / sizes[1]) ** 0.25  # of both factors: the scale is 1 / sqrt(d)
+            student, teacher = stretch * moved @ basis[0], shared @ basis[1]
+        else:
+            teacher = case.spread * rng.standard_normal((*shape, sizes[1]))
+            student = case.spread * rng.standard_normal((*shape, sizes[0]))
+            if case.student != "apart":
+                student = teacher + (case.noise if case.student == "near" else 0.0) * student
+        found.append([student, teacher])
+    for side, name in enumerate(("student", "teacher")):
+        unit = rng.standard_normal(sizes[side])
+        unit /= np.linalg.norm(unit)
+        if case.sink in ("both", name):
+            length = (case.sink_score * sizes[side] ** 0.5) ** 0.5
+            found[0][side] = found[0][side] + length * unit
+            found[1][side][:, :, 0] += length * unit
+        common = case.student_common if side == 0 else case.teacher_common
+        if common:
+            found[-1][side] = found[-1][side] + common * case.spread * rng.permutation(unit)
+    queries, keys = found[0], found[-1]
+    return [queries[0], keys[0], queries[1], keys[1]]
+
+
+def other_bases(sizes: tuple[int, int], rng: np.random.Generator) -> list[Array]:
+    rank = min(sizes)
+    return [np.linalg.qr(rng.standard_normal((size, rank)))[0].T for size in sizes]
+
+
+CASES = {"logit": LogitCase, "hidden": HiddenCase, "topk": TopkCase, "attention": AttentionCase, "relation": RelationCase}
+STRATEGIES = {
+    "logit": logit_cases,
+    "hidden": hidden_cases,
+    "topk": topk_cases,
+    "attention": lambda: map_cases(AttentionCase),
+    "relation": lambda: map_cases(RelationCase),
+}

@@ -162,8 +162,8 @@ def _unit(x: DD) -> tuple[DD, DD]:
 
 
 def product(x: Array, y: Array) -> DD:
-    """x yᵀ of x (..., N, d) and y (..., M, d): exact products, added in 31 digits."""
-    return (DD(x)[..., :, None, :] * y[..., None, :, :]).sum()
+    """x yᵀ of x (..., N, d) and y (..., M, d), which hold float32 numbers: float64 has their products exactly."""
+    return DD(x[..., :, None, :] * y[..., None, :, :]).sum()
 
 
 def gelu(x: DD) -> tuple[Array, Array]:
@@ -171,3 +171,33 @@ def gelu(x: DD) -> tuple[Array, Array]:
     z = x.double()
     half = 0.5 * torch.special.erfc(torch.from_numpy(-z / math.sqrt(2))).numpy()
     return z * half, half + z * np.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+
+
+def maps(form: str, a: DD, b: DD, visible: Array, mean_of_heads: bool) -> tuple[Array, Array]:
+    """Values of the query rows (B, H, S), H = 1 for a mean, and gradients in the student's scores a (B, H_s, S, S)."""
+    if form == "score_mse":
+        if mean_of_heads:
+            d = (a.sum(1) / float(a.shape[1]) - b.sum(1) / float(b.shape[1]))[:, None]
+        else:
+            d = a - b
+        d = D.where(visible, d, 0.0)
+        share = 2.0 / a.shape[1] if mean_of_heads else 2.0
+        return (d * d).sum().double(), np.broadcast_to((d * share).double(), a.shape)
+    seen = visible.any(-1)[..., None]
+    p, q = (D.where(visible, D.exp(log_softmax(D.where(visible | ~seen, x, NEVER))), 0.0) for x in (a, b))
+    p_, q_ = p, q
+    if mean_of_heads:
+        p_, q_ = ((x.sum(1) / float(x.shape[1]))[:, None] for x in (p, q))
+    if form == "prob_mse":
+        d = p_ - q_
+        value, slope = (d * d).sum().double(), d * 2.0
+    else:
+        ratio = D.log(D.where(q_.hi > 0, q_, 1.0)) - D.log(D.where(p_.hi > 0, p_, 1.0))
+        value = np.where(((p_.hi == 0) & (q_.hi > 0)).any(-1), np.inf, (q_ * ratio).sum().double())
+        slope = (p_ - q_) / D.where(p_.hi > 1e-290, p_, 1.0)  # 1 - q/p: the 1 is centred away
+    if not mean_of_heads:
+        if form == "prob_kl":
+            return value, (p - q).double()
+        return value, _centred(p, slope)
+    slope = slope / float(p.shape[1])
+    return value, _centred(p, slope)
