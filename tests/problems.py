@@ -14,7 +14,7 @@ import torch
 import truth
 from double_double import DD, NEVER
 from judge import ULP, Part
-from rows import HiddenCase, LogitCase, RelationCase, Rows, TopkCase, generator
+from rows import HiddenCase, LinearTopkCase, LogitCase, RelationCase, Rows, TopkCase, generator
 from torch import Tensor
 
 import fastdistil as fd
@@ -38,6 +38,7 @@ class Problem:
     eager: Callable[..., Tensor]
     value: Part
     gradients: list[Part]
+    conditioning: Callable[[], None] | None = None  # adds to the parts what their products' rounding is allowed
 
 
 def rounded(x: Array, dtype: str) -> Tensor:
@@ -228,14 +229,19 @@ def logit(case: LogitCase) -> Problem:
     x_s = exactly(s)
     a_, b_ = truth.tempered(x_s[:, place.at_s], t_s), truth.tempered(exactly(t)[:, place.at_t], t_t)
     found = terms(case, place, *truth.divergence(case.divergence, case.beta, a_, b_), truth.tempered(x_s, 1.0))
-    if abs(t_s / t_t - 1) > NEARLY_EQUAL:  # quotients that float32 rounds
+    gradient = Part.of_gradient(found.gradient, found.norm, found.tiny, case.student_dtype)
+    gradient.extra = gradient.extra + found.extra
+    value = value_of(found, case.reduction, place.columns_s)
+
+    def conditioning() -> None:
+        """Different temperatures give quotients that float32 rounds."""
         moved_value, moved = rounding_of_scores(
             lambda x, y: truth.divergence(case.divergence, case.beta, x, y), a_, b_, rng, case.divergence == "mse"
         )
-        found.value_extra = found.value_extra + found.tiny * moved_value
-        found.extra = found.extra + found.tiny * moved
-    gradient = Part.of_gradient(found.gradient, found.norm, found.tiny, case.student_dtype)
-    gradient.extra = gradient.extra + found.extra
+        each = found.tiny * moved_value
+        value.extra = value.extra + (each if case.reduction == "none" else each.sum())
+        gradient.extra = gradient.extra + found.tiny * moved
+
     if case.garbage:
         s, t = spoilt(s, place.w, rng), spoilt(t, place.w, rng)
     options = place.options(case) | {"teacher_temperature": t_t}
@@ -247,7 +253,8 @@ def logit(case: LogitCase) -> Problem:
         plain = textbook(student[:, place.at_s], t[:, place.at_t], case.divergence, case.beta, t_s, t_t)
         return with_labels(case, place, plain, student)
 
-    return Problem([s], loss, eager, value_of(found, case.reduction, place.columns_s), [gradient])
+    different = abs(t_s / t_t - 1) > NEARLY_EQUAL
+    return Problem([s], loss, eager, value, [gradient], conditioning if different else None)
 
 
 @dataclass
@@ -522,29 +529,16 @@ def attention(case: Any) -> Problem:
     unit = 1 / max(1, count) if case.reduction == "mean" else 1.0
     seen = np.broadcast_to(query[:, None, :], value.shape)
     value, da = np.where(seen, value, 0.0) * unit, da * unit
-    moves: list[tuple[Array, Array]] = []
-    for shared in (True, False):
-        moved_v, moved = np.zeros_like(value), np.zeros_like(da)
-        for _ in range(DRAWS - 1):
-            signs = [rng.choice([-1.0, 1.0], s.shape) * ULP["float32"] for s in sizes]
-            steps = [sign * size for sign, size in zip(signs, sizes, strict=True)]
-            both = [scores[0] + steps[0], scores[1] + (steps[0] if shared and not case.mean_of_heads else steps[1])]
-            v, g = truth.maps(case.form, *both, visible, case.mean_of_heads)
-            moved_v = np.maximum(moved_v, np.abs(np.where(seen, v, 0.0) * unit - value))
-            moved = np.maximum(moved, np.abs(g * unit - da))
-        moves.append((moved_v, moved))
     tiny = np.where(seen, unit, 0.0)
     blind = rounded_maps(case, value, unit)
     if case.reduction == "none":
         flat = value.reshape(-1)
         value_part = Part.of_values(flat, flat, tiny.reshape(-1), length)
-        value_part.extra = value_part.extra + moves[0][0].reshape(-1) + blind.reshape(-1)
-        value_part.rounding = moves[1][0].reshape(-1)
+        value_part.extra = value_part.extra + blind.reshape(-1)
     else:
         total = value.sum().reshape(1)
         value_part = Part.of_values(total, total, tiny.sum().reshape(1), length)
-        value_part.extra = value_part.extra + moves[0][0].sum() + blind.sum()
-        value_part.rounding = moves[1][0].sum()
+        value_part.extra = value_part.extra + blind.sum()
 
     def through(left: Array, right: Array, scale: float) -> tuple[Array, Array]:
         """left right, and the norm of its terms' rounding."""
@@ -561,21 +555,49 @@ def attention(case: Any) -> Problem:
     dq, terms_q = through(da, keys, scales[0])
     dk, terms_k = through(turned(da), x, scales[0])
     dk, terms_k = grouped(dk), grouped(terms_k)
-    moved_q = [carried(m, keys, scales[0]) for _, m in moves]
-    moved_k = [grouped(carried(turned(m), x, scales[0]), True) for _, m in moves]
     floor = scales[0] * unit * length
     gradients = []
     if relation:  # the sum through both sides
-        triples = [(dq + dk, terms_q + terms_k, [np.hypot(m, n) for m, n in zip(moved_q, moved_k, strict=True)], False)]
+        pairs = [(dq + dk, terms_q + terms_k, False)]
     else:
-        triples = [(dq, terms_q, moved_q, True), (dk, terms_k, moved_k, False)]
-    for g, terms_g, moved, by_row in triples:
-        flat = [z.reshape((-1, z.shape[-1]) if by_row else (case.batch * z.shape[1], -1)) for z in (g, terms_g, *moved)]
+        pairs = [(dq, terms_q, True), (dk, terms_k, False)]
+
+    def by_rows(z: Array, each: bool) -> Array:
+        """A query's gradient is its own row's; one of a key is a sum over queries."""
+        return z.reshape((-1, z.shape[-1]) if each else (case.batch * z.shape[1], -1))
+
+    for g, terms_g, each in pairs:
+        flat = [by_rows(z, each) for z in (g, terms_g)]
         norms = [np.linalg.norm(z, axis=-1) for z in flat]
         part = Part.of_gradient(flat[0], norms[0], np.full(len(norms[0]), floor * max(np.abs(keys).max(), np.abs(x).max())), case.student_dtype)
-        part.extra = part.extra + norms[1] + norms[2]
-        part.rounding = norms[3]
+        part.extra = part.extra + norms[1]
         gradients.append(part)
+
+    def conditioning() -> None:
+        """Scores are rounded: both sides' alike where their difference is exact, else each by itself."""
+        for shared in (True, False):
+            moved_v, moved = np.zeros_like(value), np.zeros_like(da)
+            for _ in range(DRAWS - 1):
+                signs = [rng.choice([-1.0, 1.0], s.shape) * ULP["float32"] for s in sizes]
+                steps = [sign * size for sign, size in zip(signs, sizes, strict=True)]
+                both = [scores[0] + steps[0], scores[1] + (steps[0] if shared and not case.mean_of_heads else steps[1])]
+                v, g = truth.maps(case.form, *both, visible, case.mean_of_heads)
+                moved_v = np.maximum(moved_v, np.abs(np.where(seen, v, 0.0) * unit - value))
+                moved = np.maximum(moved, np.abs(g * unit - da))
+            moved_q, moved_k = carried(moved, keys, scales[0]), grouped(carried(turned(moved), x, scales[0]), True)
+            carried_on = [np.hypot(moved_q, moved_k)] if relation else [moved_q, moved_k]
+            for part, z, (_, _, each) in zip(gradients, carried_on, pairs, strict=True):
+                norm = np.linalg.norm(by_rows(z, each), axis=-1)
+                if shared:
+                    part.extra = part.extra + norm
+                else:
+                    part.rounding = part.rounding + norm
+            moved_v = moved_v.reshape(-1) if case.reduction == "none" else moved_v.sum()
+            if shared:
+                value_part.extra = value_part.extra + moved_v
+            else:
+                value_part.rounding = value_part.rounding + moved_v
+
     if case.padded and case.mask_queries:
         hole = torch.from_numpy(~real)[:, None, :, None]
         q_s, k_s, q_t, k_t = (torch.where(hole, torch.tensor(math.nan, dtype=z.dtype), z) for z in (q_s, k_s, q_t, k_t))
@@ -616,7 +638,7 @@ def attention(case: Any) -> Problem:
         return found if case.reduction == "none" else found.sum()
 
     assert shape[1] == case.heads
-    return Problem([q_s] if relation else [q_s, k_s], loss, eager, value_part, gradients)
+    return Problem([q_s] if relation else [q_s, k_s], loss, eager, value_part, gradients, conditioning)
 
 
 def rounded_maps(case: Any, value: Array, unit: float) -> Array:
@@ -624,4 +646,125 @@ def rounded_maps(case: Any, value: Array, unit: float) -> Array:
     return np.full(value.shape, unit * ULP["float64"] ** 2 * case.length)
 
 
-PROBLEMS: dict[str, Callable[[Any], Problem]] = {"logit": logit, "hidden": hidden, "topk": topk, "attention": attention, "relation": attention}
+def linear(case: Any) -> Problem:
+    """linear_logit_loss and linear_topk_logit_loss."""
+    rng = generator(case)
+    of_known = isinstance(case, LinearTopkCase)
+    h_s, w_s, b_s, h_t, w_t, b_t = rows.heads(case, rng)
+    place = setting(case, rng)
+    if case.mapped:
+        w_s, b_s = (_among(x, place.at_s, place.columns_s, rng) for x in (w_s, b_s))
+        if not of_known:
+            w_t, b_t = (_among(x, place.at_t, place.columns_t, rng) for x in (w_t, b_t))
+    student = [rounded(x, case.student_dtype) for x in (h_s, w_s, b_s)]
+    teacher = [rounded(x, case.teacher_dtype) for x in (h_t, w_t, b_t)]
+    if case.head in ("shared", "equal"):
+        student[1], student[2] = teacher[1], teacher[2]
+    x_s, x_t = [exactly(x) for x in student], [exactly(x) for x in teacher]
+    (z_s, size_s), (z_t, size_t) = (
+        (truth.product(h, w) + (b if case.bias else 0.0 * b), np.abs(h) @ np.abs(w).T + (np.abs(b) if case.bias else 0))
+        for h, w, b in (x_s, x_t)
+    )
+    caps = case.logit_scale, case.softcap
+    b_ = truth.capped(z_t, *caps)[0]
+    stored = known(case, place, b_.double(), rng) if of_known else None
+    teacher_temperature = case.temperature if of_known else case.teacher_temperature
+
+    def found_for(z: DD, other: DD) -> tuple[Terms, Array]:
+        y, slope = truth.capped(z, *caps)
+        a = y / case.temperature
+        if stored is not None:
+            pair = topk_rows(case, place, stored, a)
+        else:
+            b = truth.capped(other, *caps)[0][:, place.at_t] / teacher_temperature
+            pair = truth.divergence(case.divergence, case.beta, a[:, place.at_s], b)
+        return terms(case, place, *pair, y), slope
+
+    found, slope = found_for(z_s, z_t)
+    dz = found.gradient * slope
+    # 16-bit states: the gradient in the logits is rounded once, before its products.
+    extra = (found.extra / math.sqrt(place.columns_s))[:, None] * slope
+    if case.student_dtype != "float32":
+        extra = extra + 2 * ULP[case.student_dtype] * np.abs(dz)
+    gradients = through_head(dz, extra, np.zeros_like(dz), x_s[0], x_s[1], case.bias, case.student_dtype)
+    value = value_of(found, case.reduction, place.columns_s)
+    wanted = [True, not case.frozen, case.bias and not case.frozen]
+    gradients = [g for g, w in zip(gradients, wanted, strict=False) if w]
+
+    def conditioning() -> None:
+        for shared in (True, False):
+            moved_v, moved = np.zeros(case.rows), np.zeros_like(dz)
+            for _ in range(DRAWS - 1):
+                steps = [rng.choice([-1.0, 1.0], x.shape) * ULP["float32"] * x for x in (size_s, size_t)]
+                if shared and abs(case.temperature / teacher_temperature - 1) <= NEARLY_EQUAL and not of_known:
+                    steps[1] = np.zeros_like(size_t)
+                    steps[1][:, place.at_t] = steps[0][:, place.at_s]
+                other, their_slope = found_for(z_s + steps[0], z_t + steps[1])
+                moved_v = np.maximum(moved_v, np.abs(other.value - found.value))
+                moved = np.maximum(moved, np.abs(other.gradient * their_slope - dz))
+            moved_v = moved_v if case.reduction == "none" else moved_v.sum(keepdims=True)
+            rounded_ = through_head(dz, moved, moved, x_s[0], x_s[1], case.bias, case.student_dtype)
+            for part, more in zip(gradients, [g for g, w in zip(rounded_, wanted, strict=False) if w], strict=True):
+                if shared:
+                    part.extra = part.extra + more.rounding
+                else:
+                    part.rounding = part.rounding + more.rounding
+            if shared:
+                value.extra = value.extra + moved_v
+            else:
+                value.rounding = value.rounding + moved_v
+
+    if case.head == "equal":
+        student[1], student[2] = student[1].clone(), student[2].clone()
+    leaves = [x for x, w in zip(student, wanted, strict=True) if w]
+    held = [None if w else x for x, w in zip(student, wanted, strict=True)]
+    if case.garbage:
+        leaves[0], teacher[0] = spoilt(leaves[0], place.w, rng), spoilt(teacher[0], place.w, rng)
+        if stored is not None:
+            stored = Known(spoilt(stored.values, place.w, rng), stored.indices, stored.tail)
+    options = place.options(case) | {"student_logit_scale": caps[0], "student_softcap": caps[1] or None}
+    if stored is None:
+        options |= {
+            "teacher_temperature": teacher_temperature, "teacher_logit_scale": caps[0], "teacher_softcap": caps[1] or None,
+        }  # fmt: skip
+
+    def filled(leaves: tuple[Tensor, ...]) -> list[Tensor]:
+        given = iter(leaves)
+        return [next(given) if x is None else x for x in held]
+
+    def loss(backend: str, *leaves: Tensor) -> Tensor:
+        h, w, b = filled(leaves)
+        named = options | ({"student_bias": b} if case.bias else {})
+        if stored is not None:
+            tail = {} if stored.tail is None else {"teacher_tail": stored.tail}
+            named |= {"tail": case.tail, **tail}
+            return fd.linear_topk_logit_loss(h, w, stored.values, torch.from_numpy(stored.indices), backend=backend, **named)
+        named |= {"teacher_bias": teacher[2]} if case.bias else {}
+        # One storage for both sides, as a student with its teacher's head has it.
+        other = w.detach() if case.head == "shared" else teacher[1]
+        return fd.linear_logit_loss(h, w, teacher[0], other, backend=backend, **named)
+
+    def eager(*leaves: Tensor) -> Tensor:
+        def logits(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
+            z = torch.nn.functional.linear(h.float(), w.float(), b.float() if case.bias else None) * caps[0]
+            return caps[1] * torch.tanh(z / caps[1]) if caps[1] else z
+
+        y = logits(*filled(leaves))
+        if stored is not None:
+            return with_labels(case, place, topk_eager(case, place, stored, y), y)
+        t = logits(*teacher)
+        plain = textbook(y[:, place.at_s], t[:, place.at_t], case.divergence, case.beta, case.temperature, teacher_temperature)  # fmt: skip
+        return with_labels(case, place, plain, y)
+
+    return Problem(leaves, loss, eager, value, gradients, conditioning)
+
+
+def _among(x: Array, at: Array, columns: int, rng: np.random.Generator) -> Array:
+    """The rows of a head among those of a larger one."""
+    wide = rng.standard_normal((columns, *x.shape[1:]))
+    wide[at] = x
+    return wide
+
+
+PROBLEMS: dict[str, Callable[[Any], Problem]] = {"logit": logit, "hidden": hidden, "topk": topk, "attention": attention, "relation": attention,
+    "linear": linear, "linear_topk": linear}

@@ -7,6 +7,7 @@ printed in one line, kept in tests/data/cases.jsonl, and drawn again anywhere.
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -95,6 +96,57 @@ class HiddenCase(Rows):
     gelu: bool
 
     loss = "hidden"
+
+
+@dataclass(frozen=True)
+class HeadCase:
+    """Hidden states and a head's weights; near convergence in the states, in the heads, or in both."""
+
+    seed: int
+    rows: int
+    columns: int
+    student_width: int
+    teacher_width: int
+    head: str  # "shared", "equal", "near" or "apart"
+    states: str  # "near", "same" or "apart"
+    spread: float
+    noise: float
+    confidence: float
+    bias: bool
+    frozen: bool
+    softcap: float
+    logit_scale: float
+    student_dtype: str
+    teacher_dtype: str
+    garbage: bool
+    reduction: str
+    divergence: str
+    beta: float
+    temperature: float
+    scale_by_t2: bool
+    mapped: bool
+    label_weight: float
+
+    @property
+    def kind(self) -> str:
+        return f"{self.head} heads, {self.states} states"
+
+
+@dataclass(frozen=True)
+class LinearCase(HeadCase):
+    teacher_temperature: float
+
+    loss = "linear"
+
+
+@dataclass(frozen=True)
+class LinearTopkCase(HeadCase):
+    tail: str
+    k: int
+    values_dtype: str
+    given_tail: str
+
+    loss = "linear_topk"
 
 
 @dataclass(frozen=True)
@@ -286,6 +338,47 @@ def map_cases(draw: Any, kind: Any) -> Any:
     )  # fmt: skip
 
 
+@st.composite
+def head_cases(draw: Any) -> dict[str, Any]:
+    head = draw(st.sampled_from(["shared", "shared", "equal", "near", "near", "apart"]))
+    width = draw(st.integers(1, 32))
+    dtypes = draw(DTYPE_PAIRS) if head in ("near", "apart") else (draw(st.sampled_from(("float32", *DTYPES))),) * 2
+    return {
+        "seed": draw(SEEDS), "rows": draw(st.integers(1, 4)),
+        "columns": draw(st.one_of(st.integers(1, 20), st.sampled_from([33, 100, 300]))),
+        "student_width": width if head != "apart" or draw(st.booleans()) else draw(st.integers(1, 32)),
+        "teacher_width": width, "head": head, "states": draw(st.sampled_from(["near", "near", "near", "same", "apart"])),
+        "spread": draw(st.sampled_from([0.3, 1.0, 4.0, 12.0])), "noise": draw(st.sampled_from(NOISES)),
+        "confidence": draw(CONFIDENCES),
+        "bias": draw(st.booleans()), "frozen": draw(st.booleans()),
+        "softcap": draw(st.sampled_from([0.0, 0.0, 0.0, 5.0, 30.0])),
+        "logit_scale": draw(st.sampled_from([1.0, 1.0, 0.25, 8.0])),
+        "student_dtype": dtypes[0], "teacher_dtype": dtypes[1], "garbage": draw(st.booleans()),
+        "reduction": draw(st.sampled_from(REDUCTIONS)),
+    }  # fmt: skip
+
+
+@st.composite
+def linear_cases(draw: Any) -> LinearCase:
+    divergence = draw(st.sampled_from(DIVERGENCES))
+    t_s, t_t = draw(temperatures())
+    values = draw(head_cases())
+    return LinearCase(
+        **values, divergence=divergence, beta=draw(st.sampled_from(BETAS.get(divergence, (0.5,)))), temperature=t_s,
+        teacher_temperature=t_t, scale_by_t2=draw(st.booleans()),
+        mapped=values["head"] in ("near", "apart") and draw(st.integers(0, 2)) == 0,
+        label_weight=draw(st.sampled_from([0.0, 0.0, 0.0, 0.3, 1.0])),
+    )  # fmt: skip
+
+
+@st.composite
+def linear_topk_cases(draw: Any) -> LinearTopkCase:
+    values, teacher = draw(head_cases()), draw(of_known_columns())
+    if teacher["mapped"] and values["head"] in ("shared", "equal"):
+        values["head"] = "near"
+    return LinearTopkCase(**values, **teacher)
+
+
 # ---- arrays
 
 
@@ -379,11 +472,33 @@ def other_bases(sizes: tuple[int, int], rng: np.random.Generator) -> list[Array]
     return [np.linalg.qr(rng.standard_normal((size, rank)))[0].T for size in sizes]
 
 
-CASES = {"logit": LogitCase, "hidden": HiddenCase, "topk": TopkCase, "attention": AttentionCase, "relation": RelationCase}
+def heads(case: HeadCase, rng: np.random.Generator) -> list[Array]:
+    """States, weights and biases: student's, then teacher's."""
+    size = case.spread / math.sqrt(case.teacher_width)
+    w_t = rng.standard_normal((case.columns, case.teacher_width))
+    h_t = case.spread / math.sqrt(case.teacher_width) * rng.standard_normal((case.rows, case.teacher_width))
+    b_t = rng.standard_normal(case.columns)
+    if case.head == "apart":
+        w_s = rng.standard_normal((case.columns, case.student_width))
+        b_s = rng.standard_normal(case.columns)
+    else:
+        step = case.noise if case.head == "near" else 0.0
+        w_s, b_s = w_t + step * rng.standard_normal(w_t.shape), b_t + step * rng.standard_normal(b_t.shape)
+    noise = {"near": case.noise, "same": 0.0, "apart": 1.0}[case.states]
+    if case.head == "apart" or case.states == "apart":
+        h_s = size * rng.standard_normal((case.rows, case.student_width))
+    else:
+        h_s = h_t + noise * size * rng.standard_normal(h_t.shape)
+    return [h_s, w_s, b_s, h_t, w_t, b_t]
+
+
+CASES = {"logit": LogitCase, "hidden": HiddenCase, "topk": TopkCase, "attention": AttentionCase, "relation": RelationCase, "linear": LinearCase, "linear_topk": LinearTopkCase}
 STRATEGIES = {
     "logit": logit_cases,
     "hidden": hidden_cases,
     "topk": topk_cases,
     "attention": lambda: map_cases(AttentionCase),
     "relation": lambda: map_cases(RelationCase),
+    "linear": linear_cases,
+    "linear_topk": linear_topk_cases,
 }

@@ -166,6 +166,19 @@ def product(x: Array, y: Array) -> DD:
     return DD(x[..., :, None, :] * y[..., None, :, :]).sum()
 
 
+def capped(z: DD, scale: float, cap: float) -> tuple[DD, Array]:
+    """cap tanh(scale z / cap), or scale z where cap is 0, and the derivative."""
+    z = z * scale
+    if cap == 0:
+        return z, np.full(z.shape, scale)
+    x = z / cap
+    sign = np.where(x.hi < 0, -1.0, 1.0)
+    e = D.exp(DD(x.hi * sign * -2, x.lo * sign * -2))
+    tanh = (1.0 - e) / (e + 1.0)
+    slope = 4 * e.double() / (1 + e.double()) ** 2
+    return DD(tanh.hi * sign, tanh.lo * sign) * cap, scale * slope
+
+
 def gelu(x: DD) -> tuple[Array, Array]:
     """The exact GELU and its derivative, in float64 (erfc keeps its relative precision)."""
     z = x.double()
