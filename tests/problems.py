@@ -684,6 +684,8 @@ def linear(case: Any) -> Problem:
     dz = found.gradient * slope
     # 16-bit states: the gradient in the logits is rounded once, before its products.
     extra = (found.extra / math.sqrt(place.columns_s))[:, None] * slope
+    if case.softcap:  # the capped logit is kept, whose half unit moves 1 - (z/c)^2 by that
+        extra = extra + 2 * ULP["float32"] * case.logit_scale * np.abs(found.gradient)
     if case.student_dtype != "float32":
         extra = extra + 2 * ULP[case.student_dtype] * np.abs(dz)
     gradients = through_head(dz, extra, np.zeros_like(dz), x_s[0], x_s[1], case.bias, case.student_dtype)

@@ -202,6 +202,13 @@ def from_line(line: str) -> Any:
     return kind(**record)
 
 
+def size(case: Any) -> int:
+    """Numbers that a kernel reads, roughly."""
+    if isinstance(case, MapCase):
+        return case.batch * case.heads * case.length * (case.length + case.student_width)
+    return int(case.rows * case.columns)
+
+
 def generator(case: Any, part: str = "") -> np.random.Generator:
     return np.random.Generator(np.random.PCG64([case.seed, zlib.crc32(part.encode())]))
 
