@@ -7,8 +7,11 @@ Errors are relative, in the Euclidean norm.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -86,3 +89,81 @@ def judge_rows(found: Tensor, truth: Tensor, eager: Tensor) -> None:
 
 def _at_most(what: str, found: float, allowed: float) -> None:
     assert found <= allowed, f"{what}: relative error {found:.2e}, allowed {allowed:.2e}"
+
+
+# ---- cases drawn by tests/rows.py, against tests/truth.py
+
+# Half a unit in the last place of a number near 1.
+ULP = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+# Half the smallest number of a gradient's dtype.
+UNDERFLOW = {"float64": 0.0, "float32": 2.0**-150, "float16": 2.0**-25, "bfloat16": 2.0**-134}
+# Per unit of a row's loss and column: what a truth of 31 digits cannot tell from 0. A probability below float32's
+# smallest normal number, which may be taken for 0, times the largest difference of log-probabilities that counts (1e4),
+# is less than that.
+SMALLEST_TRUTH = 1e-30
+
+
+# Backends whose products of float32 inputs are float32 whatever they are compared with.
+KEEPS_ROUNDING = ("reference", "triton", "eager")
+
+
+@dataclass
+class Part:
+    """The truth of values or of one gradient: rows (R, C), each with the size that errors are relative to and with what
+    is allowed besides: `extra` on every backend, and `rounding`, what float32 products carry, on those that keep
+    eager's digits there (docs/losses.md, sections 3 and 4)."""
+
+    truth: Any
+    size: Any
+    extra: Any
+    dtype: str = "float32"
+    rounding: Any = 0.0
+
+    @classmethod
+    def of_values(cls, truth: Any, size: Any, tiny: Any, columns: int) -> Part:
+        """tiny: the factors of the rows' probabilities in their values (R,)."""
+        return cls(truth[:, None], size, tiny * columns * SMALLEST_TRUTH)
+
+    @classmethod
+    def of_gradient(cls, truth: Any, size: Any, tiny: Any, dtype: str) -> Part:
+        root = math.sqrt(truth.shape[-1])
+        # A row that contributes nothing has a gradient of exactly 0.
+        floor = np.where(size > 0, UNDERFLOW[dtype], 0.0) + tiny * SMALLEST_TRUTH
+        return cls(truth, size, root * floor, dtype)
+
+
+def excess(found: Tensor, part: Part, backend: str = "") -> tuple[float, float]:
+    """The largest error of a row in units of what is allowed, and the largest relative error of a row that is not tiny.
+    Infinities and NaN must agree."""
+    x = found.detach().double().cpu().numpy().reshape(part.truth.shape)
+    same = (x == part.truth) | (np.isnan(x) & np.isnan(part.truth))
+    with np.errstate(invalid="ignore"):
+        error = np.linalg.norm(np.where(same, 0.0, x - part.truth), axis=-1)
+    error = np.where(np.isnan(error), np.inf, error)
+    size = np.where(np.isfinite(part.size), part.size, 0.0)
+    relative = EXACT_VALUE + (0.0 if part.dtype == "float32" else ULP[part.dtype])
+    extra = part.extra + (part.rounding if backend in KEEPS_ROUNDING else 0.0)
+    allowed = relative * size + extra
+    with np.errstate(divide="ignore", invalid="ignore"):
+        units = np.where(error == 0, 0.0, error / allowed)
+        plain = np.where(error <= extra, 0.0, error / size)
+    return (float(units.max()), float(plain.max())) if units.size else (0.0, 0.0)
+
+
+def judge_problem(problem: Any, backend: str) -> dict[str, float]:
+    """Every row's value and gradient to five digits, however student and teacher lie. The relative errors, by part."""
+    leaves = [x.detach().clone().requires_grad_() for x in problem.student]
+    value = problem.loss(backend, *leaves)
+    parts = [("value", value, problem.value)]
+    for i, (g, p) in enumerate(zip(torch.autograd.grad(value.sum(), leaves), problem.gradients, strict=True)):
+        assert g.dtype == leaves[i].dtype, f"gradient {i} has dtype {g.dtype}, expected {leaves[i].dtype}"
+        parts.append((f"gradient {i}", g, p))
+    errors = {}
+    for what, x, part in parts:
+        units, errors[what] = excess(x, part, backend)
+        if not units <= 1 and problem.conditioning is not None:
+            problem.conditioning()
+            problem.conditioning = None
+            units, errors[what] = excess(x, part, backend)
+        assert units <= 1, f"{what}: {units:.3g} times the error that is allowed ({errors[what]:.2e} relative)"
+    return errors
