@@ -47,7 +47,7 @@ demo: $(VENV)/.demo
 
 # A worker a core, four at most; where workers share cores, threads that spin while they wait would keep others waiting.
 test: $(VENV)/.test
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -111,7 +111,11 @@ def pytest(name: str, *arguments: str, **environment: str) -> str:
     environment = {**os.environ, "OMP_WAIT_POLICY": "passive", **environment}
     with (FOLDER / f"{name}.log").open("a") as log:
         process = subprocess.Popen(
-            [*command, "--dist", "loadfile", *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+            [*command, "--dist", "loadfile", "--no-loadscope-reorder", *arguments],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         assert process.stdout is not None
         last = ""
