@@ -1,4 +1,4 @@
-# One command each on a fresh machine with Python >= 3.10 and a C++ compiler:
+# One command each on a fresh machine with Python >= 3.11 and a C++ compiler:
 #   make demo    a virtual environment, the kernels, and a real distillation from end to end
 #   make test    the same environment with the test tools, then every test
 SHELL := /bin/bash
@@ -18,7 +18,7 @@ SOURCES := pyproject.toml constraints.txt $(shell find csrc kernels -name '*.cpp
 PROGRESS = tee $(VENV)/install.log | { grep --line-buffered -E '^ *(\[[0-9]+/[0-9]+\]|-- fastdistil|Successfully|ERROR|error)' || true; }
 
 help:
-	@sed -n '2,4s/^# *//p' $(MAKEFILE_LIST); echo '  make lint    ruff, mypy and clang-format'; echo '  make bench   the CPU benchmarks into runs/bench'
+	@sed -n '2,4s/^# *//p' $(MAKEFILE_LIST); echo '  make lint    ruff, mypy and clang-format'; echo '  make bench   the CPU benchmarks into runs/bench'; echo '  make versions  the tests with other versions of torch, triton and transformers'
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -47,7 +47,7 @@ demo: $(VENV)/.demo
 
 # A worker a core, four at most; where workers share cores, threads that spin while they wait would keep others waiting.
 test: $(VENV)/.test
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
@@ -55,10 +55,14 @@ lint: $(VENV)/.lint
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu')
 
+# NAMES: some of the environments of tests/versions.py. One of them brings a CUDA build of torch, 6 GB.
+versions: $(VENV)/.test
+	$(BIN)/python tests/versions.py $(NAMES)
+
 bench: $(VENV)/.test
 	$(BIN)/fastdistil bench all --out runs/bench
 
 clean:
 	rm -rf build dist runs
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint versions bench clean

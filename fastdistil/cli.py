@@ -7,7 +7,7 @@ import importlib.metadata
 import platform
 import re
 from collections.abc import Iterator
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
@@ -30,7 +30,7 @@ sparse_app = typer.Typer(
 app.add_typer(sparse_app, name="sparse")
 
 
-class What(str, Enum):
+class What(StrEnum):
     """What `fastdistil bench` measures."""
 
     logits = "logits"

@@ -46,12 +46,20 @@ def poison() -> Iterator[None]:
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+# Files that take minutes, or whose one test does: begun last, they would leave the other workers idle.
+LONG = ("test_aot", "test_cuda_host", "test_demo", "test_package", "test_linear_logit", "test_logit", "test_bench")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the tests of modules that use DEVICE, and lets them run first: on a GPU they are the ones that prove it."""
+    """Marks the tests of modules that use DEVICE. On a GPU they run first, for they are the ones that prove it; else the
+    longest files do."""
     for item in items:
         if getattr(getattr(item, "module", None), "DEVICE", None) is not None:
             item.add_marker(pytest.mark.device)
-    items.sort(key=lambda item: item.get_closest_marker("device") is None)  # stable: else in their order
+    if DEVICE.type == "cuda":
+        items.sort(key=lambda item: item.get_closest_marker("device") is None)  # stable: else in their order
+    else:
+        items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
 def available(*names: str) -> list[str]:
