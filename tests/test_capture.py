@@ -157,6 +157,7 @@ def test_a_configuration_copied_inside_of_a_capture_gets_its_own_name_back() -> 
     with capture(model, queries=[1]):
         student = type(model)(copy.deepcopy(model.config)).eval()
         student.load_state_dict(model.state_dict())
+        model(**_inputs())
     with capture(student, queries=[1]) as of_student, capture(model, queries=[1]) as captured:
         student(**_inputs())
         model(**_inputs())

@@ -8,26 +8,39 @@ model runs (`models/listeners.py`), so that compiled code stays right when captu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 from torch import Tensor, nn
 
 from fastdistil.models import listeners
+from fastdistil.models.attention import AttentionRecord, Call, Records
 
 
 @dataclass
 class Captured:
     """What the model's last complete forward pass held, by layer: hidden_states (B, S, D), the rest
     (B, heads, S, d), with gradient where the model ran with gradient. Keys and values have fewer heads under
-    grouped-query attention."""
+    grouped-query attention.
+
+    `attention[layer]`, beside queries, keys or values, is an `AttentionRecord` (models/attention.py): scale, causal,
+    window, softcap, bias and mask of the attention call, from which the map is rebuilt. Where it cannot be (attention
+    sinks, FlashAttention, FlexAttention) asking for it is a RuntimeError that says why. Asking reads the mask, which on
+    a GPU waits for it."""
 
     hidden_states: dict[int, Tensor] = field(default_factory=dict)
     queries: dict[int, Tensor] = field(default_factory=dict)
     keys: dict[int, Tensor] = field(default_factory=dict)
     values: dict[int, Tensor] = field(default_factory=dict)
+    model: str = field(default="", repr=False)
+    calls: dict[int, Call] = field(default_factory=dict, repr=False)
+
+    @property
+    def attention(self) -> Mapping[int, AttentionRecord]:
+        return Records(self.model, self.calls)
 
 
 @contextmanager
@@ -47,17 +60,23 @@ def capture(
 
     Args:
         model: any encoder or decoder of transformers whose attention calls its attention interface (BERT, XLM-R,
-            DistilBERT, ModernBERT, Llama, Qwen, Gemma, ...), with or without a head, also compiled or inside of
-            DistributedDataParallel. Gradient checkpointing must be the non-reentrant one.
+            DistilBERT, ModernBERT, T5, Whisper, OPT, Llama, Qwen, Gemma, ...), with or without a head, also compiled
+            or inside of a wrapper (DistributedDataParallel, PEFT, sentence-transformers). Gradient checkpointing must
+            be the non-reentrant one.
             torch.compile makes one graph of it (fullgraph=True too), compiled once for all captures of the same parts;
             with checkpointing inside, fullgraph=True needs Dynamo's leave not to repeat what a block leaves behind when
             it is computed again: torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True.
         hidden_states: layers; 0 is what the first block gets, l the output of block l, before any norm behind the last.
         queries, keys, values: blocks, from 1, as the attention function gets them: after the rotary embedding, before
-            the scale. Where that is not 1 / sqrt(d), `attention_loss` needs it as student_scale or teacher_scale.
+            the scale of `attention[layer]`, which `attention_loss` needs as student_scale or teacher_scale where it is
+            not 1 / sqrt(d).
+
+    Opened inside of a function that torch.compile compiles, it is part of the graph (fullgraph=True too); the modules
+    then keep an attribute `forward` that is their own.
 
     Raises:
-        TypeError, ValueError: a model that is none of these, a layer that it does not have.
+        TypeError, ValueError: a model that is none of these, or several; a layer that it does not have.
+        RuntimeError, at the end of the `with` block: the model did not run inside of it on this thread.
         RuntimeError, from the model's forward pass: a layer that cannot be captured, by number; so are queries, keys
             and values of a block that attends twice, to its own tokens and to an encoder's.
     """
@@ -68,28 +87,45 @@ def capture(
         name: _layers(name, value, 0 if name == "hidden_states" else 1, len(blocks), base)
         for name, value in wanted.items()
     }
-    captured = Captured()
+    captured = Captured(model=type(base).__name__)
     with listeners.attached(base, list(blocks), listeners.Listener(type(base).__name__, captured, layers)):
         yield captured
 
 
 def base_model(model: nn.Module, function: str) -> nn.Module:
-    """The transformers model without head, inside of torch.compile's and data parallelism's wrappers."""
+    """The transformers model without head, inside of whatever wraps it: torch.compile, data parallelism, PEFT,
+    sentence-transformers, a module of one's own."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{function}: model is {type(model).__name__}, expected a transformers model")
-    inner: Any = model
-    while not hasattr(inner, "config"):  # OptimizedModule passes its attributes on, the parallel wrappers do not
-        if not isinstance(getattr(inner, "module", None), nn.Module):
-            break
-        inner = inner.module
-    inner = getattr(inner, "_orig_mod", inner)
-    config = getattr(inner, "config", None)
-    if not hasattr(config, "_attn_implementation"):
+    found = list({id(x): x for x in _transformers_models(model)}.values())  # PEFT's wrapper holds one twice
+    if not found:
         raise ValueError(
             f"{function}: model is {type(model).__name__}, expected a transformers model, "
             "whose config names its attention"
         )
-    return cast("nn.Module", getattr(inner, "base_model", inner))
+    if len(found) > 1:
+        names = ", ".join(type(x).__name__ for x in found)
+        raise ValueError(
+            f"{function}: model is {type(model).__name__}, which holds {len(found)} transformers models ({names}), "
+            "expected one: pass the one that is meant"
+        )
+    return cast("nn.Module", getattr(found[0], "base_model", found[0]))
+
+
+def _transformers_models(model: nn.Module) -> list[nn.Module]:
+    """The outermost ones. A wrapper passes `config` on, a model has one of its own; so have its attention modules."""
+    if isinstance(model, _pretrained()) and hasattr(model.config, "_attn_implementation"):
+        return [model]
+    found: list[nn.Module] = []
+    for child in model.children():
+        found.extend(_transformers_models(child))
+    return found
+
+
+def _pretrained() -> type:
+    """transformers' class of models; whoever has one has imported it."""
+    module = sys.modules.get("transformers.modeling_utils")
+    return type(None) if module is None else cast("type", module.PreTrainedModel)
 
 
 def block_list(base: nn.Module, function: str) -> nn.ModuleList:

@@ -14,12 +14,14 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cache
+from functools import cache, partial, wraps
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+
+from fastdistil.models.attention import Call, call_of
 
 _PREFIX = "fastdistil_capture_"  # before the name of the attention function that is called in the end
 _HERE = "_fastdistil_listening"  # the attribute: captures on the base model, their ears on the modules of its blocks
@@ -40,6 +42,13 @@ class _Here(threading.local):
         return _Here, ()
 
 
+class _Traced:
+    """What listens while a graph is traced that opens a capture itself."""
+
+    def __init__(self, listening: list[Any]) -> None:
+        self.listening = listening
+
+
 class Ear:
     """What one capture wants of one block, and what it has heard in the pass that is running, by part."""
 
@@ -50,6 +59,7 @@ class Ear:
         self.queries: Tensor | None = None
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
+        self.call: Call | None = None
 
 
 class Listener:
@@ -57,6 +67,7 @@ class Listener:
 
     def __init__(self, model: str, captured: Any, layers: dict[str, list[int]]) -> None:
         self.model, self.captured, self.running, self.with_gradient = model, captured, False, False
+        self.complete = False  # whether a pass has been heard to its end
         wanted: dict[int, list[str]] = {}
         self.sources: list[tuple[str, int, str, int]] = []  # part and layer, where to find it: part, block
         for part, numbers in layers.items():
@@ -69,6 +80,7 @@ class Listener:
     def begin(self, with_gradient: bool) -> None:
         self.running, self.with_gradient = True, with_gradient
         for ear in self.ears.values():
+            ear.call = None
             for part in ear.wanted:
                 setattr(ear, part, None)
 
@@ -102,6 +114,17 @@ class Listener:
             found[part][layer] = tensor
         for part, tensors in found.items():
             setattr(self.captured, part, tensors)
+        calls = {block: self.ears[block].call for block in self.ears}
+        self.captured.calls = {block: call for block, call in calls.items() if call is not None}
+        self.complete = True
+
+    def close(self) -> None:
+        """Behind a `with` block that no exception ends."""
+        if self.sources and not self.complete:
+            raise RuntimeError(
+                f"capture: no forward pass of {self.model} ran to its end inside of the with block on this thread, "
+                "expected at least one: is it another copy of the model that runs?"
+            )
 
 
 class _Attachment:
@@ -116,6 +139,10 @@ class _Attachment:
 def attached(base: nn.Module, blocks: list[nn.Module], listener: Listener) -> Iterator[None]:
     """`listener` hears what `base` does on this thread. The hooks, the attributes and the attention function stay until
     the last capture of the model is closed, in whatever order."""
+    if torch.compiler.is_compiling():
+        with _traced(base, blocks, listener):
+            yield
+        return
     with _lock:
         attachment = _attachments.setdefault(base, _Attachment())
         if attachment.count == 0:
@@ -127,6 +154,7 @@ def attached(base: nn.Module, blocks: list[nn.Module], listener: Listener) -> It
         listening.append(who)
     try:
         yield
+        listener.close()
     finally:
         for listening, who in here:  # this thread's lists, whichever thread closes
             listening.remove(who)
@@ -141,8 +169,7 @@ def _attach(attachment: _Attachment, base: nn.Module, blocks: list[nn.Module]) -
     """All blocks alike, since compiled code that serves them all does not ask which hooks a module has."""
     stack = attachment.stack
     _carry(stack, base, attachment.here)
-    stack.callback(base.register_forward_pre_hook(_enter).remove)
-    stack.callback(base.register_forward_hook(_leave).remove)
+    stack.enter_context(_announcing(base))
     for block in blocks:
         attachment.blocks.append(_Here())
         for module in block.modules():
@@ -164,16 +191,98 @@ def _carry(stack: ExitStack, module: nn.Module, here: _Here) -> None:
 
 def _listening(module: nn.Module) -> list[Any]:
     """The captures of this thread at a base model, their ears in a block."""
-    here: _Here | None = getattr(module, _HERE, None)
+    here: _Here | _Traced | None = getattr(module, _HERE, None)
     return [] if here is None else here.listening
 
 
-def _enter(base: nn.Module, inputs: Any) -> None:
+@contextmanager
+def _announcing(base: nn.Module) -> Iterator[None]:
+    """`base` tells of each forward pass, also where a wrapper calls its `forward` and passes its hooks by."""
+    before = vars(base).get("forward")  # of accelerate, say
+    announced = partial(_announced_method(type(base).forward), base) if before is None else _announced(before, base)
+    base.forward = announced
+    try:
+        yield
+    finally:
+        if vars(base).get("forward") is announced:
+            if before is None:
+                del base.forward
+            else:
+                base.forward = before
+
+
+@cache  # compiled code asks which function it is
+def _announced_method(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(forward)
+    def announced(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        _enter(self)
+        output = forward(self, *args, **kwargs)
+        _leave(self)
+        return output
+
+    return announced
+
+
+def _announced(forward: Callable[..., Any], base: nn.Module) -> Callable[..., Any]:
+    def announced(*args: Any, **kwargs: Any) -> Any:
+        _enter(base)
+        output = forward(*args, **kwargs)
+        _leave(base)
+        return output
+
+    return announced
+
+
+def _shown(forward: Callable[..., Any], block: nn.Module) -> Callable[..., Any]:
+    def shown(*args: Any, **kwargs: Any) -> Any:
+        _show_input(block, args, kwargs)
+        output = forward(*args, **kwargs)
+        _show_output(block, args, output)
+        return output
+
+    return shown
+
+
+@contextmanager
+def _traced(base: nn.Module, blocks: list[nn.Module], listener: Listener) -> Iterator[None]:
+    """What `attached` does, where torch.compile traces the opening itself: no lock and no thread, because what the
+    graph changes it changes back before anybody else runs. Dynamo cannot take an attribute away again: the modules keep
+    their own `forward`, and nobody who listens."""
+    here, own = _Traced([listener]), base.config._attn_implementation
+    forwards: list[tuple[nn.Module, Callable[..., Any]]] = [(base, base.forward)]
+    setattr(base, _HERE, here)
+    base.forward = _announced(base.forward, base)
+    for number, block in enumerate(blocks):
+        ears = _Traced([listener.ears[number + 1]] if number + 1 in listener.ears else [])
+        for module in _calling(block):
+            setattr(module, _HERE, ears)
+        forwards.append((block, block.forward))
+        block.forward = _shown(block.forward, block)
+    base.config._attn_implementation = _register_now(own)
+    try:
+        yield
+        listener.close()
+    finally:
+        base.config._attn_implementation = own
+        for module, forward in forwards:
+            module.forward = forward
+        setattr(base, _HERE, None)
+        for block in blocks:
+            for module in _calling(block):
+                setattr(module, _HERE, None)
+
+
+def _calling(block: nn.Module) -> list[nn.Module]:
+    """The block, and the modules inside that may call the attention function, whose name is in their configuration."""
+    return [block, *(x for x in block.modules() if x is not block and hasattr(x, "config"))]
+
+
+def _enter(base: nn.Module) -> None:
     for listener in _listening(base):
         listener.begin(torch.is_grad_enabled() and any(p.requires_grad for p in base.parameters()))
 
 
-def _leave(base: nn.Module, inputs: Any, output: Any) -> None:
+def _leave(base: nn.Module) -> None:
     for listener in _listening(base):
         listener.end()
 
@@ -228,6 +337,9 @@ def _register(own: str) -> str:
     def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         for part, tensor in (("queries", query), ("keys", key), ("values", value)):
             _show(module, part, tensor)
+        for ear in _listening(module):
+            if ear.listener.running and any(part in ear.wanted for part in ("queries", "keys", "values")):
+                ear.call = call_of(own, module, query, key, args, kwargs)
         if own == "eager":  # each model file has its own
             attention = sys.modules[type(module).__module__].eager_attention_forward
         else:
@@ -239,3 +351,9 @@ def _register(own: str) -> str:
     if own in ALL_MASK_ATTENTION_FUNCTIONS:
         AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[own])
     return name
+
+
+@torch._dynamo.assume_constant_result  # type: ignore[attr-defined]
+def _register_now(own: str) -> str:
+    """`_register`, done by Dynamo itself while it traces."""
+    return _register(own.removeprefix(_PREFIX))

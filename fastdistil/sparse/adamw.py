@@ -64,9 +64,7 @@ class SparseAdamW(torch.optim.Optimizer):
         for group in groups:
             params = group["params"]
             known = [name for name in mask if name in params]
-            self._masked |= by_parameter(
-                "SparseAdamW", "mask", known, params, lambda a, b: torch.equal(mask[a], mask[b])
-            )
+            self._masked |= by_parameter("SparseAdamW", "mask", known, params, same_positions(mask))
             shapes |= {name: params[name].shape for name in known}
         for name in mask:
             if name not in shapes:
