@@ -24,8 +24,8 @@ def float_tensor(function: str, name: str, value: object) -> Tensor:
 
 
 def usable(value: Tensor) -> Tensor:
-    """`value`, or, of a tensor made under torch.inference_mode, which autograd would refuse to keep for a backward pass,
-    the same memory as an ordinary tensor. torch.compile cannot ask, and refuses such a tensor itself."""
+    """`value`; where it was made under torch.inference_mode, so that autograd would refuse to keep it for a backward
+    pass, an ordinary tensor in the same memory. torch.compile cannot ask, and refuses such a tensor itself."""
     if torch.compiler.is_compiling() or not value.is_inference() or torch.is_inference_mode_enabled():
         return value
     ordinary = torch.empty(0, dtype=value.dtype, device=value.device)
