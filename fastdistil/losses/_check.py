@@ -48,7 +48,7 @@ def no_tangents(function: str, **tensors: object) -> None:
 def _has_tangent(x: Tensor) -> bool:
     """In any of the wrappers that nested transforms of torch.func put around a tensor."""
     while True:
-        if not _functorch.is_batchedtensor(x) and forward_ad.unpack_dual(x).tangent is not None:
+        if not _functorch.is_batchedtensor(x) and forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
             return True
         if not _functorch.is_functorch_wrapped_tensor(x):
             return False
