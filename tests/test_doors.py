@@ -152,7 +152,9 @@ def test_any_dtypes(loss: Loss, dtypes: tuple[torch.dtype, ...]) -> None:
     students, teachers = loss.draw(*dtypes)
     found = gradients(loss, students, teachers)
     truth = gradients(loss, *([x.double() for x in xs] for xs in (students, teachers)))
-    assert found[0].dtype == (DOUBLE if any(x.dtype == DOUBLE for x in (*students, *loss.counted(teachers))) else SINGLE)
+    assert found[0].dtype == (
+        DOUBLE if any(x.dtype == DOUBLE for x in (*students, *loss.counted(teachers))) else SINGLE
+    )
     assert error(found[0], truth[0]) <= EXACT_VALUE
     for x, g, t in zip(students, found[1:], truth[1:], strict=True):
         assert g.dtype == x.dtype
@@ -228,9 +230,9 @@ def test_forward_mode_is_refused_in_nested_transforms() -> None:
     with pytest.raises(NotImplementedError, match="carries a tangent"):
         torch.func.jvp(batched, (student,), (teacher,))
     with pytest.raises(NotImplementedError, match="carries a tangent"):
-        torch.compile(
-            lambda x: torch.func.jvp(lambda y: fd.logit_loss(y, teacher), (x,), (x,)), backend="aot_eager"
-        )(student)
+        torch.compile(lambda x: torch.func.jvp(lambda y: fd.logit_loss(y, teacher), (x,), (x,)), backend="aot_eager")(
+            student
+        )
 
 
 @each_loss
@@ -332,8 +334,6 @@ def test_the_xtremedistil_recipe_in_bf16() -> None:
     objective = PairObjective(Tagger(), [representation(nn.Linear(8, 3)), logit_pair(), label_pair(0.5)])
     seen = []
     objective.student.head.register_forward_hook(lambda *found: seen.append(found[-1].dtype))
-    history = train(
-        objective, range(4), lambda _: batch, Options(12, lr=0.1, batch_size=2, warmup=1, precision="bf16")
-    )
+    history = train(objective, range(4), lambda _: batch, Options(12, lr=0.1, batch_size=2, warmup=1, precision="bf16"))
     assert set(seen) == {torch.bfloat16}
     assert history[-1]["logits"] < 0.8 * history[0]["logits"]

@@ -189,7 +189,7 @@ class Kernel {
     double total = 0;
     for_blocks(r, args_.gradient,
                [&](const T* h, const T* t, T* out, int n) { total += squared_difference(h, t, factor, out, n); });
-    if (kOwn == DType::f32 && !std::isfinite(total)) {  // the mean of what float32 cannot add up may be within its range
+    if (kOwn == DType::f32 && !std::isfinite(total)) {  // the mean may be within float32's range all the same
       total = 0;
       for_blocks(r, false, [&](const T* h, const T* t, T*, int n) { total += wide_squared_difference(h, t, n); });
     }

@@ -24,8 +24,8 @@ def float_tensor(function: str, name: str, value: object) -> Tensor:
 
 
 def usable(value: Tensor) -> Tensor:
-    """`value`, or, of a tensor made under torch.inference_mode, which autograd would refuse to keep for a backward pass,
-    the same memory as an ordinary tensor. torch.compile cannot ask, and refuses such a tensor itself."""
+    """`value`; where it was made under torch.inference_mode, so that autograd would refuse to keep it for a backward
+    pass, an ordinary tensor in the same memory. torch.compile cannot ask, and refuses such a tensor itself."""
     if torch.compiler.is_compiling() or not value.is_inference() or torch.is_inference_mode_enabled():
         return value
     ordinary = torch.empty(0, dtype=value.dtype, device=value.device)
@@ -48,7 +48,7 @@ def no_tangents(function: str, **tensors: object) -> None:
 def _has_tangent(x: Tensor) -> bool:
     """In any of the wrappers that nested transforms of torch.func put around a tensor."""
     while True:
-        if not _functorch.is_batchedtensor(x) and forward_ad.unpack_dual(x).tangent is not None:
+        if not _functorch.is_batchedtensor(x) and forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
             return True
         if not _functorch.is_functorch_wrapped_tensor(x):
             return False
@@ -124,8 +124,7 @@ def given_items(
     dtype: torch.dtype,
     name: str = "num_items",
 ) -> Tensor | float | None:
-    """num_items as a tensor () or a number, NaN for 0: a row that counts after all has no mean. None where the loss
-    counts for itself."""
+    """num_items as a tensor () or a number, which is NaN for 0 (`per_item`); None where the loss counts for itself."""
     if num_items is None:
         return None
     if reduction != "mean":
@@ -138,8 +137,16 @@ def given_items(
     if num_items.numel() != 1:
         raise ValueError(f"{function}: {name} has shape {tuple(num_items.shape)}, expected one number")
     same_device(function, name, num_items, "the rows", device)
-    items = num_items.detach().reshape(()).to(dtype)
-    return torch.where(items == 0, math.nan, items)
+    return num_items.detach().reshape(()).to(dtype)
+
+
+def per_item(weight: Tensor, items: Tensor | float, zeros: bool) -> Tensor:
+    """weight / items, and NaN for 0 items but where the weight is 0; `zeros`: whether it is anywhere."""
+    share = weight / items
+    if not isinstance(items, Tensor) and items == items:
+        return share
+    share = share.nan_to_num(math.nan, math.nan, math.nan)
+    return torch.where(weight == 0, 0.0, share) if zeros else share
 
 
 def row_scale(
@@ -157,14 +164,12 @@ def row_scale(
     `weight` is what `row_weight` returned. Nothing here waits for the device.
     """
     items = given_items(function, reduction, num_items, device, dtype, items_name)
+    weights = torch.ones(rows, device=device, dtype=dtype) if weight is None else weight
     if items is not None:
-        if weight is not None and (isinstance(items, Tensor) or items != items):  # 0 items where no row counts
-            return torch.where(weight == 0, 0.0, weight / items)
-    elif reduction != "mean":
-        return torch.ones(rows, device=device, dtype=dtype) if weight is None else weight
-    elif weight is None:
-        items = float(max(rows, 1))
-    else:
-        total = weight.sum()
-        items = torch.where(total == 0, torch.ones_like(total), total)
-    return (torch.ones(rows, device=device, dtype=dtype) if weight is None else weight) / items
+        return per_item(weights, items, zeros=weight is not None)
+    if reduction != "mean":
+        return weights
+    if weight is None:
+        return weights / max(rows, 1)
+    total = weight.sum()
+    return weights / torch.where(total == 0, torch.ones_like(total), total)

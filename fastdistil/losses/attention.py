@@ -228,10 +228,10 @@ def _row_scale(
     dtype = accumulator(student_q.dtype)
     real = torch.ones(batch, length, dtype=torch.bool, device=student_q.device) if mask is None else mask
     keep = (real if mask_queries else torch.ones_like(real)).to(dtype)
-    if items is not None:  # NaN for 0, where no token of any batch counts
-        if mask is not None and not mask_queries and kind != "prob_kl":  # a query of a sequence without keys is in no pair
+    if items is not None:
+        if mask is not None and not mask_queries and kind != "prob_kl":  # a query without keys is in no pair
             keep = torch.where(real.any(1, keepdim=True), keep, 0.0)
-        keep = torch.where(keep == 0, 0.0, keep / (heads * items))
+        keep = _check.per_item(keep, heads * items, zeros=mask is not None)
     elif reduction == "mean":
         if kind == "prob_kl":
             terms = keep

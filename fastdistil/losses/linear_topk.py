@@ -56,8 +56,8 @@ def linear_topk_logit_loss(
         backend: "auto", "reference", "cpu" or "triton", for the rows; the products are torch's.
 
     Returns:
-        float32 (float64 where hidden, weight or bias is): a scalar, or (...,) for reduction="none", whose backward pass computes
-        everything again.
+        float32 (float64 where hidden, weight or bias is): a scalar, or (...,) for reduction="none", whose backward pass
+        computes everything again.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was wanted; wrong entries of the teacher as in

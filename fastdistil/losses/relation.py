@@ -32,9 +32,9 @@ def relation_loss(
     attention heads: x is split anew, so that student and teacher may differ in width and in number of heads.
 
     Args:
-        student: x (B, S, D_s), float32, bfloat16, float16 or float64, as the teacher in any pair, any strides; or (B, H, S, d) as `capture` gives
+        student: x (B, S, D_s), float32, bfloat16, float16 or float64, any strides; or (B, H, S, d) as `capture` gives
             queries, keys and values, whose heads are then put side by side again.
-        teacher: likewise with D_t, a constant. D_s and D_t may differ, B and S may not.
+        teacher: likewise with D_t, in any of these dtypes, a constant. D_s and D_t may differ, B and S may not.
         relation_heads: divides D_s and D_t.
         kind: "prob_kl" KL(P_t || P_s), P the softmax of A over the keys; "prob_mse"; "score_mse".
         mask: (B, S) bool, True = real token.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdistil.reference.exact import forward_kl_rows, softmax_difference
+from fastdistil.reference.exact import forward_kl_rows, softmax_difference, usable_reference
 
 
 def hidden_rows(
@@ -51,9 +51,9 @@ def _mse(h: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _cosine(h: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient is w / (|h| |t|) with w = h (h t) / |h|^2 - t, the part of -t that is perpendicular to h, and 1 - cos
-    = |w|^2 / (|t|^2 (1 + cos)): in float64 nothing of them is lost at angles and lengths that float32 tells apart.
-    Zero vectors: cos = 0, gradient 0."""
+    """The gradient is w / (|h| |t|) with w = h (h t) / |h|^2 - t, the part of -t that is perpendicular to h, and
+    1 - cos = |w|^2 / (|t|^2 (1 + cos)): in float64 nothing of them is lost at angles and lengths that float32 tells
+    apart. Zero vectors: cos = 0, gradient 0."""
     (h, h_unit), (t, _) = _near_one(h.double()), _near_one(t.double())
     h2, t2 = h.square().sum(-1, keepdim=True), t.square().sum(-1, keepdim=True)
     nonzero = (h2 != 0) & (t2 != 0)
@@ -77,11 +77,10 @@ def _near_one(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _kl(h: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    difference = softmax_difference(t, (h - kl_offset(h, t)) - t)
+    """A constant between student and teacher, which KL does not see, leaves the rest of their difference exact."""
+    h, t = h.double(), t.double()
+    x = h - t
+    back = x - h
+    error = ((h - (x - back)) - (t + back)).nan_to_num(0.0, 0.0, 0.0)  # h - t - x
+    difference = softmax_difference(t, (x - usable_reference(t, x)) + error)
     return forward_kl_rows(difference), difference.p_minus_q
-
-
-def kl_offset(h: Tensor, t: Tensor) -> Tensor:
-    """A constant between student and teacher (N, 1), which KL does not see: the multiple of 1/1024 nearest to their
-    first difference, which floating point subtracts exactly from almost all entries."""
-    return (1024 * (h[:, :1] - t[:, :1])).round().nan_to_num(0.0, 0.0, 0.0) / 1024

@@ -35,10 +35,18 @@ def _load_pair(z_ptr, t_ptr, bias_ptr, columns, inside, HAS_BIAS: tl.constexpr, 
 
 
 @triton.jit
-def _offset(h, t):
-    """The multiple of 1/1024 nearest to the row's first difference, which kl does not see; 0 where it is not finite."""
-    steps = tl.floor((h - t) * 1024.0 + 0.5)
-    return tl.where(tl.abs(steps) < 1e30, steps, 0.0) / 1024.0
+def _usable(x):
+    return tl.where(tl.abs(x) < 1e30, x, 0.0)
+
+
+@triton.jit
+def _scores(h, t, shift, base):
+    """kl's teacher score and the difference of the scores, less a constant each, which kl does not see: what is left of
+    them has the rounding of its own size alone."""
+    x = h - t
+    back = x - h
+    error = (h - (x - back)) - (t + back)  # h - t - x; NaN where x is infinite
+    return t - base, (x - shift) + tl.where(error == error, error, 0.0)
 
 
 @triton.jit
@@ -104,10 +112,13 @@ def hidden_fwd_kernel(
     mass_b = 0.0
     excess = 0.0
     ref = 0.0
-    offset = 0.0
+    shift = 0.0
+    base = 0.0
     if KIND == "kl":
         _, h, t = _load_pair(z_ptr, t_ptr, bias_ptr, lanes, lanes < tl.minimum(end, 1), HAS_BIAS, GELU)
-        offset = _offset(tl.sum(h, 0), tl.sum(t, 0))  # the first element; the others are 0
+        base = tl.sum(t, 0)  # the first element; the others are 0
+        shift = _usable(tl.sum(h, 0) - base)
+        base = _usable(base)
     if KIND != "mse":
         for start in range(0, end, BLOCK):
             columns = start + lanes
@@ -118,8 +129,9 @@ def hidden_fwd_kernel(
                 tt += tl.sum(t * t, 0)
                 ht += tl.sum(h * t, 0)
             else:
-                b = tl.where(inside, t, -float("inf"))
-                c = tl.where(inside, (h - offset) - t, 0.0)
+                b, c = _scores(h, t, shift, base)
+                b = tl.where(inside, b, -float("inf"))
+                c = tl.where(inside, c, 0.0)
                 max_a, mass_a, max_b, ref, mass_b, excess = _add_masses(b, c, max_a, mass_a, max_b, ref, mass_b, excess)
     if KIND == "kl":
         log_mass_a = tl.log(mass_a)
@@ -178,10 +190,10 @@ def hidden_fwd_kernel(
                 value += tl.sum(w * w, 0)
                 d = w * inverse_h
         else:
-            q = tl.where(inside, tl.exp((t - max_b) - log_mass_b), 0.0)
-            c = (h - offset) - t
+            b, c = _scores(h, t, shift, base)
+            q = tl.where(inside, tl.exp((b - max_b) - log_mass_b), 0.0)
             delta = tl.where(inside, (c - ref) - log_ratio, 0.0)
-            d = scaled_expm1(q, delta, tl.where(inside, (t + c - max_a) - log_mass_a, -float("inf")))
+            d = scaled_expm1(q, delta, tl.where(inside, (b + c - max_a) - log_mass_a, -float("inf")))
             value += tl.sum(forward_kl_terms(q, delta, d), 0)
         if NEED_GRAD:
             if GELU:

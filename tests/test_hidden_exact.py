@@ -1,4 +1,5 @@
-"""hidden_loss(kind="cosine") at any two lengths and angles, against 50 digits; and mse beyond the range of its squares."""
+"""hidden_loss where float32 loses digits: cosine at any two lengths and angles, against 50 digits, kl behind any two
+constants, mse beyond the range of its squares."""
 
 from __future__ import annotations
 
@@ -148,3 +149,22 @@ def test_mse_whose_sum_is_beyond_float32(backend: str) -> None:
     assert error(rows, truth) <= EXACT_VALUE
     rows.sum().backward()
     assert student.grad is not None and error(student.grad, 2 * h.double() / 700) <= EXACT_GRADIENT[torch.float32]
+
+
+@pytest.mark.parametrize("backend", [x for x in BACKENDS if x != "cpu"])  # which takes logit_loss's own kernel
+@pytest.mark.parametrize(("of_student", "of_teacher"), [(0, 100), (0, 1000), (-60, 0), (-1000, 300), (100, 100)])
+def test_kl_behind_a_constant_of_either_side(of_student: float, of_teacher: float, backend: str) -> None:
+    """KL does not see it: the difference of what is left of the inputs, which were rounded with it, is exact."""
+    clean = torch.randn(8, 37)
+    h = clean + 1e-2 * torch.randn(8, 37) + of_student
+    t = clean + of_teacher
+    student = h.to(DEVICE, copy=True).requires_grad_()
+    rows = hidden_loss(student, t.to(DEVICE), kind="kl", reduction="none", backend=backend)
+    rows.sum().backward()
+    exact = h.double().requires_grad_()
+    log_p, log_q = exact.log_softmax(-1), t.double().log_softmax(-1)
+    truth = (log_q.exp() * (log_q - log_p)).sum(-1)
+    assert student.grad is not None
+    check(
+        (rows.detach().cpu(), student.grad.cpu()), (truth.detach(), log_p.exp().detach() - log_q.exp()), torch.float32
+    )
