@@ -87,7 +87,8 @@ def linear_topk_logit_loss(
     k, constants = values.shape[-1], [float(x) for x in (index, mixture, TAILS.index(tail), t, factor, *caps)]
     arguments = (
         student_hidden.reshape(-1, student_hidden.shape[-1]), student_weight, student_bias, values.reshape(-1, k),
-        teacher_indices.reshape(-1, k), known, scale, label, label_scale, partners, constants, chunk, backend, weight is None,
+        teacher_indices.reshape(-1, k), known, scale, label, label_scale, partners, constants, chunk, backend,
+        weight is None,
     )  # fmt: skip
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in heads]
     if reduction != "none" and any(wanted):
