@@ -50,9 +50,9 @@ TopkArgs topk_args(const TensorView& student, const py::object& columns, const T
   return args;
 }
 
-void topk_fwd(const TensorView& student, const TensorView& values, const py::object& columns,
-              const TensorView& rest, const TensorView& row_scale, const TensorView& loss, const TensorView& stats,
-              const Optional& gradient, int divergence, double beta, int tail, double temperature, double value_factor, int threads) {
+void topk_fwd(const TensorView& student, const TensorView& values, const py::object& columns, const TensorView& rest,
+              const TensorView& row_scale, const TensorView& loss, const TensorView& stats, const Optional& gradient,
+              int divergence, double beta, int tail, double temperature, double value_factor, int threads) {
   TopkArgs args = topk_args(student, columns, row_scale, stats, gradient, temperature);
   expect_dense(values, "values", args.rows, args.k);
   rest.expect_vector("rest", args.rows, DType::f64).expect_device("rest", true);
@@ -81,8 +81,8 @@ void topk_bwd(const TensorView& student, const py::object& columns, const Tensor
 
 void define_topk(py::module_& m) {
   m.def("topk_fwd", &topk_fwd, py::arg("student"), py::arg("values"), py::arg("columns"), py::arg("rest"),
-        py::arg("row_scale"), py::arg("loss"), py::arg("stats"), py::arg("gradient"), py::arg("divergence"), py::arg("beta"), py::arg("tail"),
-        py::arg("temperature"), py::arg("value_factor"), py::arg("threads"));
+        py::arg("row_scale"), py::arg("loss"), py::arg("stats"), py::arg("gradient"), py::arg("divergence"),
+        py::arg("beta"), py::arg("tail"), py::arg("temperature"), py::arg("value_factor"), py::arg("threads"));
   m.def("topk_bwd", &topk_bwd, py::arg("student"), py::arg("columns"), py::arg("row_scale"), py::arg("stats"),
         py::arg("gradient"), py::arg("dloss"), py::arg("keep_unit"), py::arg("temperature"), py::arg("threads"));
 }

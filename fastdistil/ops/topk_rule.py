@@ -101,7 +101,8 @@ def rest_of(u: Tensor, q: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     largest, at = u.max(-1, keepdim=True)
     rest = -torch.expm1(largest[:, 0]) - q.scatter(-1, at, 0.0).sum(-1)
     unit = torch.finfo(dtype).eps / 2
-    return rest, (unit * torch.special.entr(q).abs().sum(-1)).clamp_min(min(unit, 2.0**-24))
+    rounding = unit * torch.where(q == 0, 0.0, q * u.abs()).sum(-1)
+    return rest, rounding.clamp_min(min(unit, 2.0**-24))
 
 
 def through_map(u: Tensor, indices: Tensor, vocab_map: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,9 +26,7 @@ def _pick(x: Tensor, columns: Tensor, missing: float) -> Tensor:
     return torch.cat((x, x.new_full((x.shape[0], 1), missing)), -1).gather(-1, columns.long())
 
 
-def _outcomes(
-    a: Tensor, u: Tensor, columns: Tensor, rest: Tensor, rule: TopkRule
-) -> tuple[Tensor, Tensor, Tensor]:
+def _outcomes(a: Tensor, u: Tensor, columns: Tensor, rest: Tensor, rule: TopkRule) -> tuple[Tensor, Tensor, Tensor]:
     """Values (N,), gradients in the K + 1 outcomes' scores (N, K + 1), and rho (N, 1), without any scale."""
     chosen = _chosen(columns, a.shape[-1])
     rho = torch.logsumexp(a.masked_fill(chosen, -torch.inf), -1, keepdim=True)
@@ -59,7 +57,8 @@ def topk_fwd(
     """Writes loss (N,), stats (N, STATS + K) and, where given, gradient (N, V).
 
     values (N, K) float64, columns (N, K) int32 and rest (N,) float64 are what fastdistil.ops.topk_rule.canonical
-    returns. stats: the largest logit outside of the K columns, the factor of e^((z - largest) / T) there, and the K gradients.
+    returns. stats: the largest logit outside of the K columns, the factor of e^((z - largest) / T) there, and the K
+    gradients.
     """
     counts = (row_scale != 0)[:, None]
     z = torch.where(counts, student, 0.0).double()

@@ -2,8 +2,8 @@
 
 index.json holds what the store is (kind, model, dtype, width, vocabulary, temperature, tail), whether it is complete,
 and of each other file its size in bytes and its sha256. A shard holds its examples' tokens one after the other,
-"hidden" (tokens, D) or "values" and "indices" (tokens, K) and "tail" (tokens,), and "offsets" (examples + 1,): example i
-is offsets[i]:offsets[i+1].
+"hidden" (tokens, D) or "values" and "indices" (tokens, K) and "tail" (tokens,), and "offsets" (examples + 1,): example
+i is offsets[i]:offsets[i+1].
 
 Version 1 had no tails and no float64. What is neither is still written as version 1, so that versions of this library
 that know no other read it.

@@ -175,8 +175,8 @@ def open(path: str | Path, *, incomplete: bool = False) -> Store:
 
 def pad(examples: Sequence[Example], length: int | None = None) -> Example:
     """Examples of different lengths as one batch (B, S, ...): zeros at the end, -inf for values, so that a top-k
-    teacher has no entries there, and all of its mass in the tail. `length`: S, by default the longest's; a student's batch must be as long, and padded
-    at the end as well."""
+    teacher has no entries there, and all of its mass in the tail. `length`: S, by default the longest's; a student's
+    batch must be as long, and padded at the end as well."""
     if not examples:
         raise ValueError("teacher.pad: examples is empty, expected at least one")
     longest = max(x.shape[0] for example in examples for x in example.values())

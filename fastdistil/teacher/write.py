@@ -97,7 +97,7 @@ def _keeps_tails(path: Path) -> bool:
     found = files.read_index(path)
     if not found.tail and not found.complete:
         warnings.warn(
-            f"{_NAME}: {path} was begun without the tails' mass and is continued without it; a new folder would have it",
+            f"{_NAME}: {path} was begun without the tails' mass (version 1) and is continued without it",
             stacklevel=3,
         )
     return found.tail
@@ -160,7 +160,7 @@ def _examples(
 
 
 def _largest(logits: Tensor, k: int, temperature: float) -> dict[str, Tensor]:
-    """Of rows of logits (tokens, V): the K largest log-probabilities of softmax(logits / temperature), their columns and
+    """Of logits (tokens, V): the K largest log-probabilities of softmax(logits / temperature), their columns and
     the logarithm of the others' mass, the sum over the others themselves. Some rows at a time, in float64 where the
     device has it."""
     wide = torch.float32 if logits.device.type == "mps" else torch.float64

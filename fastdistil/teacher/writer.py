@@ -71,7 +71,7 @@ class Writer:
         if kind == "topk" and width > vocabulary:
             raise ValueError(f"{_NAME}: width is {width}, expected at most the vocabulary, {vocabulary}")
         if not isinstance(tail, bool):
-            raise TypeError(f"{_NAME}: tail is {type(tail).__name__}, expected a bool: the tails themselves go to add()")
+            raise TypeError(f"{_NAME}: tail is {type(tail).__name__}, expected a bool (the tails go to add())")
         if tail and kind != "topk":
             raise ValueError(f"{_NAME}: tail came with kind={kind!r}, expected kind='topk'")
         self.path, self._shard_bytes = Path(path), shard_bytes
