@@ -405,7 +405,7 @@ def hidden(case: HiddenCase) -> Problem:
     form, factor = case.form, w / (w.sum() if case.reduction == "mean" else 1.0)
     dtype = case.student_dtype
     if not case.width:
-        leaves = [rounded(z_s, dtype)]
+        leaves, curved = [rounded(z_s, dtype)], False
         t = rounded(z_t, case.teacher_dtype)
         h, slope, size_h = DD(exactly(leaves[0])), np.ones((case.rows, case.columns)), None
     else:
@@ -420,9 +420,10 @@ def hidden(case: HiddenCase) -> Problem:
             leaves.append(rounded(case.student_length * rng.standard_normal(case.columns), dtype))
             h, size_h = h + exactly(leaves[2]), size_h + np.abs(exactly(leaves[2]))
         slope = np.ones(h.shape)
-        if case.gelu:
+        curved = case.gelu and (np.abs(truth.gelu(h)[0]).max(-1) > 1e-30).all()  # what float32 holds
+        if curved:
             found, slope = truth.gelu(h)
-            h, size_h = DD(found), size_h * np.abs(slope)
+            h, size_h = DD(found), size_h * np.abs(slope) + np.abs(h.double())
         unit = np.abs(h.double()).max() or 1.0
         z_t = {"same": 0.0, "near": case.noise}.get(case.student, 3.0) * unit * rng.standard_normal(h.shape) + h.double()
         t = rounded(z_t * (case.teacher_length / case.student_length) + case.teacher_offset, case.teacher_dtype)
@@ -435,29 +436,47 @@ def hidden(case: HiddenCase) -> Problem:
     unit = {"mse": np.abs(h.double()).max(-1) ** 2, "cosine": np.ones(case.rows), "kl": np.ones(case.rows)}[form]
     per_h = {"mse": np.sqrt(unit), "cosine": 1 / length, "kl": np.ones(case.rows)}[form]
     blind = 16 * ULP["float64"]
-    moved_v, moved = np.zeros(case.rows), np.zeros_like(dz)
-    if size_h is not None:
-        signs = rng.choice([-1.0, 1.0], (DRAWS, *h.shape)) * ULP["float32"] * size_h
-        for sign in signs:
-            v, g = truth.hidden(form, h + sign, t_)
-            moved_v = np.maximum(moved_v, np.abs(_times(factor, v) - value))
-            moved = np.maximum(moved, np.abs(_rowwise(factor, g) - dh) * np.abs(slope))
     extra_v = factor * unit * blind
     extra_z = np.repeat((factor * per_h * blind)[:, None], case.columns, 1) * np.abs(slope)
     if not case.width:
         gradients = [Part.of_gradient(dz, np.linalg.norm(dz, axis=-1), factor * per_h, dtype)]
         gradients[0].extra = gradients[0].extra + np.linalg.norm(extra_z, axis=-1)
     else:
-        gradients = through_head(dz, extra_z, moved, *map(exactly, leaves[:2]), case.bias, dtype)
-    if case.reduction == "none":
-        value_part = Part(value[:, None], value, extra_v, rounding=moved_v)
-    else:
-        value_part = Part(*(x.sum(keepdims=True) for x in (value[:, None], value, extra_v)), rounding=moved_v.sum(keepdims=True))
+        gradients = through_head(dz, extra_z, np.zeros_like(dz), *map(exactly, leaves[:2]), case.bias, dtype)
+    total = (lambda x: x) if case.reduction == "none" else (lambda x: x.sum(keepdims=True))
+    value_part = Part(total(value)[:, None], total(value), total(extra_v))
+    inputs = [exactly(x) for x in leaves]
+
+    def conditioning() -> None:
+        """A projected state is rounded; a CPU computes it in float64 where it is within 1/32 of its teacher."""
+        d, y = h.double() - t_.double(), h.double()
+        if form == "kl":
+            d = d - d.mean(-1, keepdims=True)
+        elif form == "cosine":
+            d = t_.double() - y * ((t_.double() * y).sum(-1) / length**2)[:, None]
+            y = t_.double()
+        near = (np.linalg.norm(d, axis=-1) < np.linalg.norm(y, axis=-1) / 32).any()
+        moved_v, moved = np.zeros(case.rows), np.zeros_like(dz)
+        for _ in range(DRAWS - 1):
+            v, g = truth.hidden(form, h + rng.choice([-1.0, 1.0], h.shape) * ULP["float32"] * size_h, t_)
+            moved_v = np.maximum(moved_v, np.abs(_times(factor, v) - value))
+            moved = np.maximum(moved, np.abs(_rowwise(factor, g) - dh) * np.abs(slope))
+        more = through_head(dz, moved, moved, *inputs[:2], case.bias, dtype)
+        for part, rounded_ in zip(gradients, more, strict=True):
+            if near:
+                part.rounding = part.rounding + rounded_.rounding
+            else:
+                part.extra = part.extra + rounded_.rounding
+        if near:
+            value_part.rounding = value_part.rounding + total(moved_v)
+        else:
+            value_part.extra = value_part.extra + total(moved_v)
+
     options: dict[str, Any] = {"kind": form, "reduction": case.reduction}
     if case.garbage:
         leaves[0], t = spoilt(leaves[0], w, rng), spoilt(t, w, rng)
         options["weight"] = torch.from_numpy(w).float()
-    if case.gelu:
+    if curved:
         options["activation"] = "gelu"
 
     def loss(backend: str, *tensors: Tensor) -> Tensor:
@@ -468,7 +487,7 @@ def hidden(case: HiddenCase) -> Problem:
         f = torch.nn.functional
         first, *rest = (x.float() for x in tensors)
         y = f.linear(first, *rest) if rest else first
-        y, u = f.gelu(y) if case.gelu else y, t.float()
+        y, u = f.gelu(y) if curved else y, t.float()
         if form == "mse":
             plain = (y - u).square().mean(-1)
         elif form == "cosine":
@@ -478,7 +497,7 @@ def hidden(case: HiddenCase) -> Problem:
         found = _times_t(torch.from_numpy(factor).float(), plain)
         return found if case.reduction == "none" else found.sum()
 
-    return Problem(leaves, loss, eager, value_part, gradients)
+    return Problem(leaves, loss, eager, value_part, gradients, conditioning if case.width else None)
 
 
 def through_head(dz: Array, extra: Array, moved: Array, x: Array, matrix: Array, bias: bool, dtype: str) -> list[Part]:
