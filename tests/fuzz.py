@@ -38,7 +38,7 @@ if interpreting():
 ROOT = Path(__file__).parent.parent
 KEPT = Path(os.environ.get("FUZZ_KEPT", ROOT / "tests/data/cases.jsonl"))
 CHUNK = 100
-TRITON_EVERY, TRITON_SIZE = 25, 700
+TRITON_EVERY, TRITON_SIZE = 25, 300
 MARKS = "<!-- from here on written by tests/fuzz.py -->", "<!-- to here -->"
 
 

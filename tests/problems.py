@@ -593,7 +593,14 @@ def attention(case: Any) -> Problem:
         gradients.append(part)
 
     def conditioning() -> None:
-        """Scores are rounded: both sides' alike where their difference is exact, else each by itself."""
+        """Scores are rounded: both sides' alike where their difference is exact, else each by itself. A CPU has it
+        exactly in heads where it is within 1/32 of a score of directions at random."""
+        far = np.ones((*da.shape[:2], 1, 1), bool)
+        if not case.mean_of_heads:
+            spread = [np.linalg.norm(z, axis=-1, keepdims=True) for z in (x, np.repeat(y, groups, 1))]
+            square = scales[0] ** 2 * (spread[0] ** 2).mean((2, 3)) * (spread[1] ** 2).mean((2, 3)) / x.shape[-1]
+            far = ((scores[0] - scores[1]).double() ** 2).mean((2, 3)) > square / 1024
+            far = far[..., None, None]
         for shared in (True, False):
             moved_v, moved = np.zeros_like(value), np.zeros_like(da)
             for _ in range(DRAWS - 1):
@@ -603,19 +610,19 @@ def attention(case: Any) -> Problem:
                 v, g = truth.maps(case.form, *both, visible, case.mean_of_heads)
                 moved_v = np.maximum(moved_v, np.abs(np.where(seen, v, 0.0) * unit - value))
                 moved = np.maximum(moved, np.abs(g * unit - da))
-            moved_q, moved_k = carried(moved, keys, scales[0]), grouped(carried(turned(moved), x, scales[0]), True)
-            carried_on = [np.hypot(moved_q, moved_k)] if relation else [moved_q, moved_k]
-            for part, z, (_, _, each) in zip(gradients, carried_on, pairs, strict=True):
-                norm = np.linalg.norm(by_rows(z, each), axis=-1)
-                if shared:
-                    part.extra = part.extra + norm
-                else:
-                    part.rounding = part.rounding + norm
-            moved_v = moved_v.reshape(-1) if case.reduction == "none" else moved_v.sum()
-            if shared:
-                value_part.extra = value_part.extra + moved_v
-            else:
-                value_part.rounding = value_part.rounding + moved_v
+            for here, everywhere in ((moved * far, True), (moved, False)) if not shared else ((moved, True),):
+                moved_q, moved_k = carried(here, keys, scales[0]), grouped(carried(turned(here), x, scales[0]), True)
+                carried_on = [np.hypot(moved_q, moved_k)] if relation else [moved_q, moved_k]
+                for part, z, (_, _, each) in zip(gradients, carried_on, pairs, strict=True):
+                    norm = np.linalg.norm(by_rows(z, each), axis=-1)
+                    if everywhere:
+                        part.extra = part.extra + norm
+                    else:
+                        part.rounding = part.rounding + norm
+            in_far = moved_v * (True if shared or case.mean_of_heads else far[..., 0])
+            total_v = (lambda z: z.reshape(-1)) if case.reduction == "none" else (lambda z: z.sum())
+            value_part.extra = value_part.extra + total_v(in_far)
+            value_part.rounding = value_part.rounding + total_v(moved_v)
 
     if case.padded and case.mask_queries:
         hole = torch.from_numpy(~real)[:, None, :, None]
@@ -689,13 +696,16 @@ def linear(case: Any) -> Problem:
     stored = known(case, place, b_.double(), rng) if of_known else None
     teacher_temperature = case.temperature if of_known else case.teacher_temperature
 
-    def found_for(z: DD, other: DD) -> tuple[Terms, Array]:
+    def found_for(z: DD, other: DD, steps: tuple[Any, Any] = (0.0, 0.0)) -> tuple[Terms, Array]:
+        """steps: relative, of the capped logits."""
         y, slope = truth.capped(z, *caps)
+        y = y + y.double() * steps[0]
         a = y / case.temperature
         if stored is not None:
             pair = topk_rows(case, place, stored, a)
         else:
-            b = truth.capped(other, *caps)[0][:, place.at_t] / teacher_temperature
+            b = truth.capped(other, *caps)[0]
+            b = (b + b.double() * steps[1])[:, place.at_t] / teacher_temperature
             pair = truth.divergence(case.divergence, case.beta, a[:, place.at_s], b)
         return terms(case, place, *pair, y), slope
 
@@ -712,25 +722,36 @@ def linear(case: Any) -> Problem:
     wanted = [True, not case.frozen, case.bias and not case.frozen]
     gradients = [g for g, w in zip(gradients, wanted, strict=False) if w]
 
+    equal = abs(case.temperature / teacher_temperature - 1) <= NEARLY_EQUAL and not of_known
+
     def conditioning() -> None:
+        """Logits are rounded: both sides' alike where their difference is exact, else each by itself. A CPU has it
+        exactly where it is within 1/32 of the logits, but of a stored teacher or at two temperatures."""
+        own, their = z_s.double()[:, place.at_s], z_t.double()[:, place.at_t] if not of_known else 0.0
+        near = equal and np.linalg.norm(own - their) < np.linalg.norm(own) / 32
         for shared in (True, False):
             moved_v, moved = np.zeros(case.rows), np.zeros_like(dz)
             for _ in range(DRAWS - 1):
-                steps = [rng.choice([-1.0, 1.0], x.shape) * ULP["float32"] * x for x in (size_s, size_t)]
-                if shared and abs(case.temperature / teacher_temperature - 1) <= NEARLY_EQUAL and not of_known:
-                    steps[1] = np.zeros_like(size_t)
+                signs = [rng.choice([-1.0, 1.0], x.shape) * ULP["float32"] for x in (size_s, size_t, size_s, size_t)]
+                if shared and equal:
+                    for first, second in ((0, 1), (2, 3)):
+                        signs[second] = np.zeros_like(size_t)
+                        signs[second][:, place.at_t] = signs[first][:, place.at_s]
+                steps = signs[0] * size_s, signs[1] * size_t
+                if shared and equal:
                     steps[1][:, place.at_t] = steps[0][:, place.at_s]
-                other, their_slope = found_for(z_s + steps[0], z_t + steps[1])
+                other, their_slope = found_for(z_s + steps[0], z_t + steps[1], (signs[2], signs[3]))
                 moved_v = np.maximum(moved_v, np.abs(other.value - found.value))
                 moved = np.maximum(moved, np.abs(other.gradient * their_slope - dz))
             moved_v = moved_v if case.reduction == "none" else moved_v.sum(keepdims=True)
             rounded_ = through_head(dz, moved, moved, x_s[0], x_s[1], case.bias, case.student_dtype)
+            everywhere = shared or not near
             for part, more in zip(gradients, [g for g, w in zip(rounded_, wanted, strict=False) if w], strict=True):
-                if shared:
+                if everywhere:
                     part.extra = part.extra + more.rounding
                 else:
                     part.rounding = part.rounding + more.rounding
-            if shared:
+            if everywhere:
                 value.extra = value.extra + moved_v
             else:
                 value.rounding = value.rounding + moved_v

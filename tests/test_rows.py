@@ -68,7 +68,7 @@ def test_every_loss(loss: str) -> None:
 @pytest.mark.parametrize("loss", rows.CASES)
 def test_triton(loss: str) -> None:
     """A few launches: the interpreter takes seconds for a large one."""
-    judge_some(loss, 10, available("triton"), 700)
+    judge_some(loss, 10, available("triton"), 300)
 
 
 @pytest.mark.parametrize("line", LINES)
