@@ -163,7 +163,13 @@ def table(out: Path) -> str:
                 cpu.get("value"), cpu.get("gradient"), max(cpu.get("units", 0.0), by.get("triton", {}).get("units", 0.0)),
                 plain.get("units"), eager.get("value"), eager.get("gradient"),
             ]  # fmt: skip
-            cells = [shown(numbers[0]), shown(numbers[1]), f"{numbers[2]:.2g}", shown(numbers[3], ".2g"), *map(shown, numbers[4:])]
+            cells = [
+                shown(numbers[0]),
+                shown(numbers[1]),
+                f"{numbers[2]:.2g}",
+                shown(numbers[3], ".2g"),
+                *map(shown, numbers[4:]),
+            ]
             found.append(f"| {key} | {state['cases'][key]:,} | " + " | ".join(cells) + " |")
     return "\n".join(found)
 
@@ -190,7 +196,9 @@ def main() -> None:
         for backend in ("eager", *(b for b, state in fastdistil.backends().items() if state is True)):
             if backend != "cuda":
                 parts = measured(PROBLEMS[case.loss](case), backend)
-                print(backend, {k: f"{plain:.2e} ({units:.2g} of what is allowed)" for k, (plain, units) in parts.items()})
+                print(
+                    backend, {k: f"{plain:.2e} ({units:.2g} of what is allowed)" for k, (plain, units) in parts.items()}
+                )
         return
     if not options.table:
         for loss in options.loss or rows.CASES:

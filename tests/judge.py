@@ -2,7 +2,8 @@
 
 The truth is the textbook formula in float64. A backend may err at most twice as much as the eager formula in the same
 dtype plus `SLACK`; near convergence, where the eager formula itself is lost, it must be within `EXACT` of the truth.
-Errors are relative, in the Euclidean norm.
+Errors are relative, in the Euclidean norm. Cases that tests/rows.py draws are judged row by row against tests/truth.py
+(`judge_problem`): five digits, and what is allowed besides is computed from the case.
 """
 
 from __future__ import annotations

@@ -75,7 +75,9 @@ def value_part(value: Array, size: Array, extra: Array, w: Array, reduction: str
     if reduction == "none":
         return Part(value[:, None], size, extra)
     unit = w.sum() if reduction == "mean" else 1.0
-    return Part(value.sum(keepdims=True)[:, None] / unit, size.sum(keepdims=True) / unit, extra.sum(keepdims=True) / unit)
+    return Part(
+        value.sum(keepdims=True)[:, None] / unit, size.sum(keepdims=True) / unit, extra.sum(keepdims=True) / unit
+    )
 
 
 def rounding_of_scores(
@@ -277,7 +279,9 @@ def known(case: Any, place: Setting, b: Array, rng: np.random.Generator) -> Know
     values = rounded(np.take_along_axis(lq.double(), indices, -1), case.values_dtype)
     tail = None
     if case.given_tail:
-        others = D.where(np.arange(place.columns_t) < k, NEVER, DD(*(np.take_along_axis(x, order, -1) for x in (lq.hi, lq.lo))))
+        others = D.where(
+            np.arange(place.columns_t) < k, NEVER, DD(*(np.take_along_axis(x, order, -1) for x in (lq.hi, lq.lo)))
+        )
         tail = D.log(D.exp(others).sum()).double()
         tail = torch.from_numpy(np.where(tail <= NEVER, -np.inf, tail)).to(getattr(torch, case.given_tail))
     return Known(values, indices, tail)
@@ -343,7 +347,9 @@ def topk_eager(case: Any, place: Setting, teacher: Known, student: Tensor) -> Te
     u = torch.where(at < 0, -math.inf, teacher.values.float())
     at = at.clamp_min(0)
     if case.mapped and case.tail != "renormalize":
-        kept = torch.where(torch.from_numpy(student_columns(place, teacher.indices)) < 0, teacher.values.float().exp(), 0.0)
+        kept = torch.where(
+            torch.from_numpy(student_columns(place, teacher.indices)) < 0, teacher.values.float().exp(), 0.0
+        )
         u = u - torch.log1p(-kept.nan_to_num().sum(-1, keepdim=True))
     there = u > -math.inf
     if case.tail == "zero":
@@ -425,7 +431,9 @@ def hidden(case: HiddenCase) -> Problem:
             found, slope = truth.gelu(h)
             h, size_h = DD(found), size_h * np.abs(slope) + np.abs(h.double())
         unit = np.abs(h.double()).max() or 1.0
-        z_t = {"same": 0.0, "near": case.noise}.get(case.student, 3.0) * unit * rng.standard_normal(h.shape) + h.double()
+        z_t = {"same": 0.0, "near": case.noise}.get(case.student, 3.0) * unit * rng.standard_normal(
+            h.shape
+        ) + h.double()
         t = rounded(z_t * (case.teacher_length / case.student_length) + case.teacher_offset, case.teacher_dtype)
     t_ = DD(exactly(t))
     value, dh = truth.hidden(form, h, t_)
@@ -588,7 +596,12 @@ def attention(case: Any) -> Problem:
     for g, terms_g, each in pairs:
         flat = [by_rows(z, each) for z in (g, terms_g)]
         norms = [np.linalg.norm(z, axis=-1) for z in flat]
-        part = Part.of_gradient(flat[0], norms[0], np.full(len(norms[0]), floor * max(np.abs(keys).max(), np.abs(x).max())), case.student_dtype)
+        part = Part.of_gradient(
+            flat[0],
+            norms[0],
+            np.full(len(norms[0]), floor * max(np.abs(keys).max(), np.abs(x).max())),
+            case.student_dtype,
+        )
         part.extra = part.extra + norms[1]
         gradients.append(part)
 
@@ -780,7 +793,9 @@ def linear(case: Any) -> Problem:
         if stored is not None:
             tail = {} if stored.tail is None else {"teacher_tail": stored.tail}
             named |= {"tail": case.tail, **tail}
-            return fd.linear_topk_logit_loss(h, w, stored.values, torch.from_numpy(stored.indices), backend=backend, **named)
+            return fd.linear_topk_logit_loss(
+                h, w, stored.values, torch.from_numpy(stored.indices), backend=backend, **named
+            )
         named |= {"teacher_bias": teacher[2]} if case.bias else {}
         # One storage for both sides, as a student with its teacher's head has it.
         other = w.detach() if case.head == "shared" else teacher[1]
@@ -808,5 +823,12 @@ def _among(x: Array, at: Array, columns: int, rng: np.random.Generator) -> Array
     return wide
 
 
-PROBLEMS: dict[str, Callable[[Any], Problem]] = {"logit": logit, "hidden": hidden, "topk": topk, "attention": attention, "relation": attention,
-    "linear": linear, "linear_topk": linear}
+PROBLEMS: dict[str, Callable[[Any], Problem]] = {
+    "logit": logit,
+    "hidden": hidden,
+    "topk": topk,
+    "attention": attention,
+    "relation": attention,
+    "linear": linear,
+    "linear_topk": linear,
+}

@@ -15,10 +15,9 @@ import mpmath
 import numpy as np
 import pytest
 import rows
-import torch
 import truth
 from conftest import available
-from hypothesis import HealthCheck, Phase, example, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from judge import judge_problem
 from problems import PROBLEMS
 
