@@ -23,7 +23,7 @@ Array = Any  # numpy.ndarray of float64
 
 # Temperatures this close are to be as exact as equal ones.
 NEARLY_EQUAL = 1e-4
-DRAWS = 5
+DRAWS = 4  # of the roundings that a case's condition is estimated with
 TWO_TEMPERATURES = ("logit", "linear")
 
 LARGEST = {"float64": 1e300, "float32": 1e30, "bfloat16": 1e30, "float16": 6e4}
@@ -80,22 +80,31 @@ def value_part(value: Array, size: Array, extra: Array, w: Array, reduction: str
     )
 
 
+def deviation(x: Array) -> Array:
+    """Without infinities, whose place is the same on both sides."""
+    return np.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def three_sigma(squares: Array) -> Array:
+    """From the sum of the draws' squares."""
+    return 3 * np.sqrt(squares / DRAWS)
+
+
 def rounding_of_scores(
     function: Callable[[DD, DD], tuple[Array, Array]], a: DD, b: DD, rng: np.random.Generator, whole: bool
 ) -> tuple[Array, Array]:
     """How far half a unit in the last place of every score moves each row's value and gradient: the condition of the
-    loss, by the largest of a few draws. A softmax's scores are rounded relative to their row's largest."""
+    loss. A softmax's scores are rounded relative to their row's largest."""
     moved = []
     for x in (a, b):
         size = np.abs(x.hi if whole else (x - x.max()).hi)
         size = np.where(x.hi <= NEVER, 0.0, size) * ULP["float32"]
-        signs = rng.choice([-1.0, 0.0, 1.0], (DRAWS, *x.shape))
+        signs = rng.choice([-1.0, 1.0], (DRAWS + 1, *x.shape))
         signs[0] = 0
         moved.append(DD(x.hi, x.lo)[None] + size * signs)
-    value, gradient = function(*moved)
     with np.errstate(invalid="ignore"):
-        values = np.nan_to_num(np.abs(value - value[:1]))
-    return values.max(0), np.linalg.norm(gradient - gradient[:1], axis=-1).max(0)
+        value, gradient = (deviation(x[1:] - x[:1]) ** 2 for x in function(*moved))
+    return three_sigma(value.sum(0)), three_sigma(gradient.sum((0, -1)))
 
 
 def absent_columns(case: LogitCase, a: Array, b: Array, rng: np.random.Generator) -> tuple[Array, Array]:
@@ -465,10 +474,11 @@ def hidden(case: HiddenCase) -> Problem:
             y = t_.double()
         near = (np.linalg.norm(d, axis=-1) < np.linalg.norm(y, axis=-1) / 32).any()
         moved_v, moved = np.zeros(case.rows), np.zeros_like(dz)
-        for _ in range(DRAWS - 1):
+        for _ in range(DRAWS):
             v, g = truth.hidden(form, h + rng.choice([-1.0, 1.0], h.shape) * ULP["float32"] * size_h, t_)
-            moved_v = np.maximum(moved_v, np.abs(_times(factor, v) - value))
-            moved = np.maximum(moved, np.abs(_rowwise(factor, g) - dh) * np.abs(slope))
+            moved_v = moved_v + deviation(_times(factor, v) - value) ** 2
+            moved = moved + (deviation(_rowwise(factor, g) - dh) * slope) ** 2
+        moved_v, moved = three_sigma(moved_v), three_sigma(moved)
         more = through_head(dz, moved, moved, *inputs[:2], case.bias, dtype)
         for part, rounded_ in zip(gradients, more, strict=True):
             if near:
@@ -616,13 +626,14 @@ def attention(case: Any) -> Problem:
             far = far[..., None, None]
         for shared in (True, False):
             moved_v, moved = np.zeros_like(value), np.zeros_like(da)
-            for _ in range(DRAWS - 1):
+            for _ in range(DRAWS):
                 signs = [rng.choice([-1.0, 1.0], s.shape) * ULP["float32"] for s in sizes]
                 steps = [sign * size for sign, size in zip(signs, sizes, strict=True)]
                 both = [scores[0] + steps[0], scores[1] + (steps[0] if shared and not case.mean_of_heads else steps[1])]
                 v, g = truth.maps(case.form, *both, visible, case.mean_of_heads)
-                moved_v = np.maximum(moved_v, np.abs(np.where(seen, v, 0.0) * unit - value))
-                moved = np.maximum(moved, np.abs(g * unit - da))
+                moved_v = moved_v + deviation(np.where(seen, v, 0.0) * unit - value) ** 2
+                moved = moved + deviation(g * unit - da) ** 2
+            moved_v, moved = three_sigma(moved_v), three_sigma(moved)
             for here, everywhere in ((moved * far, True), (moved, False)) if not shared else ((moved, True),):
                 moved_q, moved_k = carried(here, keys, scales[0]), grouped(carried(turned(here), x, scales[0]), True)
                 carried_on = [np.hypot(moved_q, moved_k)] if relation else [moved_q, moved_k]
@@ -744,7 +755,7 @@ def linear(case: Any) -> Problem:
         near = equal and np.linalg.norm(own - their) < np.linalg.norm(own) / 32
         for shared in (True, False):
             moved_v, moved = np.zeros(case.rows), np.zeros_like(dz)
-            for _ in range(DRAWS - 1):
+            for _ in range(DRAWS):
                 signs = [rng.choice([-1.0, 1.0], x.shape) * ULP["float32"] for x in (size_s, size_t, size_s, size_t)]
                 if shared and equal:
                     for first, second in ((0, 1), (2, 3)):
@@ -754,8 +765,9 @@ def linear(case: Any) -> Problem:
                 if shared and equal:
                     steps[1][:, place.at_t] = steps[0][:, place.at_s]
                 other, their_slope = found_for(z_s + steps[0], z_t + steps[1], (signs[2], signs[3]))
-                moved_v = np.maximum(moved_v, np.abs(other.value - found.value))
-                moved = np.maximum(moved, np.abs(other.gradient * their_slope - dz))
+                moved_v = moved_v + deviation(other.value - found.value) ** 2
+                moved = moved + deviation(other.gradient * their_slope - dz) ** 2
+            moved_v, moved = three_sigma(moved_v), three_sigma(moved)
             moved_v = moved_v if case.reduction == "none" else moved_v.sum(keepdims=True)
             rounded_ = through_head(dz, moved, moved, x_s[0], x_s[1], case.bias, case.student_dtype)
             everywhere = shared or not near
