@@ -18,7 +18,7 @@ SOURCES := pyproject.toml constraints.txt $(shell find csrc kernels -name '*.cpp
 PROGRESS = tee $(VENV)/install.log | { grep --line-buffered -E '^ *(\[[0-9]+/[0-9]+\]|-- fastdistil|Successfully|ERROR|error)' || true; }
 
 help:
-	@sed -n '2,4s/^# *//p' $(MAKEFILE_LIST); echo '  make lint    ruff, mypy and clang-format'; echo '  make bench   the CPU benchmarks into runs/bench'; echo '  make versions  the tests with other versions of torch, triton and transformers'
+	@sed -n '2,4s/^# *//p' $(MAKEFILE_LIST); echo '  make lint    ruff, mypy and clang-format'; echo '  make bench   the CPU benchmarks into runs/bench'; echo '  make versions  the tests with other versions of torch, triton and transformers'; echo '  make fuzz      drawn cases against the truth, into docs/numerics.md'
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -55,6 +55,10 @@ lint: $(VENV)/.lint
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu')
 
+# LOSS=logit for one loss alone; goes on where it stopped, at most an hour a loss.
+fuzz: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py $(LOSS) --cases $(or $(CASES),20000)
+
 # NAMES: some of the environments of tests/versions.py. One of them brings a CUDA build of torch, 6 GB.
 versions: $(VENV)/.test
 	$(BIN)/python tests/versions.py $(NAMES)
@@ -65,4 +69,4 @@ bench: $(VENV)/.test
 clean:
 	rm -rf build dist runs
 
-.PHONY: help demo test lint versions bench clean
+.PHONY: help demo test lint fuzz versions bench clean

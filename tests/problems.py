@@ -23,7 +23,7 @@ Array = Any  # numpy.ndarray of float64
 
 # Temperatures this close are to be as exact as equal ones.
 NEARLY_EQUAL = 1e-4
-DRAWS = 5
+DRAWS = 4  # of the roundings that a case's condition is estimated with
 TWO_TEMPERATURES = ("logit", "linear")
 
 LARGEST = {"float64": 1e300, "float32": 1e30, "bfloat16": 1e30, "float16": 6e4}
@@ -75,25 +75,36 @@ def value_part(value: Array, size: Array, extra: Array, w: Array, reduction: str
     if reduction == "none":
         return Part(value[:, None], size, extra)
     unit = w.sum() if reduction == "mean" else 1.0
-    return Part(value.sum(keepdims=True)[:, None] / unit, size.sum(keepdims=True) / unit, extra.sum(keepdims=True) / unit)
+    return Part(
+        value.sum(keepdims=True)[:, None] / unit, size.sum(keepdims=True) / unit, extra.sum(keepdims=True) / unit
+    )
+
+
+def deviation(x: Array) -> Array:
+    """Without infinities, whose place is the same on both sides."""
+    return np.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def three_sigma(squares: Array) -> Array:
+    """From the sum of the draws' squares."""
+    return 3 * np.sqrt(squares / DRAWS)
 
 
 def rounding_of_scores(
     function: Callable[[DD, DD], tuple[Array, Array]], a: DD, b: DD, rng: np.random.Generator, whole: bool
 ) -> tuple[Array, Array]:
     """How far half a unit in the last place of every score moves each row's value and gradient: the condition of the
-    loss, by the largest of a few draws. A softmax's scores are rounded relative to their row's largest."""
+    loss. A softmax's scores are rounded relative to their row's largest."""
     moved = []
     for x in (a, b):
         size = np.abs(x.hi if whole else (x - x.max()).hi)
         size = np.where(x.hi <= NEVER, 0.0, size) * ULP["float32"]
-        signs = rng.choice([-1.0, 0.0, 1.0], (DRAWS, *x.shape))
+        signs = rng.choice([-1.0, 1.0], (DRAWS + 1, *x.shape))
         signs[0] = 0
         moved.append(DD(x.hi, x.lo)[None] + size * signs)
-    value, gradient = function(*moved)
     with np.errstate(invalid="ignore"):
-        values = np.nan_to_num(np.abs(value - value[:1]))
-    return values.max(0), np.linalg.norm(gradient - gradient[:1], axis=-1).max(0)
+        value, gradient = (deviation(x[1:] - x[:1]) ** 2 for x in function(*moved))
+    return three_sigma(value.sum(0)), three_sigma(gradient.sum((0, -1)))
 
 
 def absent_columns(case: LogitCase, a: Array, b: Array, rng: np.random.Generator) -> tuple[Array, Array]:
@@ -277,7 +288,9 @@ def known(case: Any, place: Setting, b: Array, rng: np.random.Generator) -> Know
     values = rounded(np.take_along_axis(lq.double(), indices, -1), case.values_dtype)
     tail = None
     if case.given_tail:
-        others = D.where(np.arange(place.columns_t) < k, NEVER, DD(*(np.take_along_axis(x, order, -1) for x in (lq.hi, lq.lo))))
+        others = D.where(
+            np.arange(place.columns_t) < k, NEVER, DD(*(np.take_along_axis(x, order, -1) for x in (lq.hi, lq.lo)))
+        )
         tail = D.log(D.exp(others).sum()).double()
         tail = torch.from_numpy(np.where(tail <= NEVER, -np.inf, tail)).to(getattr(torch, case.given_tail))
     return Known(values, indices, tail)
@@ -343,7 +356,9 @@ def topk_eager(case: Any, place: Setting, teacher: Known, student: Tensor) -> Te
     u = torch.where(at < 0, -math.inf, teacher.values.float())
     at = at.clamp_min(0)
     if case.mapped and case.tail != "renormalize":
-        kept = torch.where(torch.from_numpy(student_columns(place, teacher.indices)) < 0, teacher.values.float().exp(), 0.0)
+        kept = torch.where(
+            torch.from_numpy(student_columns(place, teacher.indices)) < 0, teacher.values.float().exp(), 0.0
+        )
         u = u - torch.log1p(-kept.nan_to_num().sum(-1, keepdim=True))
     there = u > -math.inf
     if case.tail == "zero":
@@ -405,7 +420,7 @@ def hidden(case: HiddenCase) -> Problem:
     form, factor = case.form, w / (w.sum() if case.reduction == "mean" else 1.0)
     dtype = case.student_dtype
     if not case.width:
-        leaves = [rounded(z_s, dtype)]
+        leaves, curved = [rounded(z_s, dtype)], False
         t = rounded(z_t, case.teacher_dtype)
         h, slope, size_h = DD(exactly(leaves[0])), np.ones((case.rows, case.columns)), None
     else:
@@ -420,11 +435,14 @@ def hidden(case: HiddenCase) -> Problem:
             leaves.append(rounded(case.student_length * rng.standard_normal(case.columns), dtype))
             h, size_h = h + exactly(leaves[2]), size_h + np.abs(exactly(leaves[2]))
         slope = np.ones(h.shape)
-        if case.gelu:
+        curved = case.gelu and (np.abs(truth.gelu(h)[0]).max(-1) > 1e-30).all()  # what float32 holds
+        if curved:
             found, slope = truth.gelu(h)
-            h, size_h = DD(found), size_h * np.abs(slope)
+            h, size_h = DD(found), size_h * np.abs(slope) + np.abs(h.double())
         unit = np.abs(h.double()).max() or 1.0
-        z_t = {"same": 0.0, "near": case.noise}.get(case.student, 3.0) * unit * rng.standard_normal(h.shape) + h.double()
+        z_t = {"same": 0.0, "near": case.noise}.get(case.student, 3.0) * unit * rng.standard_normal(
+            h.shape
+        ) + h.double()
         t = rounded(z_t * (case.teacher_length / case.student_length) + case.teacher_offset, case.teacher_dtype)
     t_ = DD(exactly(t))
     value, dh = truth.hidden(form, h, t_)
@@ -435,29 +453,48 @@ def hidden(case: HiddenCase) -> Problem:
     unit = {"mse": np.abs(h.double()).max(-1) ** 2, "cosine": np.ones(case.rows), "kl": np.ones(case.rows)}[form]
     per_h = {"mse": np.sqrt(unit), "cosine": 1 / length, "kl": np.ones(case.rows)}[form]
     blind = 16 * ULP["float64"]
-    moved_v, moved = np.zeros(case.rows), np.zeros_like(dz)
-    if size_h is not None:
-        signs = rng.choice([-1.0, 1.0], (DRAWS, *h.shape)) * ULP["float32"] * size_h
-        for sign in signs:
-            v, g = truth.hidden(form, h + sign, t_)
-            moved_v = np.maximum(moved_v, np.abs(_times(factor, v) - value))
-            moved = np.maximum(moved, np.abs(_rowwise(factor, g) - dh) * np.abs(slope))
     extra_v = factor * unit * blind
     extra_z = np.repeat((factor * per_h * blind)[:, None], case.columns, 1) * np.abs(slope)
     if not case.width:
         gradients = [Part.of_gradient(dz, np.linalg.norm(dz, axis=-1), factor * per_h, dtype)]
         gradients[0].extra = gradients[0].extra + np.linalg.norm(extra_z, axis=-1)
     else:
-        gradients = through_head(dz, extra_z, moved, *map(exactly, leaves[:2]), case.bias, dtype)
-    if case.reduction == "none":
-        value_part = Part(value[:, None], value, extra_v, rounding=moved_v)
-    else:
-        value_part = Part(*(x.sum(keepdims=True) for x in (value[:, None], value, extra_v)), rounding=moved_v.sum(keepdims=True))
+        gradients = through_head(dz, extra_z, np.zeros_like(dz), *map(exactly, leaves[:2]), case.bias, dtype)
+    total = (lambda x: x) if case.reduction == "none" else (lambda x: x.sum(keepdims=True))
+    value_part = Part(total(value)[:, None], total(value), total(extra_v))
+    inputs = [exactly(x) for x in leaves]
+
+    def conditioning() -> None:
+        """A projected state is rounded; a CPU computes it in float64 where it is within 1/32 of its teacher."""
+        d, y = h.double() - t_.double(), h.double()
+        if form == "kl":
+            d = d - d.mean(-1, keepdims=True)
+        elif form == "cosine":
+            d = t_.double() - y * ((t_.double() * y).sum(-1) / length**2)[:, None]
+            y = t_.double()
+        near = (np.linalg.norm(d, axis=-1) < np.linalg.norm(y, axis=-1) / 32).any()
+        moved_v, moved = np.zeros(case.rows), np.zeros_like(dz)
+        for _ in range(DRAWS):
+            v, g = truth.hidden(form, h + rng.choice([-1.0, 1.0], h.shape) * ULP["float32"] * size_h, t_)
+            moved_v = moved_v + deviation(_times(factor, v) - value) ** 2
+            moved = moved + (deviation(_rowwise(factor, g) - dh) * slope) ** 2
+        moved_v, moved = three_sigma(moved_v), three_sigma(moved)
+        more = through_head(dz, moved, moved, *inputs[:2], case.bias, dtype)
+        for part, rounded_ in zip(gradients, more, strict=True):
+            if near:
+                part.rounding = part.rounding + rounded_.rounding
+            else:
+                part.extra = part.extra + rounded_.rounding
+        if near:
+            value_part.rounding = value_part.rounding + total(moved_v)
+        else:
+            value_part.extra = value_part.extra + total(moved_v)
+
     options: dict[str, Any] = {"kind": form, "reduction": case.reduction}
     if case.garbage:
         leaves[0], t = spoilt(leaves[0], w, rng), spoilt(t, w, rng)
         options["weight"] = torch.from_numpy(w).float()
-    if case.gelu:
+    if curved:
         options["activation"] = "gelu"
 
     def loss(backend: str, *tensors: Tensor) -> Tensor:
@@ -468,7 +505,7 @@ def hidden(case: HiddenCase) -> Problem:
         f = torch.nn.functional
         first, *rest = (x.float() for x in tensors)
         y = f.linear(first, *rest) if rest else first
-        y, u = f.gelu(y) if case.gelu else y, t.float()
+        y, u = f.gelu(y) if curved else y, t.float()
         if form == "mse":
             plain = (y - u).square().mean(-1)
         elif form == "cosine":
@@ -478,7 +515,7 @@ def hidden(case: HiddenCase) -> Problem:
         found = _times_t(torch.from_numpy(factor).float(), plain)
         return found if case.reduction == "none" else found.sum()
 
-    return Problem(leaves, loss, eager, value_part, gradients)
+    return Problem(leaves, loss, eager, value_part, gradients, conditioning if case.width else None)
 
 
 def through_head(dz: Array, extra: Array, moved: Array, x: Array, matrix: Array, bias: bool, dtype: str) -> list[Part]:
@@ -569,34 +606,47 @@ def attention(case: Any) -> Problem:
     for g, terms_g, each in pairs:
         flat = [by_rows(z, each) for z in (g, terms_g)]
         norms = [np.linalg.norm(z, axis=-1) for z in flat]
-        part = Part.of_gradient(flat[0], norms[0], np.full(len(norms[0]), floor * max(np.abs(keys).max(), np.abs(x).max())), case.student_dtype)
+        part = Part.of_gradient(
+            flat[0],
+            norms[0],
+            np.full(len(norms[0]), floor * max(np.abs(keys).max(), np.abs(x).max())),
+            case.student_dtype,
+        )
         part.extra = part.extra + norms[1]
         gradients.append(part)
 
     def conditioning() -> None:
-        """Scores are rounded: both sides' alike where their difference is exact, else each by itself."""
+        """Scores are rounded: both sides' alike where their difference is exact, else each by itself. A CPU has it
+        exactly in heads where it is within 1/32 of a score of directions at random."""
+        far = np.ones((*da.shape[:2], 1, 1), bool)
+        if not case.mean_of_heads:
+            spread = [np.linalg.norm(z, axis=-1, keepdims=True) for z in (x, np.repeat(y, groups, 1))]
+            square = scales[0] ** 2 * (spread[0] ** 2).mean((2, 3)) * (spread[1] ** 2).mean((2, 3)) / x.shape[-1]
+            far = ((scores[0] - scores[1]).double() ** 2).mean((2, 3)) > square / 1024
+            far = far[..., None, None]
         for shared in (True, False):
             moved_v, moved = np.zeros_like(value), np.zeros_like(da)
-            for _ in range(DRAWS - 1):
+            for _ in range(DRAWS):
                 signs = [rng.choice([-1.0, 1.0], s.shape) * ULP["float32"] for s in sizes]
                 steps = [sign * size for sign, size in zip(signs, sizes, strict=True)]
                 both = [scores[0] + steps[0], scores[1] + (steps[0] if shared and not case.mean_of_heads else steps[1])]
                 v, g = truth.maps(case.form, *both, visible, case.mean_of_heads)
-                moved_v = np.maximum(moved_v, np.abs(np.where(seen, v, 0.0) * unit - value))
-                moved = np.maximum(moved, np.abs(g * unit - da))
-            moved_q, moved_k = carried(moved, keys, scales[0]), grouped(carried(turned(moved), x, scales[0]), True)
-            carried_on = [np.hypot(moved_q, moved_k)] if relation else [moved_q, moved_k]
-            for part, z, (_, _, each) in zip(gradients, carried_on, pairs, strict=True):
-                norm = np.linalg.norm(by_rows(z, each), axis=-1)
-                if shared:
-                    part.extra = part.extra + norm
-                else:
-                    part.rounding = part.rounding + norm
-            moved_v = moved_v.reshape(-1) if case.reduction == "none" else moved_v.sum()
-            if shared:
-                value_part.extra = value_part.extra + moved_v
-            else:
-                value_part.rounding = value_part.rounding + moved_v
+                moved_v = moved_v + deviation(np.where(seen, v, 0.0) * unit - value) ** 2
+                moved = moved + deviation(g * unit - da) ** 2
+            moved_v, moved = three_sigma(moved_v), three_sigma(moved)
+            for here, everywhere in ((moved * far, True), (moved, False)) if not shared else ((moved, True),):
+                moved_q, moved_k = carried(here, keys, scales[0]), grouped(carried(turned(here), x, scales[0]), True)
+                carried_on = [np.hypot(moved_q, moved_k)] if relation else [moved_q, moved_k]
+                for part, z, (_, _, each) in zip(gradients, carried_on, pairs, strict=True):
+                    norm = np.linalg.norm(by_rows(z, each), axis=-1)
+                    if everywhere:
+                        part.extra = part.extra + norm
+                    else:
+                        part.rounding = part.rounding + norm
+            in_far = moved_v * (True if shared or case.mean_of_heads else far[..., 0])
+            total_v = (lambda z: z.reshape(-1)) if case.reduction == "none" else (lambda z: z.sum())
+            value_part.extra = value_part.extra + total_v(in_far)
+            value_part.rounding = value_part.rounding + total_v(moved_v)
 
     if case.padded and case.mask_queries:
         hole = torch.from_numpy(~real)[:, None, :, None]
@@ -670,13 +720,16 @@ def linear(case: Any) -> Problem:
     stored = known(case, place, b_.double(), rng) if of_known else None
     teacher_temperature = case.temperature if of_known else case.teacher_temperature
 
-    def found_for(z: DD, other: DD) -> tuple[Terms, Array]:
+    def found_for(z: DD, other: DD, steps: tuple[Any, Any] = (0.0, 0.0)) -> tuple[Terms, Array]:
+        """steps: relative, of the capped logits."""
         y, slope = truth.capped(z, *caps)
+        y = y + y.double() * steps[0]
         a = y / case.temperature
         if stored is not None:
             pair = topk_rows(case, place, stored, a)
         else:
-            b = truth.capped(other, *caps)[0][:, place.at_t] / teacher_temperature
+            b = truth.capped(other, *caps)[0]
+            b = (b + b.double() * steps[1])[:, place.at_t] / teacher_temperature
             pair = truth.divergence(case.divergence, case.beta, a[:, place.at_s], b)
         return terms(case, place, *pair, y), slope
 
@@ -693,25 +746,37 @@ def linear(case: Any) -> Problem:
     wanted = [True, not case.frozen, case.bias and not case.frozen]
     gradients = [g for g, w in zip(gradients, wanted, strict=False) if w]
 
+    equal = abs(case.temperature / teacher_temperature - 1) <= NEARLY_EQUAL and not of_known
+
     def conditioning() -> None:
+        """Logits are rounded: both sides' alike where their difference is exact, else each by itself. A CPU has it
+        exactly where it is within 1/32 of the logits, but of a stored teacher or at two temperatures."""
+        own, their = z_s.double()[:, place.at_s], z_t.double()[:, place.at_t] if not of_known else 0.0
+        near = equal and np.linalg.norm(own - their) < np.linalg.norm(own) / 32
         for shared in (True, False):
             moved_v, moved = np.zeros(case.rows), np.zeros_like(dz)
-            for _ in range(DRAWS - 1):
-                steps = [rng.choice([-1.0, 1.0], x.shape) * ULP["float32"] * x for x in (size_s, size_t)]
-                if shared and abs(case.temperature / teacher_temperature - 1) <= NEARLY_EQUAL and not of_known:
-                    steps[1] = np.zeros_like(size_t)
+            for _ in range(DRAWS):
+                signs = [rng.choice([-1.0, 1.0], x.shape) * ULP["float32"] for x in (size_s, size_t, size_s, size_t)]
+                if shared and equal:
+                    for first, second in ((0, 1), (2, 3)):
+                        signs[second] = np.zeros_like(size_t)
+                        signs[second][:, place.at_t] = signs[first][:, place.at_s]
+                steps = signs[0] * size_s, signs[1] * size_t
+                if shared and equal:
                     steps[1][:, place.at_t] = steps[0][:, place.at_s]
-                other, their_slope = found_for(z_s + steps[0], z_t + steps[1])
-                moved_v = np.maximum(moved_v, np.abs(other.value - found.value))
-                moved = np.maximum(moved, np.abs(other.gradient * their_slope - dz))
+                other, their_slope = found_for(z_s + steps[0], z_t + steps[1], (signs[2], signs[3]))
+                moved_v = moved_v + deviation(other.value - found.value) ** 2
+                moved = moved + deviation(other.gradient * their_slope - dz) ** 2
+            moved_v, moved = three_sigma(moved_v), three_sigma(moved)
             moved_v = moved_v if case.reduction == "none" else moved_v.sum(keepdims=True)
             rounded_ = through_head(dz, moved, moved, x_s[0], x_s[1], case.bias, case.student_dtype)
+            everywhere = shared or not near
             for part, more in zip(gradients, [g for g, w in zip(rounded_, wanted, strict=False) if w], strict=True):
-                if shared:
+                if everywhere:
                     part.extra = part.extra + more.rounding
                 else:
                     part.rounding = part.rounding + more.rounding
-            if shared:
+            if everywhere:
                 value.extra = value.extra + moved_v
             else:
                 value.rounding = value.rounding + moved_v
@@ -740,7 +805,9 @@ def linear(case: Any) -> Problem:
         if stored is not None:
             tail = {} if stored.tail is None else {"teacher_tail": stored.tail}
             named |= {"tail": case.tail, **tail}
-            return fd.linear_topk_logit_loss(h, w, stored.values, torch.from_numpy(stored.indices), backend=backend, **named)
+            return fd.linear_topk_logit_loss(
+                h, w, stored.values, torch.from_numpy(stored.indices), backend=backend, **named
+            )
         named |= {"teacher_bias": teacher[2]} if case.bias else {}
         # One storage for both sides, as a student with its teacher's head has it.
         other = w.detach() if case.head == "shared" else teacher[1]
@@ -768,5 +835,12 @@ def _among(x: Array, at: Array, columns: int, rng: np.random.Generator) -> Array
     return wide
 
 
-PROBLEMS: dict[str, Callable[[Any], Problem]] = {"logit": logit, "hidden": hidden, "topk": topk, "attention": attention, "relation": attention,
-    "linear": linear, "linear_topk": linear}
+PROBLEMS: dict[str, Callable[[Any], Problem]] = {
+    "logit": logit,
+    "hidden": hidden,
+    "topk": topk,
+    "attention": attention,
+    "relation": attention,
+    "linear": linear,
+    "linear_topk": linear,
+}

@@ -216,7 +216,9 @@ def generator(case: Any, part: str = "") -> np.random.Generator:
 # ---- strategies
 
 SEEDS = st.integers(0, 2**32 - 1)
-COLUMNS = st.one_of(st.integers(1, 20), st.integers(1, 20), st.sampled_from([31, 32, 33, 100, 511, 1000]), st.integers(1, 5000))
+COLUMNS = st.one_of(
+    st.integers(1, 20), st.integers(1, 20), st.sampled_from([31, 32, 33, 100, 511, 1000]), st.integers(1, 5000)
+)
 DTYPE_PAIRS = st.one_of(
     st.just(("float32", "float32")), st.just(("float32", "float32")), st.sampled_from([(d, d) for d in DTYPES]),
     st.tuples(st.sampled_from(DTYPES), st.sampled_from(DTYPES)),
@@ -499,7 +501,15 @@ def heads(case: HeadCase, rng: np.random.Generator) -> list[Array]:
     return [h_s, w_s, b_s, h_t, w_t, b_t]
 
 
-CASES = {"logit": LogitCase, "hidden": HiddenCase, "topk": TopkCase, "attention": AttentionCase, "relation": RelationCase, "linear": LinearCase, "linear_topk": LinearTopkCase}
+CASES = {
+    "logit": LogitCase,
+    "hidden": HiddenCase,
+    "topk": TopkCase,
+    "attention": AttentionCase,
+    "relation": RelationCase,
+    "linear": LinearCase,
+    "linear_topk": LinearTopkCase,
+}
 STRATEGIES = {
     "logit": logit_cases,
     "hidden": hidden_cases,

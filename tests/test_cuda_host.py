@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import cuda_emulator
 import pytest
 import test_logit
+import test_rows
 import test_sparse_select
 import test_vocab_parallel
 import torch
@@ -115,6 +116,10 @@ def test_logits_as_on_other_backends(either: Emulator) -> None:
         test_logit.test_backward_twice_and_any_incoming_gradient(HOST, "none", dtype)
     for divergence in ("forward_kl", "jsd"):
         test_logit.test_inplace_backward_overwrites_the_logits(HOST, divergence)
+
+
+def test_rows_as_training_makes_them(either: Emulator) -> None:
+    test_rows.judge_some("logit", 15, [HOST], 3000)
 
 
 @pytest.mark.parametrize(("dtype", "noise"), [(torch.float32, 1e-4), (torch.bfloat16, 1e-2)], ids=str)

@@ -15,10 +15,9 @@ import mpmath
 import numpy as np
 import pytest
 import rows
-import torch
 import truth
 from conftest import available
-from hypothesis import HealthCheck, Phase, example, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from judge import judge_problem
 from problems import PROBLEMS
 
@@ -51,12 +50,9 @@ def check(case: object, backends: list[str]) -> None:
                 _C.use_isa(before)
 
 
-@pytest.mark.parametrize("loss", rows.CASES)
-def test_every_loss(loss: str) -> None:
-    backends = available("reference", "cpu")
-
-    @quickly(300)
-    @given(rows.STRATEGIES[loss]())
+def judge_some(loss: str, count: int, backends: list[str], largest: int = 2**31) -> None:
+    @quickly(count)
+    @given(rows.STRATEGIES[loss]().filter(lambda case: rows.size(case) <= largest))
     def judged(case: object) -> None:
         check(case, backends)
 
@@ -64,16 +60,14 @@ def test_every_loss(loss: str) -> None:
 
 
 @pytest.mark.parametrize("loss", rows.CASES)
+def test_every_loss(loss: str) -> None:
+    judge_some(loss, 300, available("reference", "cpu"))
+
+
+@pytest.mark.parametrize("loss", rows.CASES)
 def test_triton(loss: str) -> None:
     """A few launches: the interpreter takes seconds for a large one."""
-    small = rows.STRATEGIES[loss]().filter(lambda case: rows.size(case) <= 700)
-
-    @quickly(10)
-    @given(small)
-    def judged(case: object) -> None:
-        check(case, available("triton"))
-
-    judged()
+    judge_some(loss, 10, available("triton"), 300)
 
 
 @pytest.mark.parametrize("line", LINES)
