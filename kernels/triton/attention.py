@@ -35,6 +35,13 @@ def attention_config(widest: int, itemsize: int, hip: bool) -> tuple[int, int, d
     return 64, 32, {"num_warps": 4, "num_stages": 3} | FUSION
 
 
+def dq_options(options: dict[str, int], constants: dict[str, object], float32: bool, hip: bool) -> dict[str, int]:
+    """Of the queries' gradient: with 16-bit heads wider than 64 four warps spill on sm_89 and sm_120a (eight would in
+    the forward on sm_100a)."""
+    wide = constants["PAD_S"] > 64 or constants["PAD_T"] > 64
+    return {**options, "num_warps": 8} if wide and not float32 and not hip else options
+
+
 def relation_config(widest: int, itemsize: int, hip: bool) -> tuple[int, int, dict[str, int]]:
     """As `attention_config` for the relation's gradient, whose tile needs the statistics of its columns too, hence the
     smaller tiles."""
@@ -111,6 +118,7 @@ def attention(
         rule = (kind, causal, key_mask is not None)
         _relation_gradient(student_q, teacher_q, mask, both, row_scale, stats, dq, rule, student_scale, teacher_scale)
     elif need_grad:
+        by_rows |= dq_options(options, constants, float32, hip)
         attention_dq_kernel[grid](*tensors, mask, key_end, begins, ends, row_scale, stats, dq, *scalars, **by_rows)
         attention_dk_kernel[grid](*tensors, mask, row_end, begins, ends, row_scale, stats, dk, *scalars, **by_keys)
     return rows, dq, None if dk is None else sum_of_groups(dk, student_k.shape[1])
@@ -223,6 +231,8 @@ def _aot_case(
     )
     if kernel is attention_dk_kernel:
         outer, inner = inner, outer
+    if kernel is attention_dq_kernel:
+        options = dq_options(options, constants, dtype == "fp32", hip)
     tensors = ("qs_ptr", "ks_ptr", "qt_ptr", "kt_ptr")
     strides = tuple(f"{x}_{axis}" for x in ("qs", "ks", "qt", "kt") for axis in "bhn")
     signature = {
