@@ -14,7 +14,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cache, partial, wraps
+from functools import cache, wraps
+from types import MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -199,7 +200,7 @@ def _listening(module: nn.Module) -> list[Any]:
 def _announcing(base: nn.Module) -> Iterator[None]:
     """`base` tells of each forward pass, also where a wrapper calls its `forward` and passes its hooks by."""
     before = vars(base).get("forward")  # of accelerate, say
-    announced = partial(_announced_method(type(base).forward), base) if before is None else _announced(before, base)
+    announced = MethodType(_announced_method(type(base).forward), base) if before is None else _announced(before, base)
     base.forward = announced
     try:
         yield
