@@ -249,7 +249,8 @@ def _traced(base: nn.Module, blocks: list[nn.Module], listener: Listener) -> Ite
     """What `attached` does, where torch.compile traces the opening itself: no lock and no thread, because what the
     graph changes it changes back before anybody else runs. Dynamo cannot take an attribute away again: the modules keep
     their own `forward`, and nobody who listens."""
-    here, own = _Traced([listener]), base.config._attn_implementation
+    config: Any = base.config
+    here, own = _Traced([listener]), config._attn_implementation
     forwards: list[tuple[nn.Module, Callable[..., Any]]] = [(base, base.forward)]
     setattr(base, _HERE, here)
     base.forward = _announced(base.forward, base)
@@ -259,12 +260,12 @@ def _traced(base: nn.Module, blocks: list[nn.Module], listener: Listener) -> Ite
             setattr(module, _HERE, ears)
         forwards.append((block, block.forward))
         block.forward = _shown(block.forward, block)
-    base.config._attn_implementation = _register_now(own)
+    config._attn_implementation = _register_now(own)
     try:
         yield
         listener.close()
     finally:
-        base.config._attn_implementation = own
+        config._attn_implementation = own
         for module, forward in forwards:
             module.forward = forward
         setattr(base, _HERE, None)
@@ -354,7 +355,7 @@ def _register(own: str) -> str:
     return name
 
 
-@torch._dynamo.assume_constant_result  # type: ignore[attr-defined]
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def _register_now(own: str) -> str:
     """`_register`, done by Dynamo itself while it traces."""
     return _register(own.removeprefix(_PREFIX))
