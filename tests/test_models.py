@@ -64,7 +64,9 @@ def test_trim_refuses(unigram):
     with pytest.raises(ValueError, match=r"trim_vocabulary: keep holds id -1, expected 0 to"):
         trim_vocabulary(unigram, [-1])
     words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 1}, "a")))
-    with pytest.raises(ValueError, match="trim_vocabulary: tokenizer's model is WordLevel, expected Unigram, WordPiece or BPE"):
+    with pytest.raises(
+        ValueError, match="trim_vocabulary: tokenizer's model is WordLevel, expected Unigram, WordPiece or BPE"
+    ):
         trim_vocabulary(words, [0])
 
 

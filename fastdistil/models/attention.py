@@ -92,7 +92,7 @@ class AttentionRecord:
             scores = self.softcap * torch.tanh(scores / self.softcap)
         if self.bias is not None:
             scores = scores + self.bias
-        visible = _band(*scores.shape[-2:], self.causal, self.window, scores.device)
+        visible = _band(scores.shape[-2], scores.shape[-1], self.causal, self.window, scores.device)
         if self.mask is not None:
             visible = visible & self.mask
         return scores.masked_fill(~visible, -torch.inf).softmax(-1).masked_fill(~visible, 0.0)

@@ -14,7 +14,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cache, partial, wraps
+from functools import cache, wraps
+from types import MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -199,7 +200,7 @@ def _listening(module: nn.Module) -> list[Any]:
 def _announcing(base: nn.Module) -> Iterator[None]:
     """`base` tells of each forward pass, also where a wrapper calls its `forward` and passes its hooks by."""
     before = vars(base).get("forward")  # of accelerate, say
-    announced = partial(_announced_method(type(base).forward), base) if before is None else _announced(before, base)
+    announced = MethodType(_announced_method(type(base).forward), base) if before is None else _announced(before, base)
     base.forward = announced
     try:
         yield
@@ -248,7 +249,8 @@ def _traced(base: nn.Module, blocks: list[nn.Module], listener: Listener) -> Ite
     """What `attached` does, where torch.compile traces the opening itself: no lock and no thread, because what the
     graph changes it changes back before anybody else runs. Dynamo cannot take an attribute away again: the modules keep
     their own `forward`, and nobody who listens."""
-    here, own = _Traced([listener]), base.config._attn_implementation
+    config: Any = base.config
+    here, own = _Traced([listener]), config._attn_implementation
     forwards: list[tuple[nn.Module, Callable[..., Any]]] = [(base, base.forward)]
     setattr(base, _HERE, here)
     base.forward = _announced(base.forward, base)
@@ -258,12 +260,12 @@ def _traced(base: nn.Module, blocks: list[nn.Module], listener: Listener) -> Ite
             setattr(module, _HERE, ears)
         forwards.append((block, block.forward))
         block.forward = _shown(block.forward, block)
-    base.config._attn_implementation = _register_now(own)
+    config._attn_implementation = _register_now(own)
     try:
         yield
         listener.close()
     finally:
-        base.config._attn_implementation = own
+        config._attn_implementation = own
         for module, forward in forwards:
             module.forward = forward
         setattr(base, _HERE, None)
@@ -353,7 +355,7 @@ def _register(own: str) -> str:
     return name
 
 
-@torch._dynamo.assume_constant_result  # type: ignore[attr-defined]
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def _register_now(own: str) -> str:
     """`_register`, done by Dynamo itself while it traces."""
     return _register(own.removeprefix(_PREFIX))

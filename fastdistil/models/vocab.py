@@ -85,7 +85,8 @@ def _lowest(vocab: list[list[Any]], kept: set[int]) -> set[int]:
 
 def _merges(model: dict[str, Any]) -> list[tuple[str, str]]:
     """Pairs, in either of tokenizers' two ways to write them."""
-    return [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
+    split = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    return [(first, second) for first, second in split]
 
 
 def _on_the_way(model: dict[str, Any], kept: Iterable[int]) -> set[int]:
