@@ -6,6 +6,8 @@
 // block of scores stays in a core's L2 cache, the maps are never whole. Scores that turn out to agree although their
 // factors do not are subtracted in double from then on (attention_wide.h), in all at 1.6 to 1.9 times the time.
 //
+// A softmax does not see what all keys have in common: see attention_panels.h.
+//
 // Padding costs nothing: hidden keys and query rows of scale 0 are left out where the operands are packed, so that the
 // products and the rule see dense rows.
 //
@@ -34,11 +36,13 @@ class Kernel {
   const T scale_s_, scale_t_;
   const bool scores_;  // score_mse: b alone, the difference [X_s, -X_t] [Y_s, Y_t]^T or its exact form
   Workspace<T> w_{};
-  bool exact_ = false;  // of the keys that are packed: the difference is [X_s - X_t, X_t] [Y_s, Y_s - Y_t]^T
-  bool wide_ = false;   // or is formed in double, from one tile of their rows on
-  int64_t inner_ = 0;   // depth of the student's product
+  bool exact_ = false;   // of the keys that are packed: the difference is [X_s - X_t, X_t] [Y_s, Y_s - Y_t]^T
+  bool wide_ = false;    // or is formed in double, from one tile of their rows on
+  bool packed_ = false;  // whether wide_rows_ has the keys
+  int64_t inner_ = 0;    // depth of the student's product
   int64_t head_s_ = 0, head_t_ = 0;
-  T key_size_ = 0;  // mean square of an element of the student's
+  T key_size_ = 0;      // mean square of an element of the student's
+  bool moved_ = false;  // whether the student's keys are without their mean, the first of w_.means
   bool dk_begun_ = false;
   WideRows wide_rows_;
 
@@ -64,7 +68,7 @@ class Kernel {
       tokens.select_rows(h);
       if (tokens.n_rows() == 0) continue;
       if (packed != h / group_t) {
-        head_s_ = key_head, head_t_ = packed = h / group_t, wide_ = false;
+        head_s_ = key_head, head_t_ = packed = h / group_t, wide_ = packed_ = false;
         pack_keys(tokens);
       }
       for (int64_t begin = 0; begin < tokens.n_rows(); begin += shape_.block)
@@ -80,28 +84,83 @@ class Kernel {
   // Keys as panels: transposed for the scores, as they are for dq.
   void pack_keys(const Sequence<E>& tokens) {
     const Head<E> ks = tokens.of(args_.student_k, head_s_), kt = tokens.of(args_.teacher_k, head_t_);
-    exact_ = shape_.student == shape_.teacher && (scores_ ? !wide_ : near(tokens, ks, kt, shape_.student));
-    inner_ = exact_ || scores_ ? shape_.student + shape_.teacher : shape_.student;
-    T size = 0;
+    const int64_t depth = shape_.student * kColumns;
     for (int64_t k = 0; k < tokens.n_keys(); k += kColumns) {
-      T *student = w_.student_keys + k * inner_, *behind = student + shape_.student * kColumns;
-      T* teacher = teacher_panel(k);
-      transpose_keys(tokens, kt, k, shape_.teacher, teacher);
-      transpose_keys(tokens, ks, k, shape_.student, student);
-      size += squares(student, shape_.student * kColumns);
-      for (int64_t j = 0; exact_ && j < shape_.student * kColumns; ++j) behind[j] = student[j] - teacher[j];
+      transpose_keys(tokens, kt, k, shape_.teacher, teacher_panel(k));
+      transpose_keys(tokens, ks, k, shape_.student, student_panel(k));
     }
-    key_size_ = size / static_cast<T>(shape_.student * tokens.n_keys());
+    T* const means = w_.means;
+    if (scores_) {
+      exact_ = shape_.student == shape_.teacher, key_size_ = 0;
+      for (int64_t k = 0; k < tokens.n_keys(); k += kColumns) {
+        T *student = student_panel(k), *teacher = teacher_panel(k);
+        key_size_ += squares(student, depth);
+        for (int64_t j = 0; exact_ && j < depth; ++j) teacher[j] = student[j] - teacher[j];
+      }
+    } else {
+      take_means_off(tokens.n_keys());
+    }
+    inner_ = exact_ || scores_ ? shape_.student + shape_.teacher : shape_.student;
+    key_size_ /= static_cast<T>(shape_.student * tokens.n_keys());
     for (int64_t k = 0; args_.dq && k < tokens.n_keys(); ++k) {
       const E* s = ks.row(tokens.key(k));
-      set_panel_row(w_.key_panels, shape_.keys, k, shape_.student, [s](int64_t j) { return to_compute(s[j]); });
+      if (moved_)
+        set_panel_row(w_.key_panels, shape_.keys, k, shape_.student,
+                      [s, means](int64_t j) { return to_compute(s[j]) - means[j]; });
+      else
+        set_panel_row(w_.key_panels, shape_.keys, k, shape_.student, [s](int64_t j) { return to_compute(s[j]); });
     }
   }
 
+  // What a softmax does not see off the panels' keys; their difference behind the student's, if it is to be exact.
+  void take_means_off(int64_t n_keys) {
+    const int64_t size = shape_.student, depth = size * kColumns, panels = (n_keys + kColumns - 1) / kColumns;
+    const int64_t stride = shape_.inner * kColumns, other = shape_.teacher * kColumns;
+    const T keys = static_cast<T>(n_keys);
+    T *mean = w_.means, *between = mean + size, *others = between + size;
+    T square = 0, distance = 0, teacher_square = 0;
+    for (int64_t j = 0; j < size; ++j) add_panels(w_.student_keys + j * kColumns, stride, panels, mean[j], square);
+    for (int64_t j = 0; j < shape_.teacher; ++j)
+      add_panels(w_.teacher_keys + j * kColumns, other, panels, others[j], teacher_square);
+    moved_ = find_means(mean, size, keys, square);
+    const bool teacher_moves = find_means(others, shape_.teacher, keys, teacher_square);
+    exact_ = false;
+    bool apart = false;
+    if (size == shape_.teacher) {
+      for (int64_t j = 0; j < size; ++j)
+        add_differences(w_.student_keys + j * kColumns, stride, w_.teacher_keys + j * kColumns, other, panels,
+                        between[j], distance);
+      apart = find_means(between, size, keys, distance);
+      exact_ = !(distance > T(kFar * kFar) * teacher_square);
+    }
+    key_size_ = moved_ ? T(0) : square;
+    if (!exact_ && !moved_ && !teacher_moves) return;
+    for (int64_t k = 0; k < n_keys; k += kColumns) {
+      T *student = student_panel(k), *teacher = teacher_panel(k), *behind = student + depth;
+      if (exact_ && apart)
+        for_panel(size, [=](int64_t j, int64_t i) { behind[i] = difference(student[i], teacher[i], between[j]); });
+      else if (exact_)
+        for_panel(size, [=](int64_t, int64_t i) { behind[i] = student[i] - teacher[i]; });
+      if (moved_) {
+        for_panel(size, [=](int64_t j, int64_t i) { student[i] -= mean[j]; });
+        key_size_ += squares(student, depth);
+      }
+      if (teacher_moves) for_panel(shape_.teacher, [=](int64_t j, int64_t i) { teacher[i] -= others[j]; });
+    }
+  }
+
+  template <class Visit>
+  static void for_panel(int64_t size, Visit&& visit) {
+    for (int64_t j = 0; j < size; ++j)
+#pragma omp simd
+      for (int64_t i = j * kColumns; i < (j + 1) * kColumns; ++i) visit(j, i);
+  }
+
+  T* student_panel(int64_t key) const { return w_.student_keys + key * shape_.inner; }
+
   // Where the teacher's keys from `key` on are, or, for score_mse's exact form, their difference.
   T* teacher_panel(int64_t key) const {
-    return scores_ ? w_.student_keys + key * inner_ + shape_.student * kColumns
-                   : w_.teacher_keys + key * shape_.teacher;
+    return scores_ ? student_panel(key) + shape_.student * kColumns : w_.teacher_keys + key * shape_.teacher;
   }
 
   // Query rows: the student's left factor, then the teacher's; and as panels for dk.
@@ -137,7 +196,6 @@ class Kernel {
       find_scores(tokens, ahead, head, begin, r, rows);
       if (finish_rows(tokens, head, begin, r, rows, width)) {
         wide_ = true;
-        if (scores_ && exact_) pack_keys(tokens);  // the teacher's themselves, not their difference
         find_scores(tokens, ahead, head, begin, r, rows);
         finish_rows(tokens, head, begin, r, rows, width);
       }
@@ -154,8 +212,7 @@ class Kernel {
     if (wide_) wide_differences(tokens, head, begin + first, n, c);
     for (int64_t k = 0; k < sees; k += kColumns) {
       ahead.fetch(2);
-      if (!wide_)
-        tile_product<Left::rows, false>(left, shape_.left, w_.student_keys + k * inner_, inner_, c + k, shape_.stride);
+      if (!wide_) tile_product<Left::rows, false>(left, shape_.left, student_panel(k), inner_, c + k, shape_.stride);
       if (scores_) continue;
       tile_product<Left::rows, false>(left + shape_.student, shape_.left, w_.teacher_keys + k * shape_.teacher,
                                       shape_.teacher, b + k, shape_.stride);
@@ -164,9 +221,11 @@ class Kernel {
 
   void wide_differences(const Sequence<E>& tokens, int64_t head, int64_t first, int64_t n, T* out) {
     if constexpr (kMayCancel) {
+      if (!packed_) wide_rows_.pack_keys(args_, tokens, head_s_, head_t_, !scores_);
+      packed_ = true;
       wide_rows_.pack(args_, tokens, head, first, n);
       for (int64_t k = 0; k < tokens.sees(first + n - 1); k += kColumns)
-        wide_rows_.differences(w_.student_keys + k * inner_, teacher_panel(k), out + k, shape_.stride);
+        wide_rows_.differences(k, out + k, shape_.stride);
     }
   }
 
@@ -187,11 +246,12 @@ class Kernel {
         value = score_mse(row);
       } else if (s.near) {
         const AttentionRow<T> whole = in_whole_vectors(row);
-        value = square ? near_prob_mse(whole, s.largest_b) : near_prob_kl(whole, s.largest_b);
+        T* room = w_.a + (r - first) * shape_.stride;  // no far row's
+        value = square ? near_prob_mse(whole, room, s.largest_b) : near_prob_kl(whole, s.largest_b);
       } else {
         if (!have_a) student_scores(tokens, head, begin + first, n);
         have_a = true;
-        const T* a = w_.a + (r - first) * shape_.stride;
+        T* a = w_.a + (r - first) * shape_.stride;
         value = square ? far_row<true>(row, a) : far_row<false>(row, a);
       }
       found += scores_ ? value : static_cast<T>(keys) * s.width * s.width / 16;  // of four standard deviations
@@ -219,7 +279,7 @@ class Kernel {
       for (int64_t j = 0; j < shape_.student; ++j) w_.a_left[r * shape_.student + j] = scale_s_ * to_compute(s[j]);
     }
     for (int64_t k = 0; k < tokens.sees(first + n - 1); k += kColumns)
-      tile_product<Left::rows, false>(w_.a_left, shape_.student, w_.student_keys + k * inner_, shape_.student, w_.a + k,
+      tile_product<Left::rows, false>(w_.a_left, shape_.student, student_panel(k), shape_.student, w_.a + k,
                                       shape_.stride);
   }
 

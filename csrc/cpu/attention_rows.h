@@ -4,6 +4,8 @@
 // w = e^(b - max), S = sum w and c' = c - (sum w c) / S, the student's probabilities relative to the teacher's are
 // p - q = w / S (g - r) / (1 + r), g = e^c' - 1, r = (sum w g) / S: no logarithm, and nothing cancels as c' goes to 0.
 // Taking the mean off makes r non-negative (Jensen) and KL(q || p) = log1p((sum w (g - c')) / S), whose terms all are.
+//
+// A constant in b or in c changes none of these, so that either may come without the part that all keys have in common.
 #pragma once
 
 #include "../rules/math.h"
@@ -14,8 +16,13 @@ inline namespace FD_ISA {
 // Beyond this spread of c, e^c' has lost the weights of a row: there the plain softmaxes are the better ones.
 constexpr double kLargestSpread = 40;
 
-// A key with more of the teacher's probability than this is its row's sharp one: no other comes near it. prob_mse takes
-// its slopes p - q relative to the one there, which the gradient does not see: else slope minus mean would cancel.
+// A larger difference of scores carries more rounding than the plain difference of two probabilities.
+constexpr double kLargestExact = 16;
+
+// A key with more of the student's probability than this is its row's sharp one: no other comes near it. prob_mse takes
+// its slopes p - q relative to the one there, which the gradient does not see: else slope minus mean would cancel. That
+// slope is minus the sum of all others, and the others' p is their own e^(b + c'): q + (p - q) would cancel where q is
+// the larger by far.
 constexpr double kSharp = 0.75;
 
 template <class T>
@@ -59,72 +66,98 @@ inline Spread<T> spread(AttentionRow<T> row) {
 
 template <class T>
 struct Weights {
-  T inv_sum, ratio, excess;  // 1 / S, r, sum of w (g - c')
+  T mean, inv_sum, ratio, excess, largest;  // mean of c, 1 / S, r, sum of w (g - c'), largest w e^c'
 };
 
-// w in place of b, g in place of c.
-template <class T>
-inline Weights<T> weigh(AttentionRow<T> row, T largest) {
+// w in place of b, g = e^c' - 1 in g, which may be c itself.
+template <bool kLargest, class T>
+inline Weights<T> weigh(AttentionRow<T> row, T* g, T largest_b) {
   T sum = 0, first = 0;
 #pragma omp simd reduction(+ : sum, first)
   for (int64_t i = 0; i < row.keys; ++i) {
-    const T w = math::exp_nonpositive(row.b[i] - largest);
+    const T w = math::exp_nonpositive(row.b[i] - largest_b);
     row.b[i] = w;
     sum += w;
     first += w * row.c[i];
   }
   const T inv_sum = T(1) / sum, mean = first * inv_sum;
-  T grown = 0, excess = 0;
-#pragma omp simd reduction(+ : grown, excess)
+  T grown = 0, excess = 0, largest = 0;
+#pragma omp simd reduction(+ : grown, excess) reduction(max : largest)
   for (int64_t i = 0; i < row.keys; ++i) {
     const T w = row.b[i];
     const math::Expm1<T> e = math::bounded_expm1(row.c[i] - mean);
-    row.c[i] = e.value;
+    g[i] = e.value;
     grown += w * e.value;
-    excess += w * e.excess;
+    if (kLargest) {
+      const T weight = w + w * e.value;
+      largest = weight > largest ? weight : largest;
+    } else {
+      excess += w * e.excess;
+    }
   }
-  return {inv_sum, grown * inv_sum, excess};
+  return {mean, inv_sum, grown * inv_sum, excess, largest};
 }
 
-// What prob_mse does with a row's p and slopes, once they stand in b and c.
+// What prob_mse does with a row's p and slopes, once they stand in b and in `slopes`.
 template <class T>
-inline void square_gradient(AttentionRow<T> row, T centre) {
+inline void square_gradient(AttentionRow<T> row, const T* slopes, T centre) {
   const T factor = 2 * row.factor;
 #pragma omp simd
-  for (int64_t i = 0; i < row.keys; ++i) row.b[i] *= (row.c[i] - centre) * factor;
+  for (int64_t i = 0; i < row.keys; ++i) row.b[i] *= (slopes[i] - centre) * factor;
 }
 
-// g at the one key that has nearly all of the teacher's probability, whose weight is 1; r where there is none.
+// The same where one key has nearly all of p: p stands in b, p - q in gap. Returns the value.
 template <class T>
-inline T sharp_growth(AttentionRow<T> row, Weights<T> weights) {
-  if (!(weights.inv_sum > T(kSharp))) return weights.ratio;
+inline T sharp_square(AttentionRow<T> row, T* gap) {
   int64_t at = 0;
-  while (at + 1 < row.keys && row.b[at] != T(1)) ++at;
-  return row.c[at];
+  while (at + 1 < row.keys && !(row.b[at] > T(0.5))) ++at;
+  const T p = row.b[at];
+  row.b[at] = 0, gap[at] = 0;
+  T others = 0;
+#pragma omp simd reduction(+ : others)
+  for (int64_t i = 0; i < row.keys; ++i) others += gap[i];
+  T value = others * others, centre = 0;
+#pragma omp simd reduction(+ : value, centre)
+  for (int64_t i = 0; i < row.keys; ++i) {
+    value += gap[i] * gap[i];
+    centre += row.b[i] * (gap[i] + others);
+  }
+  square_gradient(row, gap, centre - others);
+  row.b[at] = -2 * row.factor * p * centre;
+  return value;
 }
 
+// g: room for a row.
 template <class T>
-inline T near_prob_mse(AttentionRow<T> row, T largest) {
-  const Weights<T> weights = weigh(row, largest);
+inline T near_prob_mse(AttentionRow<T> row, T* g, T largest) {
+  const Weights<T> weights = weigh<true>(row, g, largest);
   const T by = weights.inv_sum / (T(1) + weights.ratio), ratio = weights.ratio, inv_sum = weights.inv_sum;
-  const T anchor = sharp_growth(row, weights) - ratio;
+  if (weights.largest * by > T(kSharp)) {
+    const T mean = weights.mean;
+#pragma omp simd
+    for (int64_t i = 0; i < row.keys; ++i) {
+      const T w = row.b[i];
+      g[i] = w * (g[i] - ratio) * by;
+      row.b[i] = w * math::exp(row.c[i] - mean) * by;
+    }
+    return sharp_square(row, g);
+  }
   T value = 0, centre = 0;
 #pragma omp simd reduction(+ : value, centre)
   for (int64_t i = 0; i < row.keys; ++i) {
-    const T w = row.b[i], growth = row.c[i] - ratio, gap = w * growth * by, p = w * inv_sum + gap;
-    const T slope = (w * growth - anchor) * by;  // 0 at the sharp key, even where it is one multiply-add
+    const T w = row.b[i], gap = w * (g[i] - ratio) * by, p = w * inv_sum + gap;
     row.b[i] = p;
-    row.c[i] = slope;
+    g[i] = gap;
     value += gap * gap;
-    centre += p * slope;
+    centre += p * gap;
   }
-  square_gradient(row, centre);
+  square_gradient(row, g, centre);
   return value;
 }
 
 template <class T>
 inline T near_prob_kl(AttentionRow<T> row, T largest) {
-  const Weights<T> weights = weigh(row, largest);
+  const Weights<T> weights = weigh<false>(row, row.c, largest);
   const T by = weights.inv_sum / (T(1) + weights.ratio) * row.factor, ratio = weights.ratio;
 #pragma omp simd
   for (int64_t i = 0; i < row.keys; ++i) row.b[i] *= by * (row.c[i] - ratio);
@@ -147,35 +180,71 @@ __attribute__((noinline)) T score_mse(AttentionRow<T> row) {
 
 template <class T>
 struct Softmax {
-  T largest, log_sum;
+  int64_t at;               // of the largest score
+  T largest, sum, log_sum;  // relative to it: its own weight is 1
 };
 
 template <class T>
-inline Softmax<T> softmax(const T* scores, int64_t n) {
-  T largest = -INFINITY, sum = 0;
-#pragma omp simd reduction(max : largest)
-  for (int64_t i = 0; i < n; ++i) largest = scores[i] > largest ? scores[i] : largest;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += math::exp_nonpositive(scores[i] - largest);
-  return {largest, static_cast<T>(std::log(sum))};
+inline Softmax<T> softmax(T* scores, int64_t n) {
+  int64_t at = 0;
+  for (int64_t i = 1; i < n; ++i)
+    if (scores[i] > scores[at]) at = i;
+  const T largest = scores[at];
+  scores[at] = -INFINITY;
+  T others = 0;  // by themselves: beside 1 they may be small
+#pragma omp simd reduction(+ : others)
+  for (int64_t i = 0; i < n; ++i) others += math::exp_nonpositive(scores[i] - largest);
+  scores[at] = largest;
+  return {at, largest, T(1) + others, math::log1p(others)};
 }
 
-// A row whose c spreads too far: p - q is the plain difference, from the student's own scores a. NaN stays NaN.
+// A row whose c spreads too far for e^c': p is the student's own, from its scores a. NaN stays NaN. Keys at which the
+// two still agree take p - q from c: relative to c at the teacher's largest key, log(p / q) is c - D with
+// D = log1p((sum w (e^c - 1)) / S), unless the student has nearly all of its probability elsewhere.
 template <bool kSquare, class T>
-inline T far_row(AttentionRow<T> row, const T* a) {
+inline T far_row(AttentionRow<T> row, T* a) {
   const Softmax<T> student = softmax(a, row.keys), teacher = softmax(row.b, row.keys);
+  const T at_top = row.c[teacher.at], reference = math::magnitude(at_top) < T(1e6) ? at_top : T(0);
+  T grown = 0;
+#pragma omp simd reduction(+ : grown)
+  for (int64_t i = 0; i < row.keys; ++i) {
+    const T b = row.b[i] - teacher.largest, x = row.c[i] - reference, w = math::exp(b);
+    const T near = w * math::bounded_expm1(math::clamp(x, T(-1), T(1))).value, far = math::exp(b + x) - w;
+    grown += math::magnitude(x) <= T(1) ? near : far;
+  }
+  const T ratio = grown / teacher.sum;
+  const bool usable = ratio > T(-0.9) && ratio < T(1000);
+  const T distance = usable ? math::log1p(ratio) : T(0), limit = usable ? T(1) : T(-1);
   T value = 0, centre = 0;
 #pragma omp simd reduction(+ : value, centre)
   for (int64_t i = 0; i < row.keys; ++i) {
     const T log_p = (a[i] - student.largest) - student.log_sum;
     const T log_q = (row.b[i] - teacher.largest) - teacher.log_sum;
-    const T p = math::exp(log_p), q = math::exp(log_q), gap = p - q;
-    value += kSquare ? gap * gap : math::excess(q, gap, log_p - log_q);
+    const T p = math::exp(log_p), q = math::exp(log_q), x = row.c[i] - reference, delta = x - distance;
+    const bool agrees = math::magnitude(delta) <= limit && math::magnitude(x) <= T(kLargestExact);
+    const T near = q * math::bounded_expm1(math::clamp(delta, T(-1), T(1))).value;
+    const T gap = agrees ? near : p - q;
+    value += kSquare ? gap * gap : math::excess(q, gap, agrees ? delta : log_p - log_q);
     centre += p * gap;
-    row.b[i] = kSquare ? p : gap * row.factor;
+    row.b[i] = p;
     row.c[i] = gap;
   }
-  if (kSquare) square_gradient(row, centre);
+  const bool sharp = row.b[student.at] > T(kSharp);
+  if (kSquare && sharp) return sharp_square(row, row.c);
+  if (kSquare) {
+    square_gradient(row, row.c, centre);
+    return value;
+  }
+  if (sharp) {  // 1 minus little, on either side
+    T others = 0;
+    row.c[student.at] = 0;
+#pragma omp simd reduction(+ : others)
+    for (int64_t i = 0; i < row.keys; ++i) others += row.c[i];
+    row.c[student.at] = -others;
+  }
+  const T factor = row.factor;
+#pragma omp simd
+  for (int64_t i = 0; i < row.keys; ++i) row.b[i] = row.c[i] * factor;
   return value;
 }
 

@@ -14,6 +14,7 @@ constexpr int64_t kLargestBlock = 256;  // rows
 struct Shape {
   int64_t student, teacher;  // head sizes
   int64_t left;              // row stride of the packed query rows: student's, then teacher's
+  int64_t inner;             // rows of a panel of the student's keys, with what lies behind them
   int64_t keys, stride;      // most keys; row stride of a block
   int64_t block, columns;    // rows of a block; columns of the gradients
 };
@@ -22,6 +23,7 @@ template <class T>
 Shape shape_of(const AttentionArgs& args) {
   Shape s{};
   s.student = args.student_q.size, s.teacher = args.teacher_q.size, s.left = s.student + s.teacher + Carver<T>::kLine;
+  s.inner = s.student + std::max(s.student, s.teacher);
   s.keys = round_up(longest(args), kTileColumns<T>);
   s.stride = s.keys + Carver<T>::kLine;  // a power of two would map a column to one set of the L1 cache
   const int64_t fitting = kBlockElements / std::max<int64_t>(s.keys, 1) / kTileRows * kTileRows;
@@ -33,16 +35,17 @@ Shape shape_of(const AttentionArgs& args) {
 
 template <class T>
 struct Workspace {
-  T *teacher_keys, *student_keys, *key_panels, *left, *query_panels, *b, *c, *a, *a_left, *dk, *dq;
+  T *teacher_keys, *student_keys, *key_panels, *left, *query_panels, *b, *c, *a, *a_left, *dk, *dq, *means;
 
   int64_t lay_out(const Shape& s, T* memory) {
     Carver<T> carver{memory};
     carver.take(teacher_keys, s.keys * s.teacher);
-    carver.take(student_keys, s.keys * (s.student + std::max(s.student, s.teacher)));
+    carver.take(student_keys, s.keys * s.inner);
     carver.take(key_panels, s.keys * s.columns), carver.take(dk, s.keys * s.columns);
     carver.take(left, s.block * s.left), carver.take(query_panels, s.block * s.columns);
     carver.take(b, s.block * s.stride), carver.take(c, kTileRows * s.stride), carver.take(a, kTileRows * s.stride);
     carver.take(a_left, kTileRows * s.student), carver.take(dq, kTileRows * s.columns);
+    carver.take(means, 2 * s.student + s.teacher);
     return carver.used;
   }
 };

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from fastdistil.reference.exact import forward_kl_rows, softmax_difference, through_softmax
 
+COMMON = 0.25  # of a mean's square, in units of the variance: what is less is left where it is
+
 
 def attention(
     student_q: Tensor,
@@ -49,27 +51,51 @@ def attention(
         of_token = torch.searchsorted(cu_seqlens, torch.arange(keep.shape[-1], device=keep.device), right=True)
         visible = visible & (of_token[:, None] == of_token)
 
-    student_scores, teacher_scores = student_scale * q_s @ k_s.mT, teacher_scale * q_t @ k_t.mT
     wide = [x.to(torch.float64) for x in (q_s, k_s, q_t, k_t)]  # the scores may agree though their factors do not
-    score_difference = (student_scale * wide[0] @ wide[1].mT - teacher_scale * wide[2] @ wide[3].mT).to(dtype)
+    student_scores, teacher_scores = student_scale * wide[0] @ wide[1].mT, teacher_scale * wide[2] @ wide[3].mT
+    score_difference = (student_scores - teacher_scores).masked_fill(~visible, 0.0)
 
     if kind == "score_mse":
-        score_difference = score_difference.masked_fill(~visible, 0.0)
+        score_difference = score_difference.to(dtype)
         rows, dscores = score_difference.square().sum(-1), 2 * score_difference
-    else:
+    else:  # a softmax sees neither what all keys nor what all scores of a row have in common
+        k_s = without_mean(k_s, real[..., None])
+        if visible.shape[-1] > 0:
+            largest = teacher_scores.masked_fill(~visible, float("-inf")).argmax(-1, keepdim=True)
+            score_difference = score_difference - score_difference.gather(-1, largest)
+            student_scores, teacher_scores = (_below_largest(x, visible) for x in (student_scores, teacher_scores))
+        student_scores, teacher_scores = student_scores.to(dtype), teacher_scores.to(dtype)
+        score_difference = score_difference.to(dtype)
         difference = softmax_difference(teacher_scores, score_difference, visible, student_scores)
         e = difference.p_minus_q
         if kind == "prob_kl":
             rows, dscores = forward_kl_rows(difference), e
         else:
-            p = difference.q + e
-            rows, dscores = e.square().sum(-1), 2 * through_softmax(p, e, difference.q)
+            p = student_scores.masked_fill(~visible, float("-inf")).softmax(-1).masked_fill(~visible, 0.0)
+            rows, dscores = e.square().sum(-1), 2 * through_softmax(p, e, p)
     rows = torch.where(keep, row_scale * rows, 0.0)
     if not need_grad:
         return rows, None, None
     dscores = torch.where(visible, row_scale[..., None] * dscores, 0.0)
     dk = student_scale * dscores.mT @ q_s
     return rows, student_scale * dscores @ k_s, sum_of_groups(dk, student_k.shape[1])
+
+
+def _below_largest(scores: Tensor, visible: Tensor) -> Tensor:
+    """Less the largest visible one of each row."""
+    return scores - scores.masked_fill(~visible, float("-inf")).amax(-1, keepdim=True).nan_to_num(neginf=0.0)
+
+
+def without_mean(k: Tensor, real: Tensor | None) -> Tensor:
+    """k (B, H, S, d), 0 where not `real` (B, 1, S, 1), less the mean of its real tokens where that is not small.
+
+    It adds q . mean to every score of a row: to no softmax, but to the rounding of the scores and of dA K."""
+    count = max(1, k.shape[2]) if real is None else real.sum(2, keepdim=True).clamp(min=1)
+    mean = k.sum(2, keepdim=True) / count
+    squares = mean.square().sum(-1, keepdim=True)
+    variance = k.square().sum((2, 3), keepdim=True) / count - squares
+    moved = k - torch.where((squares > COMMON * variance) & squares.isfinite(), mean, 0.0)
+    return moved if real is None else moved.masked_fill_(~real, 0.0)
 
 
 def sum_of_groups(dk: Tensor, key_heads: int) -> Tensor:

@@ -2,48 +2,100 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from fastdistil.reference.attention import without_mean
 from fastdistil.reference.exact import expm1_minus_x, softmax_difference, through_softmax
+
+# Where a difference is a smaller part of what it is a difference of, float32 has lost five bits of it and more.
+SMALLEST = 1 / 32
+
+
+class Keys(NamedTuple):
+    """Of all heads (B, H, S, d), each less its mean over the keys, which no softmax sees; 0 where masked."""
+
+    student: Tensor
+    teacher: Tensor
+    difference: Tensor | None  # student minus teacher less its own mean, where the two have one shape
+
+
+class Means(NamedTuple):
+    """Of the maps of some query rows; entries that are not visible hold 0."""
+
+    p: Tensor  # the student's, head by head
+    q: Tensor  # the teacher's mean over the heads
+    e: Tensor  # the student's mean minus the teacher's
+    kept: Tensor  # bool (): whether e has kept its digits in every row
+
+
+def keys(student_k: Tensor, teacher_k: Tensor, real: Tensor | None, same_shape: bool) -> Keys:
+    """real: (B, 1, S, 1) bool, or None for all; the keys hold zeros elsewhere."""
+    difference = None
+    if same_shape:
+        difference = without_mean(student_k.double() - teacher_k.double(), real).to(student_k.dtype)
+    return Keys(without_mean(student_k, real), without_mean(teacher_k, real), difference)
+
+
+def means(
+    student_q: Tensor,
+    teacher_q: Tensor,
+    keys: Keys,
+    visible: Tensor,
+    student_scale: float,
+    teacher_scale: float,
+) -> Means:
+    """student_q: (B, H_s, R, d_s) for R query rows; teacher_q: likewise with H_t and d_t; visible: (B, R, S) bool. All
+    floating tensors in one dtype, finite where something is visible and where it is not."""
+    seen = visible[:, None]
+    a, b = student_scale * student_q @ keys.student.mT, teacher_scale * teacher_q @ keys.teacher.mT
+    p = a.masked_fill(~seen, float("-inf")).softmax(-1).masked_fill(~seen, 0.0)
+    if keys.difference is not None:  # head by head, so that the difference of the means is exact, too
+        dx = student_scale * (student_q - teacher_q) + (student_scale - teacher_scale) * teacher_q
+        c = dx @ keys.student.mT + teacher_scale * teacher_q @ keys.difference.mT
+        difference = softmax_difference(b, c, seen, a)
+        # The two products may cancel each other: their squares in all directions at random, against that of their sum.
+        size = (dx.square().sum(-1, keepdim=True) / dx.shape[-1]) @ keys.student.square().sum(-1, keepdim=True).mT
+        part, whole = (x.masked_fill(~seen, 0.0).sum(-1) for x in (c.square(), size))
+        return Means(p, difference.q.mean(1), difference.p_minus_q.mean(1), _kept(part, whole))
+    q = b.masked_fill(~seen, float("-inf")).softmax(-1).masked_fill(~seen, 0.0).mean(1)
+    e = p.mean(1) - q
+    return Means(p, q, e, kept_digits(e, q))
+
+
+def kept_digits(e: Tensor, q: Tensor) -> Tensor:
+    """Whether the difference e of two rounded maps (B, R, S) is no small part of one, q, in any row."""
+    return _kept(e.square().sum(-1), q.square().sum(-1))
+
+
+def _kept(part: Tensor, whole: Tensor) -> Tensor:
+    return ~((part < SMALLEST**2 * whole) & (part != 0)).any()
 
 
 def attention(
     student_q: Tensor,
-    student_k: Tensor,
-    teacher_q: Tensor,
-    teacher_k: Tensor,
+    keys: Keys,
+    means: Means,
     visible: Tensor,
     row_scale: Tensor,
     kind: str,
     student_scale: float,
-    teacher_scale: float,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Rows of the loss times `row_scale`, and the gradients of their sum.
 
-    student_q: (B, H_s, R, d_s) for R query rows; student_k: (B, H_s, S, d_s); teacher_q, teacher_k: likewise with H_t
-    and d_t; visible: (B, R, S) bool; row_scale: (B, R), rows with 0 are skipped. All floating tensors in one dtype,
-    finite where something is visible and where it is not. kind: "prob_mse" or "prob_kl", between the (B, R, S) means.
-    Returns rows (B, R), dstudent_q, dstudent_k; None without `need_grad`.
+    student_q, keys, means, visible: as in `means`; row_scale: (B, R), rows with 0 are skipped. kind: "prob_mse" or
+    "prob_kl", between the (B, R, S) means. Returns rows (B, R), dstudent_q, dstudent_k; None without `need_grad`.
     """
-    seen = visible[:, None]
-    a, b = student_scale * student_q @ student_k.mT, teacher_scale * teacher_q @ teacher_k.mT
-    p = a.masked_fill(~seen, float("-inf")).softmax(-1).masked_fill(~seen, 0.0)
-    if student_q.shape == teacher_q.shape:  # head by head, so that the difference of the means is exact, too
-        dx = student_scale * (student_q - teacher_q) + (student_scale - teacher_scale) * teacher_q
-        c = dx @ student_k.mT + teacher_scale * teacher_q @ (student_k - teacher_k).mT
-        difference = softmax_difference(b, c, seen, a)
-        q, e = difference.q.mean(1), difference.p_minus_q.mean(1)
-    else:
-        q = b.masked_fill(~seen, float("-inf")).softmax(-1).masked_fill(~seen, 0.0).mean(1)
-        e = p.mean(1) - q
+    p, q, e, _ = means
     rows, dmean = compare(kind, q, e, None if kind == "prob_mse" else p.mean(1), row_scale)
     if not need_grad:
         return rows, None, None
     dmean = (dmean.masked_fill(~visible, 0.0) / p.shape[1])[:, None]
     dscores = through_softmax(p, dmean.expand_as(p), p)
-    return rows, student_scale * dscores @ student_k, student_scale * dscores.mT @ student_q
+    return rows, student_scale * dscores @ keys.student, student_scale * dscores.mT @ student_q
 
 
 def compare(kind: str, q: Tensor, e: Tensor, mean: Tensor | None, row_scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from fastdistil.reference.attention import sum_of_groups
 
 LARGEST_HEAD = 128
+COMMON = 0.25  # of a mean's square, in units of the variance: what is less is left where it is
 
 
 def attention_config(widest: int, itemsize: int, hip: bool) -> tuple[int, int, dict[str, int]]:
@@ -90,7 +91,7 @@ def attention(
     )
     if rows.numel() == 0:
         return rows, dq, None if dk is None else sum_of_groups(dk, student_k.shape[1])
-    stats = torch.empty((7, *row_scale.shape), dtype=torch.float32, device=rows.device)
+    stats = torch.empty((8, *row_scale.shape), dtype=torch.float32, device=rows.device)
     if kind == "score_mse":
         stats.zero_()
     positions = torch.arange(1, length + 1, dtype=torch.int32, device=rows.device)
@@ -106,7 +107,11 @@ def attention(
     )
     by_rows = {**constants, "BLOCK_M": outer, "BLOCK_N": inner, **options}
     by_keys = {**constants, "BLOCK_M": inner, "BLOCK_N": outer, **options}
+    means = (row_scale, row_scale)  # not read
+    if constants["CENTRED"]:
+        means = _means(student_k, teacher_k, key_mask, relation)
     strides = [x.stride(i) for x in tensors for i in range(3)]
+    tensors += means
     groups = (heads // student_k.shape[1], heads // teacher_k.shape[1])
     scalars = (*strides, heads, *groups, length, rows.numel(), student_scale, teacher_scale)
     grid = (triton.cdiv(length, outer), batch * heads)
@@ -116,7 +121,8 @@ def attention(
     if need_grad and relation:
         both = torch.full_like(row_end, length) if key_mask is None else torch.maximum(key_end, row_end)
         rule = (kind, causal, key_mask is not None)
-        _relation_gradient(student_q, teacher_q, mask, both, row_scale, stats, dq, rule, student_scale, teacher_scale)
+        scales = (student_scale, teacher_scale)
+        _relation_gradient(student_q, teacher_q, means, mask, both, row_scale, stats, dq, rule, scales)
     elif need_grad:
         by_rows |= dq_options(options, constants, float32, hip)
         attention_dq_kernel[grid](*tensors, mask, key_end, begins, ends, row_scale, stats, dq, *scalars, **by_rows)
@@ -124,27 +130,66 @@ def attention(
     return rows, dq, None if dk is None else sum_of_groups(dk, student_k.shape[1])
 
 
+def _means(
+    student_k: Tensor, teacher_k: Tensor, key_mask: Tensor | None, exact_difference: bool
+) -> tuple[Tensor, Tensor]:
+    """Of the keys that count, (B, heads, d) float32; with `exact_difference` rounded to 22 bits of the larger one, so
+    that float32 holds their difference. 0 for heads where they are small on both sides and in the difference, as they
+    are where one key lies far off, and where they are not finite."""
+    real = None if key_mask is None else key_mask[:, None, :, None]
+    same = student_k.shape == teacher_k.shape
+    found = [_mean(k, real) for k in (student_k, teacher_k)]
+    moved = [large for _, large in found]
+    if same:
+        moved = [moved[0] | moved[1] | _mean(student_k - teacher_k, real)[1]] * 2
+    means = [torch.where(large, mean, 0.0) for large, (mean, _) in zip(moved, found, strict=True)]
+    if exact_difference and same:
+        exponent = torch.frexp(torch.maximum(means[0].abs(), means[1].abs())).exponent
+        unit = torch.ldexp(torch.ones_like(means[0]), (exponent - 22).clamp(min=-100))
+        means = [(mean / unit).round() * unit for mean in means]
+    return means[0].contiguous(), means[1].contiguous()
+
+
+def _mean(k: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The mean of keys (B, heads, S, d), and whether (B, heads, 1) it is no small part of them."""
+    if real is None:
+        variance, mean = torch.var_mean(k, 2, correction=0)
+    else:
+        k, count = torch.where(real, k, 0.0), real.sum(2).clamp(min=1)
+        mean = k.sum(2) / count
+        variance = (torch.where(real, k - mean[:, :, None], 0.0)).square().sum(2) / count
+    squares = mean.square().sum(-1, keepdim=True)
+    return mean, (squares > COMMON * variance.sum(-1, keepdim=True)) & (squares < 1e30)
+
+
 def _relation_gradient(
     student: Tensor,
     teacher: Tensor,
+    means: tuple[Tensor, Tensor],
     mask: Tensor,
     end: Tensor,
     row_scale: Tensor,
     stats: Tensor,
     dstudent: Tensor | None,
     rule: tuple[str, bool, bool],
-    student_scale: float,
-    teacher_scale: float,
+    scales: tuple[float, float],
 ) -> None:
     """Into dstudent; behind end (B,) no token counts; rule: kind, causal, whether the mask is one."""
     batch, heads, length, size = student.shape
     float32, hip = student.dtype == torch.float32, torch.version.hip is not None
     constants, outer, inner, options = _configure(*rule, None, size, teacher.shape[-1], float32, hip)
+    shift = row_scale  # not read
+    if constants["CENTRED"]:
+        of_means = [
+            scale * ((x - mean[:, :, None].double()) @ mean[..., None].double())[..., 0]
+            for x, mean, scale in zip((student, teacher), means, scales, strict=True)
+        ]
+        shift = torch.stack((of_means[1], of_means[0] - of_means[1])).float().nan_to_num_(0.0, 0.0, 0.0)
     strides = [x.stride(i) for x in (student, teacher) for i in range(3)]
-    scalars = (*strides, heads, length, row_scale.numel(), student_scale, teacher_scale)
+    scalars = (*strides, heads, length, row_scale.numel(), *scales)
     attention_dx_kernel[(triton.cdiv(length, outer), batch * heads)](
-        student, teacher, mask, end, row_scale, stats, dstudent, *scalars, **constants, BLOCK_M=outer, BLOCK_N=inner,
-        **options,
+        student, teacher, *means, shift, mask, end, row_scale, stats, dstudent, *scalars, **constants, BLOCK_M=outer,
+        BLOCK_N=inner, **options,
     )  # fmt: skip
 
 
@@ -167,6 +212,7 @@ def _configure(
         "HAS_MASK": masked,
         "PACKED": packed,
         "DIFFERENCE": size_s == size_t and float32,
+        "CENTRED": kind != "score_mse" and float32,
         "SIZE_S": size_s,
         "SIZE_T": size_t,
         "PAD_S": pad_s,
@@ -240,6 +286,7 @@ def _aot_case(
         **dict.fromkeys(strides, "i32"),
         **{"key_mask_ptr": "*u8", "key_end_ptr": "*i32", "row_end_ptr": "*i32"},
         **{"begin_ptr": "*i32", "end_ptr": "*i32", "group_s": "i32", "group_t": "i32"},
+        **dict.fromkeys(("mean_s_ptr", "mean_t_ptr", "shift_ptr"), "*fp32"),
         **dict.fromkeys(("scale_ptr", "rows_ptr", "stats_ptr", "dq_ptr", "dk_ptr"), "*fp32"),
         **{"heads": "i32", "length": "i32", "plane": "i32", "scale_s": "fp32", "scale_t": "fp32"},
     }

@@ -6,7 +6,8 @@ gradients, `attention_dk_kernel` walks a block of keys over the query rows. Each
 atomics, so that equal inputs give equal bits. Where the inputs are float32 and the head sizes agree, the scores'
 difference is formed as [X_s - X_t, X_t] [Y_s, Y_s - Y_t]^T (X = scale * Q, Y = K) and stays exact near convergence;
 16-bit inputs are their own rounding, there the difference of two float32 accumulators is enough. At a key that has
-nearly all of a row's probability p - q is a statistic of the row: it has no digits in any other form.
+nearly all of a row's probability p - q is a statistic of the row: it has no digits in any other form. From float32 keys
+their means are taken off first, but for score_mse (CENTRED): a part that all keys have in common no softmax sees.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from fastdistil.kernels.triton.attention_tiles import (
     dot_accumulate,
     dscores,
     key_operands,
+    load_mean,
     load_rows,
     load_stats,
     query_operands,
@@ -31,11 +33,12 @@ from fastdistil.kernels.triton.exact import add_to_masses, forward_kl_terms, log
 
 @triton.jit
 def attention_fwd_kernel(
-    qs_ptr, ks_ptr, qt_ptr, kt_ptr, key_mask_ptr, key_end_ptr, begin_ptr, end_ptr, scale_ptr, stats_ptr,
+    qs_ptr, ks_ptr, qt_ptr, kt_ptr, mean_s_ptr, mean_t_ptr,
+    key_mask_ptr, key_end_ptr, begin_ptr, end_ptr, scale_ptr, stats_ptr,
     qs_b, qs_h, qs_n, ks_b, ks_h, ks_n, qt_b, qt_h, qt_n, kt_b, kt_h, kt_n,
     heads, group_s, group_t, length, plane, scale_s, scale_t,
     KIND: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr, DIFFERENCE: tl.constexpr,
-    SIZE_S: tl.constexpr, SIZE_T: tl.constexpr, PAD_S: tl.constexpr, PAD_T: tl.constexpr,
+    CENTRED: tl.constexpr, SIZE_S: tl.constexpr, SIZE_T: tl.constexpr, PAD_S: tl.constexpr, PAD_T: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program: the statistics of BLOCK_M query rows of one head. stats[:6]: see log_mass_ratio."""
@@ -50,6 +53,8 @@ def attention_fwd_kernel(
     l1, l2, l3 = query_operands(q_s, q_t, scale_s, scale_t, DIFFERENCE)
     ks_ptr += ib * ks_b + ih // group_s * ks_h
     kt_ptr += ib * kt_b + ih // group_t * kt_h
+    mean_s = load_mean(mean_s_ptr, head // group_s, SIZE_S, PAD_S, CENTRED)  # the groups divide the heads of a sequence
+    mean_t = load_mean(mean_t_ptr, head // group_t, SIZE_T, PAD_T, CENTRED)
     key_mask_ptr += ib * length
     end = tl.load(key_end_ptr + ib) if HAS_MASK else length
     if CAUSAL:
@@ -69,7 +74,10 @@ def attention_fwd_kernel(
         r1, r2, r3 = key_operands(
             load_rows(ks_ptr, ks_n, columns, length, real, SIZE_S, PAD_S),
             load_rows(kt_ptr, kt_n, columns, length, real, SIZE_T, PAD_T),
+            mean_s,
+            mean_t,
             DIFFERENCE,
+            CENTRED,
         )
         b, c = scores(l1, l2, l3, r1, r2, r3, scale_s, scale_t, DIFFERENCE, PRECISION)
         visible = real[None, :] & keep[:, None]
@@ -94,14 +102,16 @@ def attention_fwd_kernel(
 
 @triton.jit
 def attention_value_kernel(
-    qs_ptr, ks_ptr, qt_ptr, kt_ptr, key_mask_ptr, key_end_ptr, begin_ptr, end_ptr, scale_ptr, rows_ptr, stats_ptr,
+    qs_ptr, ks_ptr, qt_ptr, kt_ptr, mean_s_ptr, mean_t_ptr,
+    key_mask_ptr, key_end_ptr, begin_ptr, end_ptr, scale_ptr, rows_ptr, stats_ptr,
     qs_b, qs_h, qs_n, ks_b, ks_h, ks_n, qt_b, qt_h, qt_n, kt_b, kt_h, kt_n,
     heads, group_s, group_t, length, plane, scale_s, scale_t,
     KIND: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr, DIFFERENCE: tl.constexpr,
-    SIZE_S: tl.constexpr, SIZE_T: tl.constexpr, PAD_S: tl.constexpr, PAD_T: tl.constexpr,
+    CENTRED: tl.constexpr, SIZE_S: tl.constexpr, SIZE_T: tl.constexpr, PAD_S: tl.constexpr, PAD_T: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A program: the values of BLOCK_M rows of one head; for prob_mse also sum of P_s (P_s - P_t - top), stats[6]."""
+    """A program: the values of BLOCK_M rows of one head; for prob_mse also P_s - P_t at the key that has nearly all of
+    P_s, 0 where none has, and the sum of P_s times the slopes relative to it, stats[7] and stats[6]."""
     WIDE: tl.constexpr = qs_ptr.dtype.element_ty == tl.float32
     head = tl.program_id(1).to(tl.int64)
     ib, ih = head // heads, head % heads
@@ -116,6 +126,8 @@ def attention_value_kernel(
     max_a, log_mass_a, max_b, log_mass_b, log_ratio, top = load_stats(stats_ptr + at, plane, inside)
     ks_ptr += ib * ks_b + ih // group_s * ks_h
     kt_ptr += ib * kt_b + ih // group_t * kt_h
+    mean_s = load_mean(mean_s_ptr, head // group_s, SIZE_S, PAD_S, CENTRED)  # the groups divide the heads of a sequence
+    mean_t = load_mean(mean_t_ptr, head // group_t, SIZE_T, PAD_T, CENTRED)
     key_mask_ptr += ib * length
     end = tl.load(key_end_ptr + ib) if HAS_MASK else length
     if CAUSAL:
@@ -124,6 +136,8 @@ def attention_value_kernel(
     begin, end = walk(first, last, keep, end, BLOCK_N, PACKED)
 
     value = tl.zeros((BLOCK_M,), tl.float32)
+    at_top = tl.zeros((BLOCK_M,), tl.float32)
+    others = tl.zeros((BLOCK_M,), tl.float32)
     mean = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(begin, end, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
@@ -131,7 +145,10 @@ def attention_value_kernel(
         r1, r2, r3 = key_operands(
             load_rows(ks_ptr, ks_n, columns, length, real, SIZE_S, PAD_S),
             load_rows(kt_ptr, kt_n, columns, length, real, SIZE_T, PAD_T),
+            mean_s,
+            mean_t,
             DIFFERENCE,
+            CENTRED,
         )
         b, c = scores(l1, l2, l3, r1, r2, r3, scale_s, scale_t, DIFFERENCE, PRECISION)
         visible = real[None, :] & keep[:, None]
@@ -142,28 +159,33 @@ def attention_value_kernel(
         if KIND == "score_mse":
             value += tl.sum(tl.where(visible, c * c, 0.0), 1)
         else:
-            q, delta, e = differences(
+            q, delta, e, p = differences(
                 b, c, visible, max_a[:, None], log_mass_a[:, None], max_b[:, None], log_mass_b[:, None],
                 log_ratio[:, None], top[:, None], WIDE,
             )  # fmt: skip
             if KIND == "prob_mse":
                 value += tl.sum(e * e, 1)
-                mean += tl.sum((q + e) * (e - top[:, None]), 1)
+                at_top += tl.sum(tl.where(p > 0.75, e, 0.0), 1)
+                rest = tl.where(p > 0.75, 0.0, p)
+                others += tl.sum(rest, 1)
+                mean += tl.sum(rest * e, 1)
             else:
                 value += tl.sum(forward_kl_terms(q, delta, e), 1)
 
     tl.store(rows_ptr + at, tl.where(keep, value * scale, 0.0), mask=inside)
     if KIND == "prob_mse":
-        tl.store(stats_ptr + 6 * plane + at, mean, mask=inside)
+        tl.store(stats_ptr + 6 * plane + at, mean - at_top * others, mask=inside)
+        tl.store(stats_ptr + 7 * plane + at, at_top, mask=inside)
 
 
 @triton.jit
 def attention_dq_kernel(
-    qs_ptr, ks_ptr, qt_ptr, kt_ptr, key_mask_ptr, key_end_ptr, begin_ptr, end_ptr, scale_ptr, stats_ptr, dq_ptr,
+    qs_ptr, ks_ptr, qt_ptr, kt_ptr, mean_s_ptr, mean_t_ptr,
+    key_mask_ptr, key_end_ptr, begin_ptr, end_ptr, scale_ptr, stats_ptr, dq_ptr,
     qs_b, qs_h, qs_n, ks_b, ks_h, ks_n, qt_b, qt_h, qt_n, kt_b, kt_h, kt_n,
     heads, group_s, group_t, length, plane, scale_s, scale_t,
     KIND: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr, DIFFERENCE: tl.constexpr,
-    SIZE_S: tl.constexpr, SIZE_T: tl.constexpr, PAD_S: tl.constexpr, PAD_T: tl.constexpr,
+    CENTRED: tl.constexpr, SIZE_S: tl.constexpr, SIZE_T: tl.constexpr, PAD_S: tl.constexpr, PAD_T: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program: dstudent_q (contiguous float32) of BLOCK_M query rows of one head, scale_s * dA K_s."""
@@ -180,8 +202,11 @@ def attention_dq_kernel(
     l1, l2, l3 = query_operands(q_s, q_t, scale_s, scale_t, DIFFERENCE)
     max_a, log_mass_a, max_b, log_mass_b, log_ratio, top = load_stats(stats_ptr + at, plane, inside)
     mean = tl.load(stats_ptr + 6 * plane + at, mask=inside, other=0.0)
+    at_top = tl.load(stats_ptr + 7 * plane + at, mask=inside, other=0.0)
     ks_ptr += ib * ks_b + ih // group_s * ks_h
     kt_ptr += ib * kt_b + ih // group_t * kt_h
+    mean_s = load_mean(mean_s_ptr, head // group_s, SIZE_S, PAD_S, CENTRED)  # the groups divide the heads of a sequence
+    mean_t = load_mean(mean_t_ptr, head // group_t, SIZE_T, PAD_T, CENTRED)
     key_mask_ptr += ib * length
     end = tl.load(key_end_ptr + ib) if HAS_MASK else length
     if CAUSAL:
@@ -193,8 +218,14 @@ def attention_dq_kernel(
     for start in range(begin, end, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
         real = seen_keys(key_mask_ptr, end, columns, length, HAS_MASK)
-        k_s = load_rows(ks_ptr, ks_n, columns, length, real, SIZE_S, PAD_S)
-        r1, r2, r3 = key_operands(k_s, load_rows(kt_ptr, kt_n, columns, length, real, SIZE_T, PAD_T), DIFFERENCE)
+        r1, r2, r3 = key_operands(
+            load_rows(ks_ptr, ks_n, columns, length, real, SIZE_S, PAD_S),
+            load_rows(kt_ptr, kt_n, columns, length, real, SIZE_T, PAD_T),
+            mean_s,
+            mean_t,
+            DIFFERENCE,
+            CENTRED,
+        )
         b, c = scores(l1, l2, l3, r1, r2, r3, scale_s, scale_t, DIFFERENCE, PRECISION)
         visible = real[None, :] & keep[:, None]
         if CAUSAL:
@@ -204,12 +235,12 @@ def attention_dq_kernel(
         if KIND == "score_mse":
             d = tl.where(visible, 2.0 * c, 0.0)
         else:
-            q, _, e = differences(
+            _, _, e, p = differences(
                 b, c, visible, max_a[:, None], log_mass_a[:, None], max_b[:, None], log_mass_b[:, None],
                 log_ratio[:, None], top[:, None], WIDE,
             )  # fmt: skip
-            d = dscores(q, e, top[:, None], mean[:, None], KIND)
-        dq = dot_accumulate(dq, d, k_s, PRECISION)
+            d = dscores(p, e, at_top[:, None], mean[:, None], KIND)
+        dq = dot_accumulate(dq, d, r1, PRECISION)
 
     out = dq_ptr + at[:, None] * SIZE_S + tl.arange(0, PAD_S)[None, :]
     tl.store(out, dq * (scale * scale_s)[:, None], mask=inside[:, None] & (tl.arange(0, PAD_S) < SIZE_S)[None, :])
@@ -217,11 +248,12 @@ def attention_dq_kernel(
 
 @triton.jit
 def attention_dk_kernel(
-    qs_ptr, ks_ptr, qt_ptr, kt_ptr, key_mask_ptr, row_end_ptr, begin_ptr, end_ptr, scale_ptr, stats_ptr, dk_ptr,
+    qs_ptr, ks_ptr, qt_ptr, kt_ptr, mean_s_ptr, mean_t_ptr,
+    key_mask_ptr, row_end_ptr, begin_ptr, end_ptr, scale_ptr, stats_ptr, dk_ptr,
     qs_b, qs_h, qs_n, ks_b, ks_h, ks_n, qt_b, qt_h, qt_n, kt_b, kt_h, kt_n,
     heads, group_s, group_t, length, plane, scale_s, scale_t,
     KIND: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr, DIFFERENCE: tl.constexpr,
-    SIZE_S: tl.constexpr, SIZE_T: tl.constexpr, PAD_S: tl.constexpr, PAD_T: tl.constexpr,
+    CENTRED: tl.constexpr, SIZE_S: tl.constexpr, SIZE_T: tl.constexpr, PAD_S: tl.constexpr, PAD_T: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program: dstudent_k (contiguous float32) of BLOCK_N keys for one query head, scale_s * dA^T Q_s; all tiles
@@ -235,7 +267,10 @@ def attention_dk_kernel(
     r1, r2, r3 = key_operands(
         load_rows(ks_ptr + ib * ks_b + ih // group_s * ks_h, ks_n, columns, length, real, SIZE_S, PAD_S),
         load_rows(kt_ptr + ib * kt_b + ih // group_t * kt_h, kt_n, columns, length, real, SIZE_T, PAD_T),
+        load_mean(mean_s_ptr, head // group_s, SIZE_S, PAD_S, CENTRED),
+        load_mean(mean_t_ptr, head // group_t, SIZE_T, PAD_T, CENTRED),
         DIFFERENCE,
+        CENTRED,
     )
     qs_ptr += ib * qs_b + ih * qs_h
     qt_ptr += ib * qt_b + ih * qt_h
@@ -254,6 +289,7 @@ def attention_dk_kernel(
         keep = scale != 0
         max_a, log_mass_a, max_b, log_mass_b, log_ratio, top = load_stats(stats_ptr + rows, plane, rows < length)
         mean = tl.load(stats_ptr + 6 * plane + rows, mask=rows < length, other=0.0)
+        at_top = tl.load(stats_ptr + 7 * plane + rows, mask=rows < length, other=0.0)
         q_s = load_rows(qs_ptr, qs_n, rows, length, keep, SIZE_S, PAD_S)
         l1, l2, l3 = query_operands(
             q_s, load_rows(qt_ptr, qt_n, rows, length, keep, SIZE_T, PAD_T), scale_s, scale_t, DIFFERENCE
@@ -267,11 +303,11 @@ def attention_dk_kernel(
         if KIND == "score_mse":
             d = tl.where(visible, 2.0 * c, 0.0) * scale[None, :]
         else:
-            q, _, e = differences(
+            _, _, e, p = differences(
                 b, c, visible, max_a[None, :], log_mass_a[None, :], max_b[None, :], log_mass_b[None, :],
                 log_ratio[None, :], top[None, :], WIDE,
             )  # fmt: skip
-            d = dscores(q, e, top[None, :], mean[None, :], KIND) * scale[None, :]
+            d = dscores(p, e, at_top[None, :], mean[None, :], KIND) * scale[None, :]
         dk = dot_accumulate(dk, d, q_s, PRECISION)
 
     out = dk_ptr + (head * length + columns)[:, None] * SIZE_S + tl.arange(0, PAD_S)[None, :]

@@ -27,9 +27,28 @@ def query_operands(q_s, q_t, scale_s, scale_t, DIFFERENCE: tl.constexpr):
 
 
 @triton.jit
-def key_operands(k_s, k_t, DIFFERENCE: tl.constexpr):
-    if DIFFERENCE:
+def load_mean(ptr, index, SIZE: tl.constexpr, PAD: tl.constexpr, CENTRED: tl.constexpr):
+    """The mean of a head's keys (1, PAD), of a contiguous (heads, SIZE); 0, and not read, where none is taken off."""
+    columns = tl.arange(0, PAD)
+    if CENTRED:
+        return tl.load(ptr + index * SIZE + columns, mask=columns < SIZE, other=0.0)[None, :]
+    else:
+        return 0.0
+
+
+@triton.jit
+def key_operands(k_s, k_t, mean_s, mean_t, DIFFERENCE: tl.constexpr, CENTRED: tl.constexpr):
+    """The right factors, less the keys' means: what all keys have in common no softmax sees. The difference of the keys
+    is that of the unrounded ones, rounded once where it is near the means' difference."""
+    if DIFFERENCE and CENTRED:
+        d = k_s - k_t
+        back = k_s - d
+        rest = (k_s - (d + back)) + (back - k_t)
+        return k_s - mean_s, (d - (mean_s - mean_t)) + rest, k_t - mean_t
+    elif DIFFERENCE:
         return k_s, k_s - k_t, k_t
+    elif CENTRED:
+        return k_s - mean_s, k_t - mean_t, k_t - mean_t
     else:
         return k_s, k_t, k_t
 
@@ -63,7 +82,7 @@ def load_stats(ptr, plane, inside):
 def differences(
     b, c, visible, max_a, log_mass_a, max_b, log_mass_b, log_ratio, top, WIDE: tl.constexpr
 ):  # fmt: skip
-    """q, delta and p - q of a tile, 0 in q and p - q where nothing is visible; the statistics broadcast to it. Without
+    """q, delta, p - q and p of a tile, 0 but in delta where nothing is visible; the statistics broadcast to it. Without
     WIDE they are three: the teacher's logsumexp in the place of its maximum, D and `top`; they round p and q by 2^-24
     times the largest score, which 16-bit inputs do not see, and leave registers for the tiles.
 
@@ -77,15 +96,16 @@ def differences(
     else:
         q = tl.exp(b - max_b)
         log_p = (b - max_b) + delta
-    return q, delta, tl.where(q > 0.75, top, scaled_expm1(q, delta, log_p))
+    return q, delta, tl.where(q > 0.75, top, scaled_expm1(q, delta, log_p)), tl.exp(log_p)
 
 
 @triton.jit
-def dscores(q, p_minus_q, top, mean, KIND: tl.constexpr):
-    """The gradient of a row's loss in the student's scores; top and mean broadcast to the tile. prob_mse takes its
-    slopes p - q relative to `top`, which the gradient does not see: at a sharp key slope minus mean would cancel."""
+def dscores(p, p_minus_q, at_top, mean, KIND: tl.constexpr):
+    """The gradient of a row's loss in the student's scores; at_top and mean broadcast to the tile. prob_mse takes its
+    slopes p - q relative to the one at the key that has nearly all of p, at_top, which the gradient does not see: else
+    slope minus mean would cancel there. Without such a key at_top is 0."""
     if KIND == "prob_mse":
-        return 2.0 * (q + p_minus_q) * ((p_minus_q - top) - mean)
+        return 2.0 * p * (tl.where(p > 0.75, 0.0, p_minus_q - at_top) - mean)
     else:
         return p_minus_q
 
