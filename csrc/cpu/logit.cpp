@@ -21,7 +21,7 @@ template <class E>
 void own_softmax(Row<E>& row, Block<E>& block) {
   using T = Compute<E>;
   LogSum<T> own;
-  for_blocks(row, block, [&](int64_t, int n, int) { own.add(block.a, n, row.tempering.student.whole); });
+  for_blocks(row, block, [&](int64_t, int n, int) { own.add(block.a, n, row.tempering.inv_student); });
   row.stats.own_max = own.max, row.stats.own_log = static_cast<T>(std::log(own.sum));
 }
 
@@ -30,7 +30,7 @@ void add_block(const Block<E>& block, int n, const Tempering<Compute<E>>& temper
                Masses<Compute<E>, double>& masses) {
   using T = Compute<E>;
   const Unit<T> unit = masses.unit();
-  const T inv_student = tempering.student.whole, inv_teacher = tempering.teacher.whole;
+  const T inv_student = tempering.inv_student, inv_teacher = tempering.inv_teacher;
   const T *a = block.a, *b = block.b, *d = block.d;
   T sum = 0, difference = 0;
 #pragma omp simd reduction(+ : sum, difference)
@@ -73,16 +73,14 @@ bool add_row(Row<E>& row, Block<E>& block, Masses<Compute<E>, double>& masses) {
 template <bool kCentred, class E>
 void statistics(Row<E>& row, Block<E>& block, bool part) {
   using T = Compute<E>;
-  const auto shift_at = [&row](int64_t i) {
-    return column_shift<T>(to_compute(row.student[i]), to_compute(row.teacher[i]), row.tempering);
+  const auto column_at = [&row](int64_t i) {
+    return Scores<T>{to_compute(row.student[i]), to_compute(row.teacher[i]), T(0)};
   };
-  row.tempering.shift =
-      guessed_shift(shift_at(row.columns / 4), shift_at(row.columns / 2), shift_at(row.columns / 4 * 3));
+  guess_shift(row.tempering, column_at(row.columns / 4), column_at(row.columns / 2), column_at(row.columns / 4 * 3));
   Masses<T, double> masses;
   bool near = add_row<kCentred>(row, block, masses);
   if (misplaced(masses)) {
-    row.tempering.shift = 0;
-    row.tempering.shift = column_shift(masses.own, masses.max, row.tempering);
+    row.tempering.shift_to(masses.own, masses.max);
     masses = {};
     block.whole = false;
     near = add_row<kCentred>(row, block, masses);
@@ -222,15 +220,16 @@ class Kernel {
     const T* s = stats(r);
     row.stats = {s[kMax],    s[kInvSum], s[kLogRatio],   s[kCentre],    s[kReference],
                  s[kOwnMax], s[kOwnLog], s[kTopStudent], s[kTopTeacher]};
-    row.tempering.shift = s[kShift];
+    row.tempering.shift_to(s[kShift], s[kShiftTeacher]);
   }
 
   void put(int64_t r, const Row<E>& row, T loss) const {
     T* s = stats(r);
-    s[kMax] = row.stats.max, s[kInvSum] = row.stats.inv_sum, s[kShift] = row.tempering.shift;
+    s[kMax] = row.stats.max, s[kInvSum] = row.stats.inv_sum, s[kShift] = row.tempering.student;
     s[kLogRatio] = row.stats.log_ratio, s[kCentre] = row.stats.centre, s[kReference] = row.stats.reference;
     s[kOwnMax] = row.stats.own_max, s[kOwnLog] = row.stats.own_log;
     s[kTopStudent] = row.stats.top_student, s[kTopTeacher] = row.stats.top_teacher;
+    s[kShiftTeacher] = row.tempering.teacher;
     static_cast<T*>(args_.loss)[r] = loss;
   }
 

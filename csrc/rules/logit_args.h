@@ -11,7 +11,8 @@ enum class DType : int { f32, bf16, f16, f64 };
 enum LogitStat : int {
   kMax,         // largest teacher logit
   kInvSum,      // 1 / sum of exp((teacher - max) / T_t)
-  kShift,       // constant taken off the rows' differences: of logits where the temperatures agree, else of scores
+  kShift,       // the constant taken off the rows' differences: of logits where the temperatures agree; else that of
+                // the scores of this student's and kShiftTeacher's logit
   kLogRatio,    // D = lse(a) - lse(b) - kReference, after the shift; infinite where the rows lie far apart
   kCentre,      // sum of p * (slope - anchor), rules/pair.h (0 for direct rules)
   kReference,   // a - b, after the shift, where the teacher is largest
@@ -19,6 +20,7 @@ enum LogitStat : int {
   kOwnLog,
   kTopStudent,  // the student's largest logit, for centred rules (else 0)
   kTopTeacher,  // and the teacher's in that column
+  kShiftTeacher,
   kStats
 };
 

@@ -6,44 +6,31 @@
 namespace fastdistil {
 inline namespace FD_ISA {
 
-// 1 / temperature; high + middle + low is the same with twice the digits.
-template <class T>
-struct Inverse {
-  T whole, high, middle, low;
-};
-
-// The upper 12 bits of a float's 24: products of two such numbers are exact.
-FD_FUNCTION float upper_bits(float x) { return math::bits<float>(math::bits<uint32_t>(x) & 0xfffff000u); }
-
-template <class T>
-FD_FUNCTION Inverse<T> inverse_of(double temperature);
-
-template <>
-FD_FUNCTION Inverse<float> inverse_of<float>(double temperature) {
-  const double inverse = 1.0 / temperature;
-  const float high = upper_bits(static_cast<float>(inverse));
-  const float middle = upper_bits(static_cast<float>(inverse - high));
-  return {static_cast<float>(inverse), high, middle, static_cast<float>(inverse - high - middle)};
-}
-
-template <>
-FD_FUNCTION Inverse<double> inverse_of<double>(double temperature) {
-  const double inverse = 1.0 / temperature;
-  return {inverse, inverse, ::fma(-inverse, temperature, 1.0) / temperature, 0.0};
-}
-
-// How logits become differences of scores: a/T_s - b/T_t - shift, or (a - b - shift) / T where the temperatures agree.
+// How logits become differences of scores: s/T_s - t/T_t less that of one column, the shift's, or (s - t - shift) / T
+// where the temperatures agree. KL does not see such a constant, but subtracted late it would cost the difference its
+// digits.
 template <class T>
 struct Tempering {
-  Inverse<T> student, teacher;
+  T inv_student, inv_teacher;
+  double wide_student, wide_teacher;  // the same
   bool equal;
-  T shift;
+  T student, teacher;  // the shift's column; s - t and 0 where the temperatures agree
+  double shift;
+
+  FD_FUNCTION void shift_to(T s, T t) {
+    student = equal ? s - t : s, teacher = equal ? T(0) : t;
+    shift = equal ? static_cast<double>(student) : s * wide_student - t * wide_teacher;
+  }
+
+  FD_FUNCTION double difference(T s, T t) const {
+    return equal ? (static_cast<double>(s) - t - shift) * wide_student : s * wide_student - t * wide_teacher - shift;
+  }
 };
 
 template <class T>
 FD_FUNCTION Tempering<T> tempering_of(double student_temperature, double teacher_temperature) {
-  return {inverse_of<T>(student_temperature), inverse_of<T>(teacher_temperature),
-          student_temperature == teacher_temperature, T(0)};
+  const double s = 1.0 / student_temperature, t = 1.0 / teacher_temperature;
+  return {static_cast<T>(s), static_cast<T>(t), s, t, student_temperature == teacher_temperature, T(0), T(0), 0.0};
 }
 
 template <class T>
@@ -51,54 +38,26 @@ struct Scores {
   T a, b, d;  // logits of student and teacher as they are; the difference of their scores, tempered and shifted
 };
 
-// x = fl(s - t): what the rounding left off.
-template <class T>
-FD_FUNCTION T difference_error(T s, T t, T x) {
-  const T back = x - s;
-  return (s - (x - back)) - (t + back);
-}
-
-template <class T>
-struct Product {
-  T value, error;
-};
-
-FD_FUNCTION Product<float> product(float z, Inverse<float> inverse) {
-  const float high = upper_bits(z), low = z - high;
-  return {high * inverse.high,
-          (high * inverse.middle + low * inverse.high) + (low * inverse.middle + z * inverse.low)};
-}
-
-FD_FUNCTION Product<double> product(double z, Inverse<double> inverse) {
-  const double value = z * inverse.high;
-  return {value, ::fma(z, inverse.high, -value) + z * inverse.middle};
-}
-
-// Which of the three forms below a row needs.
+// Which of the forms below a row needs.
 enum class Form { plain, shifted, tempered };
 
 template <class T>
-FD_FUNCTION Form form_of(const Tempering<T>& t) {
-  return !t.equal ? Form::tempered : t.shift != T(0) ? Form::shifted : Form::plain;
+FD_FUNCTION Form form_of(const Tempering<T>& row) {
+  return !row.equal ? Form::tempered : row.shift != 0 ? Form::shifted : Form::plain;
 }
 
-// Neither a large constant between the rows nor two temperatures may cost a digit of what is left: the difference has
-// the rounding of its own size alone. Where both sides are -inf it is 0.
+// Of every form the rounding is that of the result's own size. Where both sides are -inf it is 0.
 template <Form kForm, class T>
 FD_FUNCTION T score_difference(T s, T t, const Tempering<T>& row) {
-  if (kForm == Form::plain) return (s == t ? T(0) : s - t) * row.student.whole;
+  if (kForm == Form::plain) return (s == t ? T(0) : s - t) * row.inv_student;
   const bool absent = s == T(-INFINITY) && t == T(-INFINITY);
   if (kForm == Form::shifted) {
-    const T x = s - t, error = difference_error(s, t, x);
-    const T d = (x - row.shift) + (error == error ? error : T(0));  // NaN where x is infinite
-    return absent ? T(0) : d * row.student.whole;
+    const T x = s - t, back = x - s;
+    const T error = (s - (x - back)) - (t + back);  // s - t - x exactly, NaN where x is infinite
+    const T d = (x - static_cast<T>(row.shift)) + (error == error ? error : T(0));
+    return absent ? T(0) : d * row.inv_student;
   }
-  const Product<T> a = product(s, row.student), b = product(t, row.teacher);
-  const T x = a.value - b.value;
-  const T d = (x - row.shift) + (difference_error(a.value, b.value, x) + (a.error - b.error));
-  const T plain = s * row.student.whole - t * row.teacher.whole;
-  const T rough = plain == plain || s != s || t != t ? plain : T(0);  // both beyond all numbers
-  return absent ? T(0) : math::magnitude(d) < T(INFINITY) ? d : rough;
+  return absent ? T(0) : static_cast<T>((s * row.wide_student - t * row.wide_teacher) - row.shift);
 }
 
 template <class T>
@@ -108,25 +67,21 @@ FD_FUNCTION Scores<T> scores(T student, T teacher, const Tempering<T>& row) {
   return {student, teacher, d};
 }
 
-// A difference that a row may be shifted by; where one side is infinite, none.
+// A difference that a row may be shifted by, or measured against: none where one side is infinite.
 template <class T>
-FD_FUNCTION T usable_shift(T d) {
-  return math::magnitude(d) < T(1e6) ? d : T(0);
+FD_FUNCTION bool usable(T d) {
+  return math::magnitude(d) < T(1e6);
 }
 
-// The difference of a column before any shift, in the shift's units.
+// The first guess at a shift: the second of three columns, if another one agrees with it. misplaced() tells whether it
+// was good.
 template <class T>
-FD_FUNCTION T column_shift(T student, T teacher, const Tempering<T>& row) {
-  const T d = row.equal ? student - teacher : score_difference<Form::tempered>(student, teacher, row);
-  return usable_shift(d);
-}
-
-// KL does not see a constant between student and teacher, but subtracting it late would cost the difference its digits.
-// A first guess from three columns: what two of them agree about, else 0. misplaced() tells whether it was good.
-template <class T>
-FD_FUNCTION T guessed_shift(T first, T second, T third) {
-  const T near = math::magnitude(second) / T(8);
-  return math::magnitude(first - second) <= near || math::magnitude(third - second) <= near ? second : T(0);
+FD_FUNCTION void guess_shift(Tempering<T>& row, Scores<T> first, Scores<T> second, Scores<T> third) {
+  const T middle = static_cast<T>(row.difference(second.a, second.b)), near = math::magnitude(middle) / T(8);
+  const T before = static_cast<T>(row.difference(first.a, first.b)) - middle;
+  const T behind = static_cast<T>(row.difference(third.a, third.b)) - middle;
+  if (usable(middle) && (math::magnitude(before) <= near || math::magnitude(behind) <= near))
+    row.shift_to(second.a, second.b);
 }
 
 // Up to this |d| (and |r|, and |D|) one expm1 serves both sides: beyond, q may underflow where p does not.
@@ -181,13 +136,13 @@ struct Masses {
 
   // A column comes that may be the largest yet.
   FD_FUNCTION void raise(Scores<T> c, const Tempering<T>& row) {
-    const T inv_student = row.student.whole, inv_teacher = row.teacher.whole;
     if (c.b > max) {
-      const bool usable = math::magnitude(c.d) < T(1e6);  // else d = 0 is what is measured against
-      const T level = row.equal ? c.b + row.shift : (c.b * inv_teacher + row.shift) / inv_student;
-      move(c.b, usable ? c.a : level, usable ? c.d : T(0), inv_student, inv_teacher);
+      const bool comparable = usable(c.d);  // else d = 0 is what is measured against
+      const T level = static_cast<T>((c.b * row.wide_teacher + (row.equal ? row.shift * row.wide_teacher : row.shift)) /
+                                     row.wide_student);
+      move(c.b, comparable ? c.a : level, comparable ? c.d : T(0), row.inv_student, row.inv_teacher);
     } else if (max == T(-INFINITY) && c.a > own) {
-      move(max, c.a, T(0), inv_student, inv_teacher);
+      move(max, c.a, T(0), row.inv_student, row.inv_teacher);
     }
   }
 };
@@ -236,7 +191,7 @@ struct RowTerms {
   T log_sum;  // the teacher's ln of sum e^(b - max)
   Mixture<T> mixture;
   Origin<T> origin;
-  bool by_scores;  // turn is d - turn_zero, else delta - turn_zero
+  bool by_scores;       // turn is d - turn_zero, else delta - turn_zero
   T turn_zero, anchor;  // anchor: the slope at the student's largest column
 };
 
@@ -252,7 +207,10 @@ FD_FUNCTION Column<T> column(Scores<T> c, const RowTerms<T>& terms) {
   }
   const bool is_near = math::magnitude(near) <= T(1);
   const T log_p = (c.a - row.own_max) * terms.inv_student - row.own_log, log_q = log_weight - terms.log_sum;
-  const T delta = is_near ? near : log_p == log_q ? T(0) : log_p - log_q;  // equal: absent on both sides
+  // Each has a rounding of its own size.
+  const bool by_difference = math::magnitude(c.d) + math::magnitude(row.reference + row.log_ratio) <=
+                             math::magnitude(log_p) + math::magnitude(log_q);
+  const T delta = is_near || by_difference ? near : log_p - log_q;
   const T difference = q * math::expm1(is_near ? near : T(0)), own = math::exp(log_p);
   const T gap = is_near ? difference : own - q, p = is_near ? q + difference : own;
   return {p, q, delta, gap, math::excess(q, gap, delta), (terms.by_scores ? c.d : delta) - terms.turn_zero};
@@ -262,20 +220,24 @@ FD_FUNCTION Column<T> column(Scores<T> c, const RowTerms<T>& terms) {
 // of it than its teacher: elsewhere that column is none of those whose slopes are alike.
 template <class Rule, class T>
 FD_FUNCTION RowTerms<T> row_terms(RowStats<T> stats, const Tempering<T>& tempering, Mixture<T> mixture) {
-  RowTerms<T> terms{stats, tempering.student.whole, tempering.teacher.whole, T(0), mixture, {}, false, T(0), T(0)};
-  terms.log_sum = -static_cast<T>(::log(static_cast<double>(stats.inv_sum)));
+  RowTerms<T> terms{stats, tempering.inv_student, tempering.inv_teacher, T(0), mixture, {}, false, T(0), T(0)};
+  const double log_sum = -::log(static_cast<double>(stats.inv_sum));
+  terms.log_sum = static_cast<T>(log_sum);
+  // Where the rows lie far apart, D is the difference of their logarithms after all.
+  if (stats.log_ratio == T(INFINITY))
+    terms.stats.log_ratio = static_cast<T>(tempering.difference(stats.own_max, stats.max) + (stats.own_log - log_sum) -
+                                           stats.reference);
   terms.stats.own_log += T(0) * stats.inv_sum;  // a teacher that is NaN, or nothing at all, stays visible on both sides
   if constexpr (Rule::centred) {
     const Scores<T> top = scores(stats.top_student, stats.top_teacher, tempering);
     Column<T> c = column<false>(top, terms);
     T zero = T(0);
-    const bool usable = math::magnitude(top.d) < T(1e6);
     if constexpr (Rule::mixture) {
       zero = math::clamp(c.delta, T(0), T(kFarthestOrigin));
-      terms.by_scores = usable && zero == c.delta;
+      terms.by_scores = usable(top.d) && zero == c.delta;
       terms.origin = Rule::origin(mixture, zero);
     } else {
-      terms.by_scores = usable;
+      terms.by_scores = usable(top.d);
     }
     terms.turn_zero = terms.by_scores ? top.d : zero;
     c.turn = terms.by_scores ? T(0) : c.delta - zero;

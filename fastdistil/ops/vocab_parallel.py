@@ -124,11 +124,11 @@ def merge(stats: Tensor, rule: LogitRule, group: dist.ProcessGroup) -> None:
     its teacher. Each part took its own shift off its differences; the one of that part becomes everybody's."""
     t_s, t_t = rule["student_temperature"], rule["teacher_temperature"]
     parts = _gather(stats, group).unbind(-1)  # (R, n) each
-    largest, inv_sum, shift, log_ratio, _, reference, own_max, own_log, top_student, top_teacher = parts
+    largest, inv_sum, shift, log_ratio, _, reference, own_max, own_log, top_student, top_teacher, shift_t = parts
     at = largest.argmax(0, keepdim=True)
-    common = shift.gather(0, at)[0]
-    unit = 1 / t_s if t_s == t_t else 1.0  # what a shift of 1 takes off a score: equal temperatures divide afterwards
-    back = (shift - common) * unit
+    offset = shift / t_s - shift_t / t_t
+    common = offset.gather(0, at)[0]
+    back = offset - common
     own_top = own_max.amax(0)
     own_mass = torch.where(own_max == -torch.inf, 0.0, torch.exp((own_max - own_top) / t_s + own_log)).sum(0)
     seen = largest != -torch.inf
@@ -137,7 +137,7 @@ def merge(stats: Tensor, rule: LogitRule, group: dist.ProcessGroup) -> None:
     mass = torch.where(seen, torch.exp((largest - level) / t_t) / inv_sum, 0.0)
     total = mass.sum(0)
     shared = reference.gather(0, at)[0]
-    own = own_max / t_s + own_log - common * unit  # lse(a)
+    own = own_max / t_s + own_log - common  # lse(a)
     plain = own - (largest / t_t - inv_sum.log())  # lse(a) - lse(b) of a part that lies far from its teacher
     moved = torch.where(log_ratio.isinf(), plain - shared, log_ratio + (reference + back - shared))
     absent = torch.exp(own - level / t_t - total.log() - shared)
@@ -147,7 +147,7 @@ def merge(stats: Tensor, rule: LogitRule, group: dist.ProcessGroup) -> None:
     student_at = top_student.argmax(0, keepdim=True)
     stats[:, 0] = torch.where(top == -torch.inf, torch.nan, top)
     stats[:, 1] = 1 / total
-    stats[:, 2] = common
+    stats[:, 2] = shift.gather(0, at)[0]
     stats[:, 3] = torch.where(near, torch.log1p(torch.where(near, ratio, 0.0)), torch.inf)
     stats[:, 4] = 0
     stats[:, 5] = shared
@@ -155,3 +155,4 @@ def merge(stats: Tensor, rule: LogitRule, group: dist.ProcessGroup) -> None:
     stats[:, 7] = own_mass.log()
     stats[:, 8] = top_student.gather(0, student_at)[0]
     stats[:, 9] = top_teacher.gather(0, student_at)[0]
+    stats[:, 10] = shift_t.gather(0, at)[0]
