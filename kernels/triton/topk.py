@@ -56,8 +56,9 @@ def topk_fwd(
     if student.shape[0]:
         topk_fwd_kernel[(student.shape[0],)](
             student, values, columns, rest, row_scale, loss, stats, student if gradient is None else gradient, *sizes,
-            *_split(rule["temperature"]), rule["value_factor"], rule["beta"], RULE=divergence.share,
-            CENTRED=divergence.centred, TAIL=rule["tail"], GRADIENT=gradient is not None, KBLOCK=kblock, **constants,
+            *_split(rule["temperature"]), rule["value_factor"], rule["beta"], 1.0 - rule["beta"],
+            RULE=divergence.relative, CENTRED=divergence.centred, MIXTURE=divergence.mixture, TAIL=rule["tail"],
+            GRADIENT=gradient is not None, KBLOCK=kblock, **constants,
         )  # fmt: skip
 
 
@@ -101,15 +102,16 @@ def _aot_case(rule: Rule | None, tail: int, dtype: str, lanes: int, targets: tup
         **dict.fromkeys(("values_ptr", "rest_ptr", "stats_ptr"), "*fp64"),
         "chosen_ptr": "*i32",
         **dict.fromkeys(("V", "K", "student_stride", "gradient_stride"), "i32"),
-        **dict.fromkeys(("inv_high", "inv_low", "value_factor", "beta"), "fp32"),
+        **dict.fromkeys(("inv_high", "inv_low", "value_factor", "beta", "rest"), "fp32"),
     }
     constants: dict[str, Any] = {"STATS": STATS, "VEC": 8 if dtype != "fp32" else 4, "BLOCK": block}
     if rule is None:
         constants |= {"KEEP_UNIT": True}
     else:
-        constants |= {"RULE": rule.share, "CENTRED": rule.centred, "TAIL": tail, "GRADIENT": True, "KBLOCK": kblock}
+        constants |= {"RULE": rule.relative, "CENTRED": rule.centred, "MIXTURE": rule.mixture}
+        constants |= {"TAIL": tail, "GRADIENT": True, "KBLOCK": kblock}
     signature = {k: v for k, v in types.items() if k in kernel.arg_names}
-    label = "bwd" if rule is None else rule.share.fn.__name__
+    label = "bwd" if rule is None else rule.relative.fn.__name__
     return {
         "name": f"{kernel.fn.__name__}-{label}-{tail}-{dtype}",
         "kernel": kernel,

@@ -145,12 +145,12 @@ def _spread(
 @triton.jit
 def topk_fwd_kernel(
     student_ptr, values_ptr, chosen_ptr, rest_ptr, scale_ptr, loss_ptr, stats_ptr, gradient_ptr,
-    V, K, student_stride, gradient_stride, inv_high, inv_low, value_factor, beta,
-    RULE: tl.constexpr, CENTRED: tl.constexpr, TAIL: tl.constexpr, GRADIENT: tl.constexpr, STATS: tl.constexpr,
-    VEC: tl.constexpr, BLOCK: tl.constexpr, KBLOCK: tl.constexpr,
+    V, K, student_stride, gradient_stride, inv_high, inv_low, value_factor, beta, rest,
+    RULE: tl.constexpr, CENTRED: tl.constexpr, MIXTURE: tl.constexpr, TAIL: tl.constexpr, GRADIENT: tl.constexpr,
+    STATS: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr, KBLOCK: tl.constexpr,
 ):  # fmt: skip
     """loss (N,), stats (N, STATS + K) and, with GRADIENT, gradient (N, V), all times the row's scale. TAIL: index into
-    fastdistil.ops.topk_rule.TAILS; 1/T is inv_high + inv_low."""
+    fastdistil.ops.topk_rule.TAILS; 1/T is inv_high + inv_low, rest 1 - beta."""
     row = tl.program_id(0).to(tl.int64)
     scale = tl.load(scale_ptr + row)
     live = scale != 0.0
@@ -197,7 +197,8 @@ def topk_fwd_kernel(
         slope_ratio = _log_ratio(rho, nowhere, top_u, ref, weight, excess)
     value, slope = _outcomes(
         s_row, values_ptr, chosen_ptr, stats_ptr + STATS, V, tl.where(live, K, 0), rho, omega, own_a, own_u, ref, lse_a,
-        lse_u, log_ratio, teacher, slope_ratio, part, inv_t, beta, RULE, CENTRED, TAIL == 2, KBLOCK,
+        lse_u, log_ratio, teacher, slope_ratio, part, inv_t, beta, rest, RULE, CENTRED, MIXTURE, TAIL == 2,
+        KBLOCK,
     )  # fmt: skip
     value = value.to(tl.float64)
     nothing = live == 0

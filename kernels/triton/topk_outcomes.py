@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from fastdistil.kernels.triton.divergence import origin
 from fastdistil.kernels.triton.numerics import expm1_near
 
 
@@ -113,17 +114,48 @@ def _column(a, u, lse_a, lse_u, ref, log_ratio):
 
 
 @triton.jit
-def _relative(slope, a, u, own_a, own_u, anchor):
-    """Slopes relative to the one at the student's largest outcome (own_a, own_u), exactly 0 there: the gradient of a
-    student that is sure of it, the difference of that slope and almost the same mean, would be rounding."""
-    return tl.where((a == own_a) & (u == own_u), 0.0, slope - anchor)
+def _origin(
+    own_a, own_u, lse_a, lse_u, ref, log_ratio, beta, rest, RULE: tl.constexpr, MIXTURE: tl.constexpr
+):  # fmt: skip
+    """Where a centred rule's slopes are taken from, the student's largest outcome: as logit_kernels.py has it."""
+    p, q, delta, gap = _column(own_a, own_u, lse_a, lse_u, ref, log_ratio)
+    by_scores = tl.abs(own_a - own_u) < 1e6
+    zero = delta * 0.0
+    own, other, log_own, curve = 1.0, 0.0, 0.0, 1.0
+    if MIXTURE is not None:
+        zero = tl.where(delta == delta, tl.minimum(tl.maximum(delta, 0.0), 60.0), delta)
+        by_scores = by_scores & (zero == delta)
+        if MIXTURE == "beta":
+            own, other, log_own, curve = origin(beta, rest, zero)
+        else:
+            own, other, log_own, curve = origin(rest, beta, zero)
+    turn = tl.where(by_scores, 0.0, delta - zero)
+    _, anchor = RULE(p, q, delta, gap, turn, beta, rest, own, other, log_own, curve)
+    return by_scores, zero, anchor, own, other, log_own, curve
+
+
+@triton.jit
+def _slope(
+    a, u, p, q, delta, gap, own_a, own_u, by_scores, zero, anchor, beta, rest, own, other, log_own, curve,
+    RULE: tl.constexpr, CENTRED: tl.constexpr,
+):  # fmt: skip
+    """An outcome's share of the value, and its slope; of a centred rule relative to that of the student's largest
+    outcome (own_a, own_u), exactly 0 there: the gradient of a student that is sure of it, the difference of that slope
+    and almost the same mean, would be rounding. The turn of divergence.py is a difference of scores where it can be."""
+    turn = delta
+    if CENTRED:
+        turn = tl.where(by_scores, (_difference(a, u) - (own_a - own_u)).to(tl.float32), delta - zero)
+    value, slope = RULE(p, q, delta, gap, turn, beta, rest, own, other, log_own, curve)
+    if CENTRED:
+        slope = tl.where((a == own_a) & (u == own_u), 0.0, slope - anchor)
+    return value, slope
 
 
 @triton.jit
 def _outcomes(
     student_ptr, values_ptr, chosen_ptr, named_ptr, V, K, rho, omega, own_a, own_u, ref, lse_a, lse_u, log_ratio,
-    slope_lse, slope_ratio, scale, inv_t, beta, RULE: tl.constexpr, CENTRED: tl.constexpr, ZERO: tl.constexpr,
-    KBLOCK: tl.constexpr,
+    slope_lse, slope_ratio, scale, inv_t, beta, rest, RULE: tl.constexpr, CENTRED: tl.constexpr, MIXTURE: tl.constexpr,
+    ZERO: tl.constexpr, KBLOCK: tl.constexpr,
 ):  # fmt: skip
     """The row's value and the gradient in rho, without scale; the K gradients, times scale, go to named_ptr.
 
@@ -131,13 +163,17 @@ def _outcomes(
     or as it stands where the teacher knows less than half; the gradient is against a teacher of the K columns alone,
     whose log-mass and D are slope_lse and slope_ratio."""
     lanes = tl.arange(0, KBLOCK)
-    p_rest, q_rest, delta_rest, gap_rest = _column(rho, omega, lse_a, lse_u, ref, log_ratio)
-    value, slope_rest = RULE(p_rest, q_rest, delta_rest, gap_rest, beta)
-    anchor = 0.0
+    by_scores, zero, anchor = False, 0.0, 0.0
+    own, other, log_own, curve = 1.0, 0.0, 0.0, 1.0
     if CENTRED:
-        p, q, delta, gap = _column(own_a, own_u, lse_a, lse_u, ref, log_ratio)
-        _, anchor = RULE(p, q, delta, gap, beta)
-        slope_rest = _relative(slope_rest, rho, omega, own_a, own_u, anchor)
+        by_scores, zero, anchor, own, other, log_own, curve = _origin(
+            own_a, own_u, lse_a, lse_u, ref, log_ratio, beta, rest, RULE, MIXTURE
+        )
+    p_rest, q_rest, delta_rest, gap_rest = _column(rho, omega, lse_a, lse_u, ref, log_ratio)
+    value, slope_rest = _slope(
+        rho, omega, p_rest, q_rest, delta_rest, gap_rest, own_a, own_u, by_scores, zero, anchor, beta, rest, own, other,
+        log_own, curve, RULE, CENTRED,
+    )  # fmt: skip
     if ZERO:
         value = tl.where(q_rest > 0.5, 0.0, gap_rest)
         slope_rest = p_rest
@@ -145,16 +181,21 @@ def _outcomes(
     for begin in range(0, K, KBLOCK):
         a, u = _entries(student_ptr, values_ptr, chosen_ptr, begin + lanes, V, K, inv_t)
         p, q, delta, gap = _column(a, u, lse_a, lse_u, ref, log_ratio)
-        v, slope = RULE(p, q, delta, gap, beta)
+        v, slope = _slope(
+            a, u, p, q, delta, gap, own_a, own_u, by_scores, zero, anchor, beta, rest, own, other, log_own, curve, RULE,
+            CENTRED,
+        )  # fmt: skip
         if ZERO:
             v = tl.where(q_rest > 0.5, tl.where(q == 0.0, 0.0, -q * delta), v)
         value += tl.sum(v, 0)
-        if CENTRED:
-            centre += tl.sum(p * _relative(slope, a, u, own_a, own_u, anchor), 0)
+        centre += tl.sum(p * slope, 0)
     for begin in range(0, K, KBLOCK):
         a, u = _entries(student_ptr, values_ptr, chosen_ptr, begin + lanes, V, K, inv_t)
         p, q, delta, gap = _column(a, u, lse_a, slope_lse, ref, slope_ratio)
-        _, slope = RULE(p, q, delta, gap, beta)
-        g = p * (_relative(slope, a, u, own_a, own_u, anchor) - centre) if CENTRED else slope
+        _, slope = _slope(
+            a, u, p, q, delta, gap, own_a, own_u, by_scores, zero, anchor, beta, rest, own, other, log_own, curve, RULE,
+            CENTRED,
+        )  # fmt: skip
+        g = p * (slope - centre) if CENTRED else slope
         tl.store(named_ptr + begin + lanes, g * scale, mask=begin + lanes < K)
     return value, p_rest * (slope_rest - centre) if CENTRED else slope_rest
