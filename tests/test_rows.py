@@ -24,7 +24,9 @@ from problems import PROBLEMS
 from fastdistil import _C
 
 KEPT = Path(__file__).parent / "data/cases.jsonl"
-LINES = KEPT.read_text().splitlines() if KEPT.exists() else []
+LINES = KEPT.read_text().splitlines()
+# Known to be wrong and not mended yet; a test fails when one of them is right.
+OPEN = (Path(__file__).parent / "data/open_cases.jsonl").read_text().splitlines()
 EVERY = {"max_examples": 300, "database": None, "deadline": None, "derandomize": True, "print_blob": False}
 CHECKS = list(HealthCheck)
 SMALL = 300  # numbers: Triton's interpreter takes seconds for more
@@ -52,12 +54,19 @@ def check(case: object, backends: list[str], every_isa: bool = True) -> None:
 
 
 def judge_some(loss: str, count: int, backends: list[str], largest: int = 2**31, every_isa: bool = True) -> None:
+    failures: list[str] = []
+
     @quickly(count)
     @given(rows.STRATEGIES[loss]().filter(lambda case: rows.size(case) <= largest))
     def judged(case: object) -> None:
-        check(case, backends, every_isa)
+        if rows.as_line(case) not in OPEN:
+            try:
+                check(case, backends, every_isa)
+            except AssertionError as error:
+                failures.append(str(error))
 
     judged()
+    assert not failures, f"{len(failures)} of {count} cases:\n" + "\n".join(failures)
 
 
 @pytest.mark.parametrize("loss", rows.CASES)
@@ -70,11 +79,17 @@ def test_triton(loss: str) -> None:
     judge_some(loss, 10, available("triton"), SMALL)
 
 
-@pytest.mark.parametrize("line", LINES)
+@pytest.mark.parametrize("line", [x for x in LINES if x not in OPEN])
 def test_kept_cases(line: str) -> None:
     """Every case that ever failed."""
     case = rows.from_line(line)
     check(case, available("reference", "cpu", *(["triton"] if rows.size(case) <= SMALL else [])))
+
+
+@pytest.mark.parametrize("line", OPEN)
+@pytest.mark.xfail(strict=True, raises=AssertionError)
+def test_open_cases(line: str) -> None:
+    check(rows.from_line(line), available("reference", "cpu"))
 
 
 # ---- the truth itself, against 50 digits
