@@ -66,8 +66,9 @@ def truth(
     """Of rows (N, V) as they are, rounded to float64 at the end."""
     with mpmath.workdps(60):
         pairs = zip(student.double().tolist(), teacher.double().tolist(), strict=True)
-        found = torch.tensor([[float(x) for x in _row(s, t, divergence, beta, t_s, t_t)] for s, t in pairs])
-    return Outcome(found[:, 0].double(), (found[:, 1:].double(),))
+        rows = [[float(x) for x in _row(s, t, divergence, beta, t_s, t_t)] for s, t in pairs]
+    found = torch.tensor(rows, dtype=torch.float64)
+    return Outcome(found[:, 0], (found[:, 1:],))
 
 
 def outcome(student: Tensor, teacher: Tensor, divergence: str, backend: str, **options: object) -> Outcome:
@@ -188,6 +189,4 @@ def test_the_ends_of_jsd_name_what_others_mean(beta: float) -> None:
 def test_a_mixture_of_one_is_the_divergence_from_it() -> None:
     s, t = torch.randn(2, 5), torch.randn(2, 5)
     for mixed, plain in (("skew_kl", "forward_kl"), ("skew_reverse_kl", "reverse_kl")):
-        assert torch.equal(
-            fd.logit_loss(s, t, divergence=mixed, beta=0.0), fd.logit_loss(s, t, divergence=plain)
-        )
+        assert torch.equal(fd.logit_loss(s, t, divergence=mixed, beta=0.0), fd.logit_loss(s, t, divergence=plain))
