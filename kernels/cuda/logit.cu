@@ -92,7 +92,7 @@ __device__ Part<Compute<E>> masses_of(const E* student, const E* teacher, int64_
   return merge_block(own, tempering);
 }
 
-template <class E>
+template <bool kTop, class E>
 __device__ RowStats<Compute<E>> statistics(const E* student, const E* teacher, int64_t columns,
                                            Tempering<Compute<E>>& tempering, bool part) {
   using T = Compute<E>;
@@ -106,7 +106,7 @@ __device__ RowStats<Compute<E>> statistics(const E* student, const E* teacher, i
   RowStats<T> stats{};
   stats.max = all.max > T(-INFINITY) || part ? all.max : T(NAN);
   stats.inv_sum = static_cast<T>(1.0 / all.sum), stats.reference = all.reference;
-  stats.top_student = all.top_student, stats.top_teacher = all.top_teacher;
+  if (kTop) stats.top_student = all.top_student, stats.top_teacher = all.top_teacher;
   const bool exact = exact_log_ratio(all.difference / all.sum, stats.log_ratio);
   if (all.far == T(0) && exact && near_row(stats))
     own_from_teacher(stats, all.own, all.sum);
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                saved[kOwnMax], saved[kOwnLog], saved[kTopStudent], saved[kTopTeacher]};
       tempering.shift_to(saved[kShift], saved[kShiftTeacher]);
     } else if (Rule::softmax) {
-      stats = statistics(student, teacher, args.columns, tempering, args.phase == Phase::statistics);
+      stats = statistics<Rule::centred>(student, teacher, args.columns, tempering, args.phase == Phase::statistics);
     }
     const T factor = static_cast<T>(scale * dloss * args.value_factor / args.student_temperature);
     RowTerms<T> row = row_terms<Rule>(stats, tempering, mixture);

@@ -241,4 +241,6 @@ def _statistics(
         for begin in range(0, end, BLOCK):
             own_max, mass = _add_to_lse(s_body, begin + lanes, begin + lanes < end, inv_s, own_max, mass)
         own_log = tl.log(mass)
+    if not TOP:
+        top_s, top_t = nothing, nothing
     return largest, 1.0 / total, shift, log_ratio, ref, own_max, own_log, top_s, top_t, shift_t
