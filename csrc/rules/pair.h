@@ -138,8 +138,8 @@ struct Masses {
   FD_FUNCTION void raise(Scores<T> c, const Tempering<T>& row) {
     if (c.b > max) {
       const bool comparable = usable(c.d);  // else d = 0 is what is measured against
-      const T level = static_cast<T>((c.b * row.wide_teacher + (row.equal ? row.shift * row.wide_teacher : row.shift)) /
-                                     row.wide_student);
+      const T shift = static_cast<T>(row.shift);
+      const T level = row.equal ? c.b + shift : (c.b * row.inv_teacher + shift) / row.inv_student;
       move(c.b, comparable ? c.a : level, comparable ? c.d : T(0), row.inv_student, row.inv_teacher);
     } else if (max == T(-INFINITY) && c.a > own) {
       move(max, c.a, T(0), row.inv_student, row.inv_teacher);

@@ -1,6 +1,6 @@
 // Divergence of two rows of logits, value and gradient: one thread block a row, each logit read twice. On sm_90 whole
 // rows that fit on the chip go to logit_cluster.cu, which reads them once; what remains here reads them once by itself
-// (mse, the backward), is a part of a vocabulary, float64, or runs on sm_80.
+// (mse, the backward), is a part of a vocabulary, float64, has two temperatures, or runs on sm_80.
 //
 // Floor: (2 reads + 1 write) x N x V x bytes an element over the copy bandwidth if both rows stayed on chip between the
 // passes; this form reads them again (from L2 where they fit), a centred rule a third time. The mathematics is

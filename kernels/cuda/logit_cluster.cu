@@ -144,6 +144,7 @@ class Worker {
     const float scale = static_cast<const float*>(args_.row_scale)[r];
     const float factor = static_cast<float>(scale * args_.value_factor / args_.student_temperature);
     tempering_ = tempered_;
+    tempering_.equal = true;
     guess_row_shift(tempering_, row.student, row.teacher, args_.columns);
     statistics(row, r);
     // Behind statistics' barriers nobody reads the student's row any more: its memory may be the gradient's.
@@ -260,7 +261,9 @@ bool has_clusters() {
 
 bool cuda::logit_cluster(const LogitArgs& args, int blocks, void* stream) {
   // The backward and a part of a vocabulary read each logit once or not at all to begin with; so does mse.
-  const bool whole = args.loss && args.phase == Phase::all;
+  // Differences of two temperatures are float64, for which there are no registers here.
+  const bool whole =
+      args.loss && args.phase == Phase::all && args.student_temperature == args.teacher_temperature;
   if (args.rows == 0 || !whole || args.dtype == DType::f64 || blocks == kTwoReads || !has_clusters()) return false;
   const int itemsize = args.dtype == DType::f32 ? 4 : 2;
   const Plan plan = blocks > 0 ? plan_of(args.columns, itemsize, blocks) : cluster_plan(args.columns, itemsize);
