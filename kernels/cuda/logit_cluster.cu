@@ -86,8 +86,9 @@ class Worker {
       all = masses_of<false>(row);
     }
     if (!Rule::centred) all.top_student = all.top_teacher = 0;
-    RowStats<float> stats{all.max > -INFINITY ? all.max : NAN, static_cast<float>(1.0 / all.sum), 0, 0, all.reference, 0,
-                          0, all.top_student, all.top_teacher};
+    RowStats<float> stats{};
+    stats.max = all.max > -INFINITY ? all.max : NAN, stats.inv_sum = static_cast<float>(1.0 / all.sum);
+    stats.reference = all.reference, stats.top_student = all.top_student, stats.top_teacher = all.top_teacher;
     const bool exact = exact_log_ratio(all.difference / all.sum, stats.log_ratio);
     near_ = near_row(stats), centre_ = 0;
     if (all.far == 0 && exact && near_)
