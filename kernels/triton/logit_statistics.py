@@ -210,7 +210,8 @@ def _statistics(
     shift, shift_t = _guess(s_row, t_row, V, live, inv_s, inv_t, EQUAL)
     nothing = tl.full((), 0.0, tl.float32)
     infinite = nothing + float("-inf")
-    largest, own, ref, total, difference, top_s, top_t = infinite, infinite, nothing, nothing, nothing, infinite, infinite
+    largest, own, ref, total, difference = infinite, infinite, nothing, nothing, nothing
+    top_s, top_t = infinite, infinite
     tries = 0
     while tries < 2:
         largest, own, ref, total, difference, top_s, top_t = _add_tile(
@@ -240,4 +241,6 @@ def _statistics(
         for begin in range(0, end, BLOCK):
             own_max, mass = _add_to_lse(s_body, begin + lanes, begin + lanes < end, inv_s, own_max, mass)
         own_log = tl.log(mass)
+    if not TOP:
+        top_s, top_t = nothing, nothing
     return largest, 1.0 / total, shift, log_ratio, ref, own_max, own_log, top_s, top_t, shift_t
