@@ -18,7 +18,7 @@ from fastdistil.ops import linear_mse, vocab_parallel
 from fastdistil.ops.gradients import hand_out, refuse_double_backward
 from fastdistil.ops.logit_rule import DIVERGENCES
 from fastdistil.ops.logit_terms import Terms, run, unpack
-from fastdistil.ops.precision import without_autocast
+from fastdistil.ops.precision import with_exact_products
 from fastdistil.ops.products import add_product, product, product_back
 from fastdistil.ops.row_statistics import ROW_STATISTICS
 
@@ -74,7 +74,7 @@ class _Source(StudentHead):
             teacher += self.teacher_bias if self.vocab_map is None else self.teacher_bias[self.vocab_map.clamp(min=0)]
 
 
-@without_autocast
+@with_exact_products
 def _compute(
     student_hidden: Tensor,
     student_weight: Tensor,
