@@ -20,25 +20,22 @@ namespace {
 template <class E>
 void own_softmax(Row<E>& row, Block<E>& block) {
   using T = Compute<E>;
-  Masses<T, double> masses;
-  for_blocks(row, block, [&](int64_t, int n, int) {
-    const T m = masses.raise(block_max(block.a, n), T(0));
-    T part = 0;
-#pragma omp simd reduction(+ : part)
-    for (int i = 0; i < n; ++i) part += math::exp(block.a[i] - m);
-    masses.sum += part;
-  });
-  row.stats.own_max = masses.max, row.stats.own_log = static_cast<T>(std::log(masses.sum));
+  LogSum<T> own;
+  for_blocks(row, block, [&](int64_t, int n, int) { own.add(block.a, n, row.tempering.inv_student); });
+  row.stats.own_max = own.max, row.stats.own_log = static_cast<T>(std::log(own.sum));
 }
 
 template <bool kNearBlock, class E>
-void add_block(const Block<E>& block, int n, Masses<Compute<E>, double>& masses) {
+void add_block(const Block<E>& block, int n, const Tempering<Compute<E>>& tempering,
+               Masses<Compute<E>, double>& masses) {
   using T = Compute<E>;
-  const T m = masses.unit(), r = masses.reference;
+  const Unit<T> unit = masses.unit();
+  const T inv_student = tempering.inv_student, inv_teacher = tempering.inv_teacher;
+  const T *a = block.a, *b = block.b, *d = block.d;
   T sum = 0, difference = 0;
 #pragma omp simd reduction(+ : sum, difference)
   for (int i = 0; i < n; ++i) {
-    const Mass<T> part = mass<kNearBlock>(Scores<T>{block.a[i], block.b[i], block.d[i]}, m, r);
+    const Mass<T> part = mass<kNearBlock>(Scores<T>{a[i], b[i], d[i]}, unit, inv_student, inv_teacher);
     sum += part.sum;
     difference += part.difference;
   }
@@ -46,38 +43,68 @@ void add_block(const Block<E>& block, int n, Masses<Compute<E>, double>& masses)
   masses.difference += difference;
 }
 
-// First pass: the teacher's maximum and sum, and D = log1p(X/S). A `part` of a row may have no teacher mass.
-template <class E>
-void statistics(Row<E>& row, Block<E>& block, bool part) {
+// The masses of the whole row, and whether every column lies near its teacher's; kTop: also the student's largest logit.
+template <bool kTop, class E>
+bool add_row(Row<E>& row, Block<E>& block, Masses<Compute<E>, double>& masses) {
   using T = Compute<E>;
-  Masses<T, double> masses;
   bool near = true;
+  if (kTop) row.stats.top_student = row.stats.top_teacher = -INFINITY;
   for_blocks(row, block, [&](int64_t, int n, int) {
+    if (kTop) {
+      const T own = block_max(block.a, n);
+      if (own > row.stats.top_student) {
+        const int at = place_of(block.a, n, own);
+        row.stats.top_student = own, row.stats.top_teacher = block.b[at];
+      }
+    }
     const T largest = block_max(block.b, n);
-    if (largest > masses.max) masses.raise(largest, block.d[std::find(block.b, block.b + n, largest) - block.b]);
+    if (largest > masses.max)
+      masses.raise(block.at(place_of(block.b, n, largest)), row.tempering);
+    else if (masses.max == T(-INFINITY))
+      masses.raise(block.at(place_of(block.a, n, block_max(block.a, n))), row.tempering);
     const bool near_block = block.near && math::magnitude(masses.reference) <= T(kNear);
-    near_block ? add_block<true>(block, n, masses) : add_block<false>(block, n, masses);
+    near_block ? add_block<true>(block, n, row.tempering, masses) : add_block<false>(block, n, row.tempering, masses);
     near = near && near_block;
   });
+  return near;
+}
+
+// First pass: the teacher's maximum and sum, and D = log1p(X/S). A `part` of a row may have no teacher mass.
+template <bool kCentred, class E>
+void statistics(Row<E>& row, Block<E>& block, bool part) {
+  using T = Compute<E>;
+  const auto column_at = [&row](int64_t i) {
+    return Scores<T>{to_compute(row.student[i]), to_compute(row.teacher[i]), T(0)};
+  };
+  guess_shift(row.tempering, column_at(row.columns / 4), column_at(row.columns / 2), column_at(row.columns / 4 * 3));
+  Masses<T, double> masses;
+  bool near = add_row<kCentred>(row, block, masses);
+  if (misplaced(masses)) {
+    row.tempering.shift_to(masses.own, masses.max);
+    masses = {};
+    block.whole = false;
+    near = add_row<kCentred>(row, block, masses);
+  }
   const T max = masses.max;
   row.stats.max = max > T(-INFINITY) || part ? max : T(NAN);  // a teacher of -inf alone is an error: keep it visible
   row.stats.inv_sum = static_cast<T>(1.0 / masses.sum);
   row.stats.reference = masses.reference;
   if (exact_log_ratio(masses.difference / masses.sum, row.stats.log_ratio) && near)
-    own_from_teacher(row.stats, masses.sum);
+    own_from_teacher(row.stats, masses.own, masses.sum);
   else
     own_softmax(row, block);
 }
 
 // G: E, or what is computed in.
 template <class Rule, bool kNearBlock, bool kGradient, class E, class G>
-void finish_block(RowTerms<Compute<E>> row, const Block<E>& block, int n, Compute<E> beta, Compute<E> factor,
-                  G* gradient, double& value, double& centre) {
+void finish_block(RowTerms<Compute<E>> row, const Block<E>& block, int n, Compute<E> factor, G* gradient,
+                  double& value, double& centre) {
   using T = Compute<E>;
+  const T *a = block.a, *b = block.b, *d = block.d;
   T v = 0, f = 0;
 #pragma omp simd reduction(+ : v, f)
   for (int i = 0; i < n; ++i) {
-    const Result<T> r = result<Rule, kNearBlock>(Scores<T>{block.a[i], block.b[i], block.d[i]}, row, beta);
+    const Result<T> r = result<Rule, kNearBlock>(Scores<T>{a[i], b[i], d[i]}, row);
     v += r.value;
     if constexpr (Rule::centred) f += r.centre;
     if constexpr (kGradient) gradient[i] = from_compute<G>(factor * r.gradient);
@@ -87,28 +114,28 @@ void finish_block(RowTerms<Compute<E>> row, const Block<E>& block, int n, Comput
 }
 
 template <class Rule, bool kGradient, class E, class G>
-void finish(const RowTerms<Compute<E>>& row, bool near, const Block<E>& block, int n, Compute<E> beta,
-            Compute<E> factor, G* gradient, double& value, double& centre) {
+void finish(const RowTerms<Compute<E>>& row, bool near, const Block<E>& block, int n, Compute<E> factor, G* gradient,
+            double& value, double& centre) {
   if (near && block.near)
-    finish_block<Rule, true, kGradient>(row, block, n, beta, factor, gradient, value, centre);
+    finish_block<Rule, true, kGradient>(row, block, n, factor, gradient, value, centre);
   else
-    finish_block<Rule, false, kGradient>(row, block, n, beta, factor, gradient, value, centre);
+    finish_block<Rule, false, kGradient>(row, block, n, factor, gradient, value, centre);
 }
 
 template <class Rule, bool kGradient, class E>
-void pass(const Row<E>& row, Block<E>& block, Compute<E> beta, Compute<E> factor, E* gradient, double& value,
-          double& centre, const Label<E>* label = nullptr) {
+void pass(const Row<E>& row, Block<E>& block, Mixture<Compute<E>> mixture, Compute<E> factor, E* gradient,
+          double& value, double& centre, const Label<E>* label = nullptr) {
   const bool near = Rule::softmax && near_row(row.stats);
-  const RowTerms<Compute<E>> terms = row_terms<Rule>(row.stats, beta);
+  const RowTerms<Compute<E>> terms = row_terms<Rule>(row.stats, row.tempering, mixture);
   for_blocks(row, block, [&](int64_t begin, int padded, int n) {
     if constexpr (kGradient) {
       if (label) {
-        finish<Rule, true>(terms, near, block, padded, beta, factor, block.staged, value, centre);
-        return label->add(block.logits, begin, n, block.staged, block.staged, gradient + begin);
+        finish<Rule, true>(terms, near, block, padded, factor, block.staged, value, centre);
+        return label->add(block.a, begin, n, block.staged, block.staged, gradient + begin);
       }
     }
     E* out = !kGradient ? nullptr : padded == n ? gradient + begin : block.tail;
-    finish<Rule, kGradient>(terms, near, block, padded, beta, factor, out, value, centre);
+    finish<Rule, kGradient>(terms, near, block, padded, factor, out, value, centre);
     if (kGradient && padded != n) std::copy(out, out + n, gradient + begin);
   });
 }
@@ -118,13 +145,16 @@ class Kernel {
   using T = Compute<E>;
   const LogitArgs& args_;
   const LabelArgs& labels_;
-  const T beta_, value_factor_;
+  const Mixture<T> mixture_;
+  const Tempering<T> tempering_;
+  const T value_factor_;
 
  public:
   Kernel(const LogitArgs& args, const LabelArgs& labels)
       : args_(args),
         labels_(labels),
-        beta_(static_cast<T>(args.beta)),
+        mixture_(mixture_of<T>(args.beta)),
+        tempering_(tempering_of<T>(args.student_temperature, args.teacher_temperature)),
         value_factor_(static_cast<T>(args.value_factor)) {}
 
   T scale(int64_t r) const { return static_cast<const T*>(args_.row_scale)[r]; }
@@ -156,8 +186,7 @@ class Kernel {
     row.student = static_cast<const E*>(args_.student) + r * args_.student_stride;
     row.teacher = static_cast<const E*>(args_.teacher) + r * args_.teacher_stride;
     row.columns = args_.columns;
-    row.tempering = {static_cast<T>(1.0 / args_.student_temperature), static_cast<T>(1.0 / args_.teacher_temperature),
-                     args_.student_temperature == args_.teacher_temperature, T(0)};
+    row.tempering = tempering_;
     row.stats.inv_sum = static_cast<T>(1.0 / args_.columns);  // what MeanSquare divides by; a softmax overwrites it
     return row;
   }
@@ -189,15 +218,18 @@ class Kernel {
 
   void take(int64_t r, Row<E>& row) const {
     const T* s = stats(r);
-    row.stats = {s[kMax], s[kInvSum], s[kLogRatio], s[kCentre], s[kReference], s[kOwnMax], s[kOwnLog]};
-    row.tempering.shift = s[kShift];
+    row.stats = {s[kMax],    s[kInvSum], s[kLogRatio],   s[kCentre],    s[kReference],
+                 s[kOwnMax], s[kOwnLog], s[kTopStudent], s[kTopTeacher]};
+    row.tempering.shift_to(s[kShift], s[kShiftTeacher]);
   }
 
   void put(int64_t r, const Row<E>& row, T loss) const {
     T* s = stats(r);
-    s[kMax] = row.stats.max, s[kInvSum] = row.stats.inv_sum, s[kShift] = row.tempering.shift;
+    s[kMax] = row.stats.max, s[kInvSum] = row.stats.inv_sum, s[kShift] = row.tempering.student;
     s[kLogRatio] = row.stats.log_ratio, s[kCentre] = row.stats.centre, s[kReference] = row.stats.reference;
     s[kOwnMax] = row.stats.own_max, s[kOwnLog] = row.stats.own_log;
+    s[kTopStudent] = row.stats.top_student, s[kTopTeacher] = row.stats.top_teacher;
+    s[kShiftTeacher] = row.tempering.teacher;
     static_cast<T*>(args_.loss)[r] = loss;
   }
 
@@ -210,18 +242,17 @@ class Kernel {
     if (args_.phase == Phase::value) {
       take(r, row);
     } else if constexpr (Rule::softmax) {
-      row.tempering.shift = row_shift<T>(to_compute(row.student[0]), to_compute(row.teacher[0]), row.tempering);
-      statistics(row, block, args_.phase == Phase::statistics);
+      statistics<Rule::centred>(row, block, args_.phase == Phase::statistics);
     }
     if (args_.phase == Phase::statistics) return put(r, row, T(0));
     double value = 0, centre = 0, ignored = 0;
     E* g = Rule::centred && args_.phase == Phase::value ? nullptr : gradient(r);  // the centre is a part of it yet
     if (g && !Rule::centred)
-      pass<Rule, true>(row, block, beta_, gradient_factor(r), g, value, centre, label);
+      pass<Rule, true>(row, block, mixture_, gradient_factor(r), g, value, centre, label);
     else
-      pass<Rule, false>(row, block, beta_, T(0), static_cast<E*>(nullptr), value, centre);
+      pass<Rule, false>(row, block, mixture_, T(0), static_cast<E*>(nullptr), value, centre);
     row.stats.centre = static_cast<T>(centre);
-    if (g && Rule::centred) pass<Rule, true>(row, block, beta_, gradient_factor(r), g, ignored, ignored, label);
+    if (g && Rule::centred) pass<Rule, true>(row, block, mixture_, gradient_factor(r), g, ignored, ignored, label);
     put(r, row, static_cast<T>(value * value_factor_ * scale(r)) + (label ? label->value() : T(0)));
   }
 
@@ -230,7 +261,7 @@ class Kernel {
     block.whole = false;
     take(r, row);
     double ignored = 0;
-    pass<Rule, true>(row, block, beta_, gradient_factor(r), gradient(r), ignored, ignored);
+    pass<Rule, true>(row, block, mixture_, gradient_factor(r), gradient(r), ignored, ignored);
   }
 };
 

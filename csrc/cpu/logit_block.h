@@ -26,45 +26,54 @@ struct Row {
 template <class E>
 struct Block {
   using T = Compute<E>;
-  T a[kBlock], b[kBlock], d[kBlock];
+  const T *a, *b;      // logits of student and teacher as they are: where they lie, or in the buffers
+  T d[kBlock];         // their scores' differences
   T student[kBlock], teacher[kBlock];
   E tail[kBlock];      // a padded block's gradient
   T staged[kBlock];    // a gradient to which something is added before it is rounded
-  const T* logits;     // the student's, as they are
   bool near;           // every |d| is small
   bool whole = false;  // what is loaded is all of the row that is worked on
 
   // Returns how many columns there are now; those behind the row's end have no mass on either side.
   int load(const Row<E>& row, int64_t begin, int n) {
-    const T* zs = load_block(row.student + begin, student, n);
-    const T* zt = load_block(row.teacher + begin, teacher, n);
-    const int padded = pad(zs, zt, n);
-    logits = zs;
-    near = row.tempering.equal ? temper<true>(row.tempering, zs, zt, padded)
-                               : temper<false>(row.tempering, zs, zt, padded);
+    a = load_block(row.student + begin, student, n);
+    b = load_block(row.teacher + begin, teacher, n);
+    const int padded = pad(n);
+    switch (form_of(row.tempering)) {
+      case Form::plain:
+        near = subtract<Form::plain>(row.tempering, padded);
+        break;
+      case Form::shifted:
+        near = subtract<Form::shifted>(row.tempering, padded);
+        break;
+      case Form::tempered:
+        near = subtract<Form::tempered>(row.tempering, padded);
+    }
     whole = n == row.columns;
     return padded;
   }
 
+  Scores<T> at(int i) const { return {a[i], b[i], d[i]}; }
+
  private:
-  int pad(const T*& zs, const T*& zt, int n) {
+  int pad(int n) {
     const int padded = (n + kLanes - 1) / kLanes * kLanes;
     if (padded == n) return n;
-    if (zs != student) std::copy(zs, zs + n, student), std::copy(zt, zt + n, teacher);
+    if (a != student) std::copy(a, a + n, student), std::copy(b, b + n, teacher);
     for (int i = n; i < padded; ++i) student[i] = teacher[i] = -INFINITY;
-    zs = student, zt = teacher;
+    a = student, b = teacher;
     return padded;
   }
 
-  template <bool kEqual>
-  bool temper(const Tempering<T>& row, const T* zs, const T* zt, int n) {
-    const Tempering<T> tempering{row.inv_student, row.inv_teacher, kEqual, row.shift};
+  template <Form kForm>
+  bool subtract(const Tempering<T>& row, int n) {
+    const T *zs = a, *zt = b;
     int far = 0;
 #pragma omp simd reduction(| : far)
     for (int i = 0; i < n; ++i) {
-      const Scores<T> c = scores(zs[i], zt[i], tempering);
-      a[i] = c.a, b[i] = c.b, d[i] = c.d;
-      far |= !(math::magnitude(c.d) <= T(kNear));
+      const T x = score_difference<kForm>(zs[i], zt[i], row);
+      d[i] = x;
+      far |= !(math::magnitude(x) <= T(kNear));
     }
     return far == 0;
   }
@@ -87,6 +96,33 @@ T block_max(const T* x, int n) {
   for (int i = 0; i < n; ++i) largest = x[i] > largest ? x[i] : largest;
   return largest;
 }
+
+// Where a block's largest entry is; 0 where there is none.
+template <class T>
+int place_of(const T* x, int n, T largest) {
+  const int at = static_cast<int>(std::find(x, x + n, largest) - x);
+  return at < n ? at : 0;
+}
+
+// The largest of some numbers and the sum of e^((x - largest) * factor).
+template <class T>
+struct LogSum {
+  T max = -INFINITY;
+  double sum = 0;
+
+  void add(const T* x, int n, T factor) {
+    const T largest = block_max(x, n);
+    if (largest > max) {
+      sum = sum == 0 ? 0 : sum * std::exp((static_cast<double>(max) - largest) * factor);
+      max = largest;
+    }
+    const T m = max > T(-INFINITY) ? max : T(0);
+    T part = 0;
+#pragma omp simd reduction(+ : part)
+    for (int i = 0; i < n; ++i) part += math::exp((x[i] - m) * factor);
+    sum += part;
+  }
+};
 
 }  // namespace
 }  // namespace FD_ISA

@@ -16,18 +16,13 @@ class Label {
 
  public:
   Label(const E* logits, int64_t columns, int64_t column, T scale, T* buffer) : column_(column), scale_(scale) {
-    Masses<T, double> masses;
+    LogSum<T> found;
     for (int64_t begin = 0; begin < columns; begin += kBlock) {
       const int n = static_cast<int>(std::min<int64_t>(columns - begin, kBlock));
-      const T* z = load_block(logits + begin, buffer, n);
-      const T m = masses.raise(block_max(z, n), T(0));
-      T part = 0;
-#pragma omp simd reduction(+ : part)
-      for (int i = 0; i < n; ++i) part += math::exp(z[i] - m);
-      masses.sum += part;
+      found.add(load_block(logits + begin, buffer, n), n, T(1));
     }
-    max_ = masses.max, factor_ = static_cast<T>(scale / masses.sum);
-    value_ = static_cast<T>(scale * (std::log(masses.sum) + (max_ - to_compute(logits[column]))));
+    max_ = found.max, factor_ = static_cast<T>(scale / found.sum);
+    value_ = static_cast<T>(scale * (std::log(found.sum) + (max_ - to_compute(logits[column]))));
   }
 
   T value() const { return value_; }

@@ -36,29 +36,30 @@ double rest_of_teacher(const double* u, int64_t k) {
 template <class Rule>
 double divergence(Outcomes& o, double beta) {
   const int n = static_cast<int>(o.student.size());
-  const auto scores = [&o](int i) {
-    const double a = o.student[i], b = o.teacher[i];
-    return Scores<double>{a, b, a == b ? 0.0 : a - b};
+  const Tempering<double> tempering = tempering_of<double>(1, 1);  // temperatures are in the scores already
+  const auto scores_at = [&](int i) { return scores(o.student[i], o.teacher[i], tempering); };
+  const auto place_of_largest = [](const std::vector<double>& x) {
+    return static_cast<int>(std::max_element(x.begin(), x.end()) - x.begin());
   };
   Masses<double, double> masses;
-  const int top = static_cast<int>(std::max_element(o.teacher.begin(), o.teacher.end()) - o.teacher.begin());
-  masses.raise(o.teacher[top], scores(top).d);
+  masses.raise(scores_at(place_of_largest(o.teacher)), tempering);
   for (int i = 0; i < n; ++i) {
-    const Mass<double> share = mass<false>(scores(i), masses.unit(), masses.reference);
+    const Mass<double> share = mass<false>(scores_at(i), masses.unit(), 1.0, 1.0);
     masses.sum += share.sum, masses.difference += share.difference;
   }
   RowStats<double> stats{};
   stats.max = masses.max > -INFINITY ? masses.max : NAN;  // no teacher at all is an error that must stay visible
   stats.inv_sum = 1.0 / masses.sum, stats.reference = masses.reference;
   exact_log_ratio(masses.difference / masses.sum, stats.log_ratio);
-  stats.own_max = *std::max_element(o.student.begin(), o.student.end());
+  const int top = place_of_largest(o.student);
+  stats.own_max = stats.top_student = o.student[top], stats.top_teacher = o.teacher[top];
   stats.own_log = std::log(sum_exp(o.student, stats.own_max));
-  RowTerms<double> row = row_terms<Rule>(stats, beta);
+  RowTerms<double> row = row_terms<Rule>(stats, tempering, mixture_of<double>(beta));
   double value = 0;
   for (int pass = Rule::centred ? 0 : 1; pass < 2; ++pass) {
     double v = 0, centre = 0;
     for (int i = 0; i < n; ++i) {
-      const Result<double> r = result<Rule, false>(scores(i), row, beta);
+      const Result<double> r = result<Rule, false>(scores_at(i), row);
       v += r.value, centre += r.centre;
       o.gradient[i] = r.gradient;
     }

@@ -7,6 +7,10 @@
 //   centred rules:  gradient = p (slope - sum over the row of p slope)
 // Columns go by value: an address taken inside a loop would keep it from vectorising.
 // All values are sums of non-negative terms: nothing cancels when the student has almost become the teacher.
+//
+// A constant taken off all slopes changes nothing. Where the student is sure of a column, the gradient there is what is
+// left of that column's slope less the mean of all, which is nearly the same number: so slopes are formed relative to
+// that column's, as functions of `turn`, the delta less that column's (`Origin`).
 #pragma once
 
 #include "math.h"
@@ -16,13 +20,41 @@ inline namespace FD_ISA {
 
 template <class T>
 struct Column {
-  T p, q, delta, gap, excess;
+  T p, q, delta, gap, excess, turn;
 };
 
 template <class T>
 struct Share {
   T value, slope;
 };
+
+// The two weights of a mixture: beta, and 1 - beta, which is formed from the caller's double.
+template <class T>
+struct Mixture {
+  T beta, rest;
+};
+
+template <class T>
+FD_FUNCTION Mixture<T> mixture_of(double beta) {
+  return {static_cast<T>(beta), static_cast<T>(1.0 - beta)};
+}
+
+// Where slopes are 0, given by a delta. For a mixture m = own p + other q with u = m/p and x = q/p = e^-delta there, and
+// E = expm1(-turn): u = u_there (share_own + share_other e^-turn) = u_there (1 + share_other E).
+template <class T>
+struct Origin {
+  T share_own, share_other, log_ratio, other_over_mixture;  // of m; ln u; x / u^2
+};
+
+// A delta up to which an origin is taken; e^-delta still has room below in a float.
+constexpr double kFarthestOrigin = 60;
+
+template <class T>
+FD_FUNCTION Origin<T> origin_of(T own, T other, T delta) {
+  const math::Growth<T> x = math::growth(-delta);
+  const T u = own + other * x.whole;
+  return {own / u, other * x.whole / u, math::log_both(other * x.less_one, u).value, x.whole / (u * u)};
+}
 
 // log(p/q) is infinite where one side is 0; a finite stand-in keeps gradients free of NaN.
 template <class T>
@@ -31,72 +63,88 @@ FD_FUNCTION T finite(T delta) {
 }
 
 struct ForwardKL {  // KL(q || p)
-  static constexpr bool centred = false, softmax = true;
+  static constexpr bool centred = false, mixture = false, softmax = true;
   template <class T>
-  static FD_FUNCTION Share<T> share(Column<T> c, T) {
+  static FD_FUNCTION Share<T> share(Column<T> c, Mixture<T>, Origin<T>) {
     return {c.excess, c.gap};
   }
 };
 
 struct ReverseKL {  // KL(p || q)
-  static constexpr bool centred = true, softmax = true;
+  static constexpr bool centred = true, mixture = false, softmax = true;
   template <class T>
-  static FD_FUNCTION Share<T> share(Column<T> c, T) {
-    return {math::excess(c.p, -c.gap, -c.delta), finite(c.delta)};
+  static FD_FUNCTION Share<T> share(Column<T> c, Mixture<T>, Origin<T>) {
+    return {math::excess(c.p, -c.gap, -c.delta), finite(c.turn)};
   }
 };
 
 struct JensenShannon {  // beta KL(q || m) + (1-beta) KL(p || m), m = beta q + (1-beta) p
-  static constexpr bool centred = true, softmax = true;
+  static constexpr bool centred = true, mixture = true, softmax = true;
   template <class T>
-  static FD_FUNCTION Share<T> share(Column<T> c, T beta) {
-    const T rest = T(1) - beta;
-    const T m_over_q = math::log1p(rest * math::expm1(c.delta));
-    const T m_over_p = math::log1p(beta * math::expm1(-c.delta));
-    const T value =
-        beta * math::excess(c.q, rest * c.gap, m_over_q) + rest * math::excess(c.p, -beta * c.gap, m_over_p);
-    return {value, -rest * m_over_p};
+  static FD_FUNCTION Origin<T> origin(Mixture<T> mix, T delta) {
+    return origin_of(mix.rest, mix.beta, delta);
+  }
+  template <class T>
+  static FD_FUNCTION Share<T> share(Column<T> c, Mixture<T> mix, Origin<T> origin) {
+    const math::Growth<T> back = math::growth(-c.turn), forth = math::growth(c.delta);
+    const T turned =
+        math::log_both(origin.share_other * back.less_one, origin.share_own + origin.share_other * back.whole).value;
+    const T m_over_p = origin.log_ratio + turned;
+    const T m_over_q = math::log_both(mix.rest * forth.less_one, mix.beta + mix.rest * forth.whole).value;
+    const T value = mix.beta * math::excess(c.q, mix.rest * c.gap, m_over_q) +
+                    mix.rest * math::excess(c.p, -mix.beta * c.gap, m_over_p);
+    return {value, -mix.rest * turned};
   }
 };
 
 struct SkewKL {  // KL(q || m), m = beta q + (1-beta) p
-  static constexpr bool centred = true, softmax = true;
+  static constexpr bool centred = true, mixture = true, softmax = true;
   template <class T>
-  static FD_FUNCTION Share<T> share(Column<T> c, T beta) {
-    const T rest = T(1) - beta;
-    const T m_over_q = math::log1p(rest * math::expm1(c.delta));
-    const T back = math::expm1(-c.delta);
-    // 1 - q/m up to a constant factor, from q/p - 1 so that p -> 0 stays finite
-    return {math::excess(c.q, rest * c.gap, m_over_q), -rest * rest * back / (T(1) + beta * back)};
+  static FD_FUNCTION Origin<T> origin(Mixture<T> mix, T delta) {
+    return origin_of(mix.rest, mix.beta, delta);
+  }
+  template <class T>
+  static FD_FUNCTION Share<T> share(Column<T> c, Mixture<T> mix, Origin<T> origin) {
+    const math::Growth<T> back = math::growth(-c.turn), forth = math::growth(c.delta);
+    const T m_over_q = math::log_both(mix.rest * forth.less_one, mix.beta + mix.rest * forth.whole).value;
+    const T u = origin.share_own + origin.share_other * back.whole;
+    const T slope = -mix.rest * mix.rest * (origin.other_over_mixture * back.less_one / u);  // -(1-beta) q/m
+    return {math::excess(c.q, mix.rest * c.gap, m_over_q), slope};
   }
 };
 
 struct SkewReverseKL {  // KL(p || m), m = beta p + (1-beta) q
-  static constexpr bool centred = true, softmax = true;
+  static constexpr bool centred = true, mixture = true, softmax = true;
   template <class T>
-  static FD_FUNCTION Share<T> share(Column<T> c, T beta) {
-    const T rest = T(1) - beta;
-    const T skewed = rest * math::expm1(-c.delta);  // m/p - 1
-    const T m_over_p = math::log1p(skewed);
-    const T u = T(1) + skewed;
-    const T slope = beta * skewed / (u < T(1e-30) ? T(1e-30) : u) - finite(m_over_p);
-    return {math::excess(c.p, -rest * c.gap, m_over_p), slope};
+  static FD_FUNCTION Origin<T> origin(Mixture<T> mix, T delta) {
+    return origin_of(mix.beta, mix.rest, delta);
+  }
+  template <class T>
+  static FD_FUNCTION Share<T> share(Column<T> c, Mixture<T> mix, Origin<T> origin) {
+    const math::Growth<T> back = math::growth(-c.turn);
+    const T y = origin.share_other * back.less_one, u = origin.share_own + origin.share_other * back.whole;
+    const math::Log<T> log = math::log_both(y, u);
+    const T bounded = u < T(1e-30) ? T(1e-30) : u, v = y / bounded;
+    // -beta p/m - ln(m/p): share_own v - ln u, where u is near 1 as a sum of two terms
+    const T slope = math::magnitude(y) <= T(0.25) ? -log.excess - origin.share_other * v
+                                                   : origin.share_own * v - finite(log.value);
+    return {math::excess(c.p, -mix.rest * c.gap, origin.log_ratio + log.value), slope};
   }
 };
 
 struct TotalVariation {  // 1/2 sum |p - q|
-  static constexpr bool centred = true, softmax = true;
+  static constexpr bool centred = true, mixture = false, softmax = true;
   template <class T>
-  static FD_FUNCTION Share<T> share(Column<T> c, T) {
+  static FD_FUNCTION Share<T> share(Column<T> c, Mixture<T>, Origin<T>) {
     const T sign = c.gap > T(0) ? T(0.5) : (c.gap < T(0) ? T(-0.5) : T(0));
     return {T(0.5) * math::magnitude(c.gap), sign};
   }
 };
 
 struct MeanSquare {  // (a - b)^2 / V: no softmax; delta is a - b, q is 1/V
-  static constexpr bool centred = false, softmax = false;
+  static constexpr bool centred = false, mixture = false, softmax = false;
   template <class T>
-  static FD_FUNCTION Share<T> share(Column<T> c, T) {
+  static FD_FUNCTION Share<T> share(Column<T> c, Mixture<T>, Origin<T>) {
     return {c.delta * c.delta * c.q, T(2) * c.delta * c.q};
   }
 };

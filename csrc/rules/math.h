@@ -159,6 +159,30 @@ FD_FUNCTION Expm1<double> bounded_expm1(double x) {
   return {value, magnitude(x) <= kHalfLn2 ? x * x * excess_series(x) : value - x};
 }
 
+// e^x - 1 and e^x, each with full relative precision; x is taken as 88 beyond (700 for doubles).
+template <class T>
+struct Growth {
+  T less_one, whole;
+};
+
+FD_FUNCTION Growth<float> growth(float x) {
+  x = clamp(x, kExpMin, kExpMax);
+#if defined(__CUDA_ARCH__)
+  const float less_one = expm1f(x);
+  return {less_one, x < -0.5f ? expf(x) : 1.0f + less_one};
+#else
+  float n, r, power;
+  reduce(x, n, r, power);
+  const float rest = power * (r + r * r * excess_series(r));
+  return {(power - 1.0f) + rest, power + rest};
+#endif
+}
+
+FD_FUNCTION Growth<double> growth(double x) {
+  x = clamp(x, -700.0, 700.0);
+  return {::expm1(x), ::exp(x)};
+}
+
 // ln(1 + x) with full relative precision for finite x >= -1.
 FD_FUNCTION float log1p(float x) {
 #if defined(__CUDA_ARCH__)
@@ -181,6 +205,46 @@ FD_FUNCTION float log1p(float x) {
 }
 
 FD_FUNCTION double log1p(double x) { return ::log1p(x); }
+
+// y = u - 1 and u >= 0, each known with full relative precision: ln(u), and ln(u) - y/u likewise.
+template <class T>
+struct Log {
+  T value, excess;
+};
+
+FD_FUNCTION Log<float> log_both(float y, float u) {
+  const float v = y / (u < 1e-30f ? 1e-30f : u);
+#if defined(__CUDA_ARCH__)
+  const bool near = magnitude(y) <= 0.3f;
+  const float f = near ? y : 0.0f;
+#else
+  const int32_t offset = 0x3f3504f3;  // sqrt(1/2): u = 2^k f with f in [sqrt(1/2), sqrt(2))
+  const int32_t shifted = bits<int32_t>(u) - offset;
+  const int32_t k = shifted >> 23;
+  const bool near = k == 0;
+  const float f = near ? y : bits<float>((shifted & 0x7fffff) + offset) - 1.0f;
+#endif
+  const float s = f / (2.0f + f), z = s * s;
+  float t = 1.1111111e-1f;
+  t = t * z + 1.4285714e-1f;
+  t = t * z + 2.0e-1f;
+  t = t * z + 3.3333333e-1f;
+#if defined(__CUDA_ARCH__)
+  const float value = near ? 2.0f * s + 2.0f * s * z * t : logf(u);
+#else
+  const float log = static_cast<float>(k) * kLn2 + (2.0f * s + 2.0f * s * z * t);
+  const float value = u == 0.0f ? -INFINITY : log;
+#endif
+  return {value, near ? s * (v + 2.0f * z * t) : value - v};
+}
+
+FD_FUNCTION Log<double> log_both(double y, double u) {
+  const double value = magnitude(y) <= 0.5 ? ::log1p(y) : ::log(u), v = y / (u < 1e-300 ? 1e-300 : u);
+  const double s = y / (2.0 + y), z = s * s;
+  double t = 0;
+  for (int n = 23; n >= 3; n -= 2) t = t * z + 1.0 / n;  // for |y| <= 1/4: z^11 is below 1e-18
+  return {value, magnitude(y) <= 0.25 ? s * (v + 2.0 * z * t) : value - v};
+}
 
 // w (e^l - 1 - l) >= 0, where the caller knows gap = w (e^l - 1) exactly. 0 * inf counts as 0.
 template <class T>

@@ -6,39 +6,92 @@
 namespace fastdistil {
 inline namespace FD_ISA {
 
-// How logits become scores: a = z_s / T_s - shift (or (z_s - shift) / T when the temperatures agree), b = z_t / T_t.
+// How logits become differences of scores: s/T_s - t/T_t less that of one column, the shift's, or (s - t - shift) / T
+// where the temperatures agree. KL does not see such a constant, but subtracted late it would cost the difference its
+// digits.
 template <class T>
 struct Tempering {
   T inv_student, inv_teacher;
+  double wide_student, wide_teacher;  // the same
   bool equal;
-  T shift;
+  T student, teacher;  // the shift's column; s - t and 0 where the temperatures agree
+  double shift;
+
+  FD_FUNCTION void shift_to(T s, T t) {
+    student = equal ? s - t : s, teacher = equal ? T(0) : t;
+    shift = equal ? static_cast<double>(student) : s * wide_student - t * wide_teacher;
+  }
+
+  FD_FUNCTION double difference(T s, T t) const {
+    return equal ? (static_cast<double>(s) - t - shift) * wide_student : s * wide_student - t * wide_teacher - shift;
+  }
 };
+
+template <class T>
+FD_FUNCTION Tempering<T> tempering_of(double student_temperature, double teacher_temperature) {
+  const double s = 1.0 / student_temperature, t = 1.0 / teacher_temperature;
+  return {static_cast<T>(s), static_cast<T>(t), s, t, student_temperature == teacher_temperature, T(0), T(0), 0.0};
+}
 
 template <class T>
 struct Scores {
-  T a, b, d;  // student, teacher, a - b
+  T a, b, d;  // logits of student and teacher as they are; the difference of their scores, tempered and shifted
 };
 
-// With equal temperatures subtract first: floating point subtracts exactly what is close.
+// Which of the forms below a row needs.
+enum class Form { plain, shifted, tempered };
+
 template <class T>
-FD_FUNCTION Scores<T> scores(T student, T teacher, Tempering<T> t) {
-  const T s = t.equal ? student - t.shift : student * t.inv_student - t.shift;
-  const T u = t.equal ? teacher : teacher * t.inv_teacher;
-  const T d = s == u ? T(0) : s - u;  // also where both are -inf
-  return t.equal ? Scores<T>{s * t.inv_student, u * t.inv_student, d * t.inv_student} : Scores<T>{s, u, d};
+FD_FUNCTION Form form_of(const Tempering<T>& row) {
+  return !row.equal ? Form::tempered : row.shift != 0 ? Form::shifted : Form::plain;
 }
 
-// The multiple of 1/1024 nearest to the first columns' difference. KL does not see a constant offset between student
-// and teacher, but it would cost the exactness of their difference; this much of it comes off without rounding.
+// Of every form the rounding is that of the result's own size. Where both sides are -inf it is 0.
+template <Form kForm, class T>
+FD_FUNCTION T score_difference(T s, T t, const Tempering<T>& row) {
+  if (kForm == Form::plain) return (s == t ? T(0) : s - t) * row.inv_student;
+  const bool absent = s == T(-INFINITY) && t == T(-INFINITY);
+  if (kForm == Form::shifted) {
+    const T x = s - t, back = x - s;
+    const T error = (s - (x - back)) - (t + back);  // s - t - x exactly, NaN where x is infinite
+    const T d = (x - static_cast<T>(row.shift)) + (error == error ? error : T(0));
+    return absent ? T(0) : d * row.inv_student;
+  }
+  return absent ? T(0) : static_cast<T>((s * row.wide_student - t * row.wide_teacher) - row.shift);
+}
+
 template <class T>
-FD_FUNCTION T row_shift(T student, T teacher, Tempering<T> t) {
-  const T offset = t.equal ? student - teacher : student * t.inv_student - teacher * t.inv_teacher;
-  if (!(math::magnitude(offset) < T(1e6))) return T(0);
-  return nearbyint(offset * T(1024)) / T(1024);
+FD_FUNCTION Scores<T> scores(T student, T teacher, const Tempering<T>& row) {
+  const T d = row.equal ? score_difference<Form::shifted>(student, teacher, row)
+                        : score_difference<Form::tempered>(student, teacher, row);
+  return {student, teacher, d};
+}
+
+// A difference that a row may be shifted by, or measured against: none where one side is infinite.
+template <class T>
+FD_FUNCTION bool usable(T d) {
+  return math::magnitude(d) < T(1e6);
+}
+
+// The first guess at a shift: the second of three columns, if another one agrees with it. misplaced() tells whether it
+// was good.
+template <class T>
+FD_FUNCTION void guess_shift(Tempering<T>& row, Scores<T> first, Scores<T> second, Scores<T> third) {
+  const T middle = static_cast<T>(row.difference(second.a, second.b)), near = math::magnitude(middle) / T(8);
+  const T before = static_cast<T>(row.difference(first.a, first.b)) - middle;
+  const T behind = static_cast<T>(row.difference(third.a, third.b)) - middle;
+  if (usable(middle) && (math::magnitude(before) <= near || math::magnitude(behind) <= near))
+    row.shift_to(second.a, second.b);
 }
 
 // Up to this |d| (and |r|, and |D|) one expm1 serves both sides: beyond, q may underflow where p does not.
 constexpr double kNear = 20;
+
+// What the masses are measured by: the teacher's largest logit so far, the student's there and the difference of scores.
+template <class T>
+struct Unit {
+  T teacher, student, difference;
+};
 
 template <class T>
 struct Mass {
@@ -47,51 +100,61 @@ struct Mass {
 
 // A column's share of S = sum e^(b-m) and of X = sum e^(b-m) expm1(d-r) = sum e^(a-m-r) - S, where m and r are b and d
 // of the teacher's largest column so far: a confident teacher's D is d there, and only relative to it has digits left.
+// e^(a-m-r) is e^(a - student's score there), which no offset between the rows touches.
 template <bool kNearBlock, class T>
-FD_FUNCTION Mass<T> mass(Scores<T> c, T m, T r) {
-  const T weight = math::exp_nonpositive(c.b - m), d = c.d - r;
+FD_FUNCTION Mass<T> mass(Scores<T> c, Unit<T> unit, T inv_student, T inv_teacher) {
+  const T weight = math::exp_nonpositive((c.b - unit.teacher) * inv_teacher), d = c.d - unit.difference;
   if (kNearBlock) return {weight, weight * math::bounded_expm1(d).value};
   // Infinite, not large, beyond: a maximum that is found later would scale it down to what looks like a number.
-  const T exponent = (c.a - m) - r, other = exponent > T(math::kExpMax) ? T(INFINITY) : math::exp(exponent);
+  const T exponent = (c.a - unit.student) * inv_student;
+  const T other = exponent > T(math::kExpMax) ? T(INFINITY) : math::exp(exponent);
   return {weight, math::magnitude(d) <= T(1) ? weight * math::expm1(d) : other - weight};
 }
 
-// What a column may be measured against: where one side is infinite, nothing.
-template <class T>
-FD_FUNCTION T usable_reference(T d) {
-  return math::magnitude(d) < T(1e6) ? d : T(0);
-}
-
-// S and X relative to a maximum that grows on the way. Until a finite teacher logit is seen the unit is 1: the student
-// may have mass where the teacher has none.
+// S and X relative to a maximum that grows on the way. Until a finite teacher logit is seen there is but the student's
+// mass, relative to its own largest logit.
 template <class T, class Accumulator>
 struct Masses {
-  T max = -INFINITY, reference = 0;
+  T max = -INFINITY, own = -INFINITY, reference = 0;  // of the teacher's largest column: b, a and d
   Accumulator sum = 0, difference = 0;
 
-  FD_FUNCTION T unit() const { return max > T(-INFINITY) ? max : T(0); }
+  FD_FUNCTION Unit<T> unit() const {
+    return {max > T(-INFINITY) ? max : T(0), own > T(-INFINITY) ? own : T(0), reference};
+  }
 
-  // To another unit and reference. 0 stays 0, however far away they are.
-  FD_FUNCTION void move(T unit, T to) {
-    const Accumulator step = static_cast<Accumulator>(this->unit()) - unit;
-    const Accumulator turn = static_cast<Accumulator>(reference) - to;
-    const Accumulator factor = math::exp(step), other = math::exp(step + turn);
+  // To another largest column. 0 stays 0, however far away they are.
+  FD_FUNCTION void move(T max, T own, T reference, T inv_student, T inv_teacher) {
+    const Accumulator turn = static_cast<Accumulator>(this->reference) - reference;
+    const Accumulator other = math::exp((static_cast<Accumulator>(this->own) - own) * inv_student);
+    const Accumulator factor = math::exp((static_cast<Accumulator>(this->max) - max) * inv_teacher);
     const Accumulator turned = math::magnitude(turn) <= Accumulator(1) ? factor * math::expm1(turn) : other - factor;
     difference = (difference == Accumulator(0) ? Accumulator(0) : difference * other) +
                  (sum == Accumulator(0) ? Accumulator(0) : sum * turned);
     sum = sum == Accumulator(0) ? Accumulator(0) : sum * factor;
+    this->max = max, this->own = own, this->reference = reference;
   }
 
-  // d: at the column of x.
-  FD_FUNCTION T raise(T x, T d) {
-    if (x > max) {
-      const T to = usable_reference(d);
-      if (sum != Accumulator(0) || difference != Accumulator(0)) move(x, to);
-      max = x, reference = to;
+  // A column comes that may be the largest yet.
+  FD_FUNCTION void raise(Scores<T> c, const Tempering<T>& row) {
+    if (c.b > max) {
+      const bool comparable = usable(c.d);  // else d = 0 is what is measured against
+      const T level = static_cast<T>((c.b * row.wide_teacher + (row.equal ? row.shift * row.wide_teacher : row.shift)) /
+                                     row.wide_student);
+      move(c.b, comparable ? c.a : level, comparable ? c.d : T(0), row.inv_student, row.inv_teacher);
+    } else if (max == T(-INFINITY) && c.a > own) {
+      move(max, c.a, T(0), row.inv_student, row.inv_teacher);
     }
-    return unit();
   }
 };
+
+// Whether the row's differences still hold a constant that costs them digits: r is far from 0 and all columns' d are
+// near it, as the mean of the others' expm1(d - r) says. Of a teacher that leaves the others no mass one cannot tell.
+template <class T, class Accumulator>
+FD_FUNCTION bool misplaced(const Masses<T, Accumulator>& masses) {
+  const Accumulator r = math::magnitude(masses.reference), others = masses.sum - Accumulator(1);
+  if (others < Accumulator(1e-6)) return r > Accumulator(1.0 / 64);
+  return r > Accumulator(0) && math::magnitude(masses.difference) <= others * r / Accumulator(32);
+}
 
 // D = lse(a) - lse(b) - reference from X / S; false, and infinite, where the rows lie so far apart that the plain
 // difference of log p and log q is the better one.
@@ -104,7 +167,7 @@ FD_FUNCTION bool exact_log_ratio(double ratio, T& log_ratio) {
 
 template <class T>
 struct RowStats {
-  T max, inv_sum, log_ratio, centre, reference, own_max, own_log;  // entries of LogitStat
+  T max, inv_sum, log_ratio, centre, reference, own_max, own_log, top_student, top_teacher;  // entries of LogitStat
 };
 
 // Up to kNear of each other everything follows from the teacher's mass; rows with columns beyond need the student's.
@@ -113,59 +176,80 @@ FD_FUNCTION bool near_row(RowStats<T> row) {
   return math::magnitude(row.log_ratio) <= T(kNear) && math::magnitude(row.reference) <= T(kNear);
 }
 
+// own: the student's logit where the teacher is largest.
 template <class T>
-FD_FUNCTION void own_from_teacher(RowStats<T>& row, double sum) {
-  row.own_max = row.max;
-  row.own_log = static_cast<T>(static_cast<double>(row.reference) + row.log_ratio + ::log(sum));
-}
-
-// The slope at the teacher's largest column. A centred rule's gradient is the same if all slopes are taken from there;
-// else a confident teacher's own would be 1/2 - (1/2 - 1e-8) in the total variation.
-template <class Rule, class T>
-FD_FUNCTION T anchor(RowStats<T> row, T beta) {
-  if (!Rule::centred) return T(0);
-  const T delta = math::magnitude(row.log_ratio) <= T(1) ? -row.log_ratio : T(0);
-  const T gap = row.inv_sum * math::expm1(delta);
-  return Rule::share(Column<T>{row.inv_sum + gap, row.inv_sum, delta, gap, T(0)}, beta).slope;
+FD_FUNCTION void own_from_teacher(RowStats<T>& row, T own, double sum) {
+  row.own_max = own;
+  row.own_log = static_cast<T>(static_cast<double>(row.log_ratio) + ::log(sum));
 }
 
 // What a loop over a row's columns needs: the statistics and what follows from them once a row.
 template <class T>
 struct RowTerms {
   RowStats<T> stats;
-  T log_sum, anchor;  // the teacher's ln of sum e^(b - max)
+  T inv_student, inv_teacher;
+  T log_sum;  // the teacher's ln of sum e^(b - max)
+  Mixture<T> mixture;
+  Origin<T> origin;
+  bool by_scores;       // turn is d - turn_zero, else delta - turn_zero
+  T turn_zero, anchor;  // anchor: the slope at the student's largest column
 };
 
-template <class Rule, class T>
-FD_FUNCTION RowTerms<T> row_terms(RowStats<T> stats, T beta) {
-  const T log_sum = -static_cast<T>(::log(static_cast<double>(stats.inv_sum)));
-  stats.own_log += T(0) * stats.inv_sum;  // a teacher that is NaN, or nothing at all, stays visible on both sides
-  return {stats, log_sum, anchor<Rule>(stats, beta)};
-}
-
 template <bool kNearBlock, class T>
-FD_FUNCTION Column<T> column(Scores<T> c, RowTerms<T> terms) {
-  const RowStats<T> row = terms.stats;
-  const T log_weight = c.b - row.max, q = math::exp_nonpositive(log_weight) * row.inv_sum;
+FD_FUNCTION Column<T> column(Scores<T> c, const RowTerms<T>& terms) {
+  const RowStats<T>& row = terms.stats;
+  const T log_weight = (c.b - row.max) * terms.inv_teacher, q = math::exp_nonpositive(log_weight) * row.inv_sum;
   const T near = (c.d - row.reference) - row.log_ratio;
   if (kNearBlock) {
     const math::Expm1<T> e = math::bounded_expm1(near);
     const T gap = q * e.value;
-    return {q + gap, q, near, gap, q * e.excess};
+    return {q + gap, q, near, gap, q * e.excess, (terms.by_scores ? c.d : near) - terms.turn_zero};
   }
   const bool is_near = math::magnitude(near) <= T(1);
-  const bool absent = c.b == T(-INFINITY) && c.d == T(0);  // on both sides
-  const T log_p = (c.a - row.own_max) - row.own_log;
-  const T delta = is_near ? near : absent ? T(0) : log_p - (log_weight - terms.log_sum);
+  const T log_p = (c.a - row.own_max) * terms.inv_student - row.own_log, log_q = log_weight - terms.log_sum;
+  // Each has a rounding of its own size.
+  const bool by_difference = math::magnitude(c.d) + math::magnitude(row.reference + row.log_ratio) <=
+                             math::magnitude(log_p) + math::magnitude(log_q);
+  const T delta = is_near || by_difference ? near : log_p - log_q;
   const T difference = q * math::expm1(is_near ? near : T(0)), own = math::exp(log_p);
   const T gap = is_near ? difference : own - q, p = is_near ? q + difference : own;
-  return {p, q, delta, gap, math::excess(q, gap, delta)};
+  return {p, q, delta, gap, math::excess(q, gap, delta), (terms.by_scores ? c.d : delta) - terms.turn_zero};
+}
+
+// Slopes relative to that at the student's largest column (divergence.h). Of a mixture, only where the student has more
+// of it than its teacher: elsewhere that column is none of those whose slopes are alike.
+template <class Rule, class T>
+FD_FUNCTION RowTerms<T> row_terms(RowStats<T> stats, const Tempering<T>& tempering, Mixture<T> mixture) {
+  RowTerms<T> terms{stats, tempering.inv_student, tempering.inv_teacher, T(0), mixture, {}, false, T(0), T(0)};
+  const double log_sum = -::log(static_cast<double>(stats.inv_sum));
+  terms.log_sum = static_cast<T>(log_sum);
+  // Where the rows lie far apart, D is the difference of their logarithms after all.
+  if (stats.log_ratio == T(INFINITY))
+    terms.stats.log_ratio = static_cast<T>(tempering.difference(stats.own_max, stats.max) + (stats.own_log - log_sum) -
+                                           stats.reference);
+  terms.stats.own_log += T(0) * stats.inv_sum;  // a teacher that is NaN, or nothing at all, stays visible on both sides
+  if constexpr (Rule::centred) {
+    const Scores<T> top = scores(stats.top_student, stats.top_teacher, tempering);
+    Column<T> c = column<false>(top, terms);
+    T zero = T(0);
+    if constexpr (Rule::mixture) {
+      zero = math::clamp(c.delta, T(0), T(kFarthestOrigin));
+      terms.by_scores = usable(top.d) && zero == c.delta;
+      terms.origin = Rule::origin(mixture, zero);
+    } else {
+      terms.by_scores = usable(top.d);
+    }
+    terms.turn_zero = terms.by_scores ? top.d : zero;
+    c.turn = terms.by_scores ? T(0) : c.delta - zero;
+    terms.anchor = Rule::share(c, mixture, terms.origin).slope;
+  }
+  return terms;
 }
 
 template <class Rule, bool kNearBlock, class T>
-FD_FUNCTION Column<T> rule_column(Scores<T> c, RowTerms<T> row) {
+FD_FUNCTION Column<T> rule_column(Scores<T> c, const RowTerms<T>& row) {
   if (Rule::softmax) return column<kNearBlock>(c, row);
-  return {T(0), row.stats.inv_sum, c.d, T(0), T(0)};
+  return {T(0), row.stats.inv_sum, c.d, T(0), T(0), T(0)};
 }
 
 template <class T>
@@ -174,9 +258,9 @@ struct Result {
 };
 
 template <class Rule, bool kNearBlock, class T>
-FD_FUNCTION Result<T> result(Scores<T> scores, RowTerms<T> row, T beta) {
+FD_FUNCTION Result<T> result(Scores<T> scores, const RowTerms<T>& row) {
   const Column<T> c = rule_column<Rule, kNearBlock>(scores, row);
-  const Share<T> share = Rule::share(c, beta);
+  const Share<T> share = Rule::share(c, row.mixture, row.origin);
   if (!Rule::centred) return {share.value, T(0), share.slope};
   const T slope = share.slope - row.anchor;
   return {share.value, c.p * slope, c.p * (slope - row.stats.centre)};

@@ -73,7 +73,8 @@ def logit_loss(  # type: ignore[misc] # the overloads need not repeat what is wr
         teacher_logits: the same shape, dtype and device, or (..., V_t) with a vocab_map; a constant.
         divergence: one of the names above.
         beta: the mixture's weight of the teacher (jsd, skew_kl) or of the student (skew_reverse_kl); inside (0, 1) for
-            jsd, [0, 1) for the skewed ones, ignored by the others.
+            jsd, which is 0 at both ends, [0, 1) for the skewed ones, ignored by the others. What GKD calls beta 0 and
+            1, the limits of jsd / beta and jsd / (1-beta), are forward_kl and reverse_kl.
         temperature: T_s > 0; teacher_temperature: T_t > 0, by default the same.
         scale_by_t2: multiply by T_s * T_t, so that gradients keep their size as the temperature changes (Hinton 2015).
         weight: (...,) one number or bool a row; a row of weight 0 contributes exactly 0 and is not read.
@@ -207,10 +208,14 @@ def rule_of(
     value = _check.number(function, "beta", beta)
     if divergence == "jsd" and not 0 < value < 1:
         raise ValueError(
-            f"{function}: beta is {value} for jsd, expected 0 < beta < 1 (the limits are forward_kl and reverse_kl)"
+            f"{function}: beta is {value} for jsd, expected 0 < beta < 1: at 0 and 1 the divergence itself is 0. Where "
+            "others mean the limits of jsd / beta and jsd / (1 - beta) by them, pass divergence='forward_kl' for 0 and "
+            "'reverse_kl' for 1"
         )
     if divergence.startswith("skew") and not 0 <= value < 1:
         raise ValueError(f"{function}: beta is {value} for {divergence}, expected 0 <= beta < 1")
     t_s = _check.positive(function, "temperature", temperature)
     t_t = t_s if teacher_temperature is None else _check.positive(function, "teacher_temperature", teacher_temperature)
+    if value == 0:  # a mixture of one
+        divergence = {"skew_kl": "forward_kl", "skew_reverse_kl": "reverse_kl"}.get(divergence, divergence)
     return DIVERGENCES.index(divergence), value, t_s, t_t, t_s * t_t if scale_by_t2 else 1.0

@@ -1,6 +1,6 @@
 """A vocabulary split over the ranks of a process group: one row's statistics from those of its parts.
 
-Every rank has its own columns of both sides. What travels are eight numbers a row and rank, then two, and where hidden
+Every rank has its own columns of both sides. What travels are ten numbers a row and rank, then two, and where hidden
 states need a gradient its sum over the ranks; logits never do.
 """
 
@@ -92,8 +92,7 @@ def _rows(
     if divergence == "mse":
         count(stats, group)
     else:
-        t_s, t_t = rule["student_temperature"], rule["teacher_temperature"]
-        merge(stats, 1 / t_s if t_s == t_t else 1.0, group)  # equal temperatures divide after the shift
+        merge(stats, rule, group)
     centred = divergence not in DIRECT
     direct = None if centred else gradient
     module.logit_fwd(student, teacher, scale, loss, stats, direct, phase=PHASE_VALUE, **rule)
@@ -117,37 +116,43 @@ def count(stats: Tensor, group: dist.ProcessGroup) -> None:
     stats[:, 1] = (1 / (1 / _gather(stats, group)[:, :, 1]).sum(0)).to(stats.dtype)
 
 
-def merge(stats: Tensor, shift_unit: float, group: dist.ProcessGroup) -> None:
+def merge(stats: Tensor, rule: LogitRule, group: dist.ProcessGroup) -> None:
     """The statistics (n, STATS) of these columns become those of all ranks' columns, the same on every rank.
-
-    shift_unit: what a shift of 1 takes off a tempered score.
 
     With pi the teacher's mass of each part and D_r = lse(a) - lse(b) within it, relative to the reference r of the part
     that holds the teacher's largest column: D = log1p(sum pi_r expm1(D_r - r)): nothing cancels as the student nears
-    its teacher. Each part took its own shift off its student's logits; the first one's becomes everybody's."""
-    largest, inv_sum, shift, log_ratio, _, reference, own_max, own_log = _gather(stats, group).unbind(-1)  # (R, n) each
-    back = (shift - shift[0]) * shift_unit
-    own = own_max + back
-    own_top = own.amax(0)
-    own_mass = torch.where(own == -torch.inf, 0.0, torch.exp(own - own_top + own_log)).sum(0)
+    its teacher. Each part took its own shift off its differences; the one of that part becomes everybody's."""
+    t_s, t_t = rule["student_temperature"], rule["teacher_temperature"]
+    parts = _gather(stats, group).unbind(-1)  # (R, n) each
+    largest, inv_sum, shift, log_ratio, _, reference, own_max, own_log, top_student, top_teacher, shift_t = parts
+    at = largest.argmax(0, keepdim=True)
+    offset = shift / t_s - shift_t / t_t
+    common = offset.gather(0, at)[0]
+    back = offset - common
+    own_top = own_max.amax(0)
+    own_mass = torch.where(own_max == -torch.inf, 0.0, torch.exp((own_max - own_top) / t_s + own_log)).sum(0)
     seen = largest != -torch.inf
     top = largest.amax(0)
-    unit = torch.where(top == -torch.inf, 0.0, top)
-    mass = torch.where(seen, torch.exp(largest - unit) / inv_sum, 0.0)
+    level = torch.where(top == -torch.inf, 0.0, top)
+    mass = torch.where(seen, torch.exp((largest - level) / t_t) / inv_sum, 0.0)
     total = mass.sum(0)
-    at = largest.argmax(0, keepdim=True)
-    shared = (reference + back).gather(0, at)[0]
-    plain = (own - largest) + (own_log + inv_sum.log())  # lse(a) - lse(b) of a part that lies far from its teacher
+    shared = reference.gather(0, at)[0]
+    own = own_max / t_s + own_log - common  # lse(a)
+    plain = own - (largest / t_t - inv_sum.log())  # lse(a) - lse(b) of a part that lies far from its teacher
     moved = torch.where(log_ratio.isinf(), plain - shared, log_ratio + (reference + back - shared))
-    absent = torch.exp(own + own_log - unit - total.log() - shared)
+    absent = torch.exp(own - level / t_t - total.log() - shared)
     growth = torch.where(seen, mass / total * torch.expm1(moved.clamp(max=LARGEST_EXACT)), absent)
     ratio = growth.sum(0)
     near = (torch.where(seen, moved, 0.0) <= LARGEST_EXACT).all(0) & (ratio > -0.9) & (ratio < 1e3)
+    student_at = top_student.argmax(0, keepdim=True)
     stats[:, 0] = torch.where(top == -torch.inf, torch.nan, top)
     stats[:, 1] = 1 / total
-    stats[:, 2] = shift[0]
+    stats[:, 2] = shift.gather(0, at)[0]
     stats[:, 3] = torch.where(near, torch.log1p(torch.where(near, ratio, 0.0)), torch.inf)
     stats[:, 4] = 0
     stats[:, 5] = shared
     stats[:, 6] = own_top
     stats[:, 7] = own_mass.log()
+    stats[:, 8] = top_student.gather(0, student_at)[0]
+    stats[:, 9] = top_teacher.gather(0, student_at)[0]
+    stats[:, 10] = shift_t.gather(0, at)[0]

@@ -32,7 +32,7 @@ def hidden_rows(
         z = z + bias.to(dtype)
     h = torch.nn.functional.gelu(z) if activation == "gelu" else z
     rows, dh = {"mse": _mse, "cosine": _cosine, "kl": _kl}[kind](h, t)
-    rows = torch.where(keep[:, 0], row_scale * rows, 0.0)
+    rows = torch.where(keep[:, 0], row_scale * rows, 0.0).to(dtype)
     if grad_dtype is None:
         return rows, None
     dz = dh * gelu_derivative(z) if activation == "gelu" else dh
@@ -66,6 +66,7 @@ def _cosine(h: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _kl(h: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    h, t = h.double(), t.double()
     difference = softmax_difference(t, (h - kl_offset(h, t)) - t)
     return forward_kl_rows(difference), difference.p_minus_q
 

@@ -79,7 +79,7 @@ struct Board {
   alignas(16) hopper::Barrier full[kMostChunks];
   Part<float> warps[2][kWarps];
   Part<float> blocks[2][kMostBlocks];
-  float own_max, own_log, log_sum, anchor;  // of the row (csrc/rules/pair.h)
+  RowTerms<float> terms;  // of the row
   Row<E> rows[3];
 };
 

@@ -55,9 +55,10 @@ __device__ T block_sum(T x) {
   return block_reduce(x, [](T a, T b) { return a + b; });
 }
 
+// The whole block's part, for every thread.
 template <class T>
-__device__ T block_max(T x) {
-  return block_reduce(x, [](T a, T b) { return a > b ? a : b; });
+__device__ Part<T> merge_block(Part<T> own, const Tempering<T>& row) {
+  return merge(own, row, [](auto x, auto combine) { return block_reduce(x, combine); });
 }
 
 // The student's own maximum and ln of sum(exp(a - maximum)): where a column lies too far from the teacher's.
@@ -65,49 +66,59 @@ template <class E>
 __device__ void own_softmax(const E* student, const E* teacher, int64_t columns, const Tempering<Compute<E>>& tempering,
                             RowStats<Compute<E>>& stats) {
   using T = Compute<E>;
+  OwnSum<T> own;
+  for_columns(student, teacher, columns, [&](int64_t, T s, T) { own.add(s, tempering.inv_student); });
+  const Part<T> all = merge_block(own.part(), tempering);
+  stats.own_max = all.own, stats.own_log = static_cast<T>(::log(all.difference));
+}
+
+template <class E>
+__device__ Part<Compute<E>> masses_of(const E* student, const E* teacher, int64_t columns,
+                                      const Tempering<Compute<E>>& tempering) {
+  using T = Compute<E>;
   Masses<T, T> masses;
+  Part<T> own = no_part<T>();
   for_columns(student, teacher, columns, [&](int64_t, T s, T t) {
-    const T a = scores(s, t, tempering).a;
-    const T m = masses.raise(a, T(0));
-    masses.sum += math::exp(a - m);
+    const Scores<T> c = scores(s, t, tempering);
+    masses.raise(c, tempering);
+    const Mass<T> share = mass<false>(c, masses.unit(), tempering.inv_student, tempering.inv_teacher);
+    masses.sum += share.sum;
+    masses.difference += share.difference;
+    if (!(math::magnitude(c.d) <= T(kNear))) own.far = T(1);
+    if (s > own.top_student) own.top_student = s, own.top_teacher = t;
   });
-  const Part<T> own{masses.max, 0, 0, masses.sum, 0};
-  stats.own_max = block_max(masses.max);
-  stats.own_log = static_cast<T>(::log(block_sum(moved(own, stats.own_max, T(0)).sum)));
+  own.max = masses.max, own.own = masses.own, own.reference = masses.reference;
+  own.sum = masses.sum, own.difference = masses.difference;
+  return merge_block(own, tempering);
 }
 
 template <class E>
 __device__ RowStats<Compute<E>> statistics(const E* student, const E* teacher, int64_t columns,
-                                           const Tempering<Compute<E>>& tempering, bool part) {
+                                           Tempering<Compute<E>>& tempering, bool part) {
   using T = Compute<E>;
-  Masses<T, T> masses;
-  bool far = false;
-  for_columns(student, teacher, columns, [&](int64_t, T s, T t) {
-    const Scores<T> c = scores(s, t, tempering);
-    const T m = masses.raise(c.b, c.d);
-    const Mass<T> share = mass<false>(c, m, masses.reference);
-    masses.sum += share.sum;
-    masses.difference += share.difference;
-    far = far || !(math::magnitude(c.d) <= T(kNear));
-  });
-  const T max = block_max(masses.max), reference = block_max(masses.max == max ? masses.reference : T(-INFINITY));
-  const Part<T> part_of_row{masses.max, masses.reference, T(0), masses.sum, masses.difference};
-  const Mass<double> own = moved(part_of_row, max, reference);
-  const double sum = block_sum(own.sum), difference = block_sum(own.difference);
-  RowStats<T> stats{max, static_cast<T>(1.0 / sum), T(0), T(0), reference, T(0), T(0)};
-  if (!(max > T(-INFINITY)) && !part) stats.max = T(NAN);
-  const bool exact = exact_log_ratio(difference / sum, stats.log_ratio);
-  if (block_max(far ? T(1) : T(0)) == T(0) && exact && near_row(stats))  // the same for every thread of the block
-    own_from_teacher(stats, sum);
+  guess_row_shift(tempering, student, teacher, columns);
+  Part<T> all = masses_of(student, teacher, columns, tempering);
+  // The same for every thread of the block, here and below.
+  if (misplaced(Masses<T, double>{all.max, all.own, all.reference, all.sum, all.difference})) {
+    tempering.shift_to(all.own, all.max);
+    all = masses_of(student, teacher, columns, tempering);
+  }
+  RowStats<T> stats{};
+  stats.max = all.max > T(-INFINITY) || part ? all.max : T(NAN);
+  stats.inv_sum = static_cast<T>(1.0 / all.sum), stats.reference = all.reference;
+  stats.top_student = all.top_student, stats.top_teacher = all.top_teacher;
+  const bool exact = exact_log_ratio(all.difference / all.sum, stats.log_ratio);
+  if (all.far == T(0) && exact && near_row(stats))
+    own_from_teacher(stats, all.own, all.sum);
   else
     own_softmax(student, teacher, columns, tempering, stats);
   return stats;
 }
 
 template <class Rule, class E>
-__global__ void __launch_bounds__(kThreads, 1) logit_kernel(LogitArgs args) {
+__global__ void __launch_bounds__(kThreads, 1)
+    logit_kernel(LogitArgs args, Tempering<Compute<E>> tempered, Mixture<Compute<E>> mixture) {
   using T = Compute<E>;
-  const T beta = static_cast<T>(args.beta);
   for (int64_t r = blockIdx.x; r < args.rows; r += gridDim.x) {
     const E* student = static_cast<const E*>(args.student) + r * args.student_stride;
     const E* teacher = static_cast<const E*>(args.teacher) + r * args.teacher_stride;
@@ -123,43 +134,41 @@ __global__ void __launch_bounds__(kThreads, 1) logit_kernel(LogitArgs args) {
       if (args.loss && threadIdx.x < kStats) saved[threadIdx.x] = T(0);
       continue;
     }
-    Tempering<T> tempering = tempering_of<T>(args);
-    RowStats<T> stats{T(0), static_cast<T>(1.0 / args.columns), T(0), T(0), T(0), T(0), T(0)};
+    Tempering<T> tempering = tempered;
+    RowStats<T> stats{};
+    stats.inv_sum = static_cast<T>(1.0 / args.columns);
     if (!args.loss || args.phase == Phase::value) {
-      stats = {saved[kMax],       saved[kInvSum], saved[kLogRatio], saved[kCentre],
-               saved[kReference], saved[kOwnMax], saved[kOwnLog]};
-      tempering.shift = saved[kShift];
+      stats = {saved[kMax],    saved[kInvSum], saved[kLogRatio],   saved[kCentre],    saved[kReference],
+               saved[kOwnMax], saved[kOwnLog], saved[kTopStudent], saved[kTopTeacher]};
+      tempering.shift_to(saved[kShift], saved[kShiftTeacher]);
     } else if (Rule::softmax) {
-      tempering.shift = row_shift<T>(to_compute(student[0]), to_compute(teacher[0]), tempering);
       stats = statistics(student, teacher, args.columns, tempering, args.phase == Phase::statistics);
     }
     const T factor = static_cast<T>(scale * dloss * args.value_factor / args.student_temperature);
-    RowTerms<T> row = row_terms<Rule>(stats, beta);
+    RowTerms<T> row = row_terms<Rule>(stats, tempering, mixture);
     const bool shares = args.loss && args.phase != Phase::statistics;
     T value = 0, centre = 0;
     if (shares) {
       for_columns(student, teacher, args.columns, [&](int64_t i, T s, T t) {
-        const Result<T> part = result<Rule, false>(scores(s, t, tempering), row, beta);
+        const Result<T> part = result<Rule, false>(scores(s, t, tempering), row);
         value += part.value;
         centre += part.centre;
         if (!Rule::centred && gradient) from_compute(factor * part.gradient, gradient[i]);
       });
       value = static_cast<T>(block_sum(static_cast<double>(value)));
-      if (Rule::centred) row.stats.centre = static_cast<T>(block_sum(static_cast<double>(centre)));
+      if (Rule::centred) row.stats.centre = stats.centre = static_cast<T>(block_sum(static_cast<double>(centre)));
     }
     if (args.loss) {
       __syncthreads();  // every thread has read what was given
       if (threadIdx.x == 0) {
         static_cast<T*>(args.loss)[r] = static_cast<T>(value * args.value_factor * scale);
-        saved[kMax] = stats.max, saved[kInvSum] = stats.inv_sum, saved[kShift] = tempering.shift;
-        saved[kLogRatio] = stats.log_ratio, saved[kCentre] = row.stats.centre, saved[kReference] = stats.reference;
-        saved[kOwnMax] = stats.own_max, saved[kOwnLog] = stats.own_log;
+        save(saved, stats, tempering);
       }
     }
     // Where the vocabulary is split, a centred rule's gradient waits for the whole centre.
     if (gradient && (!args.loss || (Rule::centred && args.phase == Phase::all)))
       for_columns(student, teacher, args.columns, [&](int64_t i, T s, T t) {
-        from_compute(factor * result<Rule, false>(scores(s, t, tempering), row, beta).gradient, gradient[i]);
+        from_compute(factor * result<Rule, false>(scores(s, t, tempering), row).gradient, gradient[i]);
       });
   }
 }
@@ -168,7 +177,9 @@ template <class Rule, class E>
 void launch(const LogitArgs& args, cudaStream_t stream) {
   if (args.rows == 0) return;
   const int blocks = static_cast<int>(args.rows < (1 << 30) ? args.rows : (1 << 30));
-  logit_kernel<Rule, E><<<blocks, kThreads, 0, stream>>>(args);
+  const auto tempering = tempering_of<Compute<E>>(args.student_temperature, args.teacher_temperature);
+  const auto mixture = mixture_of<Compute<E>>(args.beta);
+  logit_kernel<Rule, E><<<blocks, kThreads, 0, stream>>>(args, tempering, mixture);
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) throw std::runtime_error(std::string("logit: launch failed: ") + cudaGetErrorString(error));
 }

@@ -20,74 +20,87 @@ namespace {
 template <class Rule, class E>
 class Worker {
   const LogitArgs& args_;
+  const Tempering<float>& tempered_;
+  const Mixture<float>& mixture_;
   Board<E>& board_;
   Chunks<E> chunks_;
   int exchanges_ = 0;
   Tempering<float> tempering_;
   RowStats<float> stats_;
 
+  __device__ Part<float> merge_lanes(Part<float> own) const {
+    return merge(own, tempered_, [](auto x, auto combine) { return combine_lanes(x, combine); });
+  }
+
   // The whole cluster's part, for every thread. Callers come together, all threads of all blocks.
   __device__ Part<float> exchange(Part<float> own) {
     const int turn = exchanges_++ & 1, lane = threadIdx.x % 32;
-    const Part<float> none{-INFINITY, 0, 0, 0, 0};
     own = merge_lanes(own);
     if (lane == 0) board_.warps[turn][threadIdx.x / 32] = own;
     __syncthreads();
     const int blocks = static_cast<int>(hopper::cluster_size());
     if (threadIdx.x < 32) {
-      own = merge_lanes(lane < kWarps ? board_.warps[turn][lane] : none);
+      own = merge_lanes(lane < kWarps ? board_.warps[turn][lane] : no_part<float>());
       if (lane < blocks) *hopper::peer(&board_.blocks[turn][hopper::cluster_rank()], lane) = own;
     }
     hopper::cluster_sync();
-    return merge_lanes(lane < blocks ? board_.blocks[turn][lane] : none);
+    return merge_lanes(lane < blocks ? board_.blocks[turn][lane] : no_part<float>());
   }
 
   __device__ void own_softmax(const Row<E>& row) {
-    Masses<float, float> masses;
+    OwnSum<float> own;
     chunks_.template for_columns<false, false>(row, nullptr, tempering_, [&](const auto& found, bool, E*) {
-      for (const Scores<float>& c : found) {
-        const float m = masses.raise(c.a, 0);
-        masses.sum += math::exp(c.a - m);
-      }
+      for (const Scores<float>& c : found) own.add(c.a, tempering_.inv_student);
     });
-    const Part<float> all = exchange({masses.max, 0, 0, masses.sum, 0});
-    stats_.own_max = all.max, stats_.own_log = static_cast<float>(::log(all.sum));
+    const Part<float> all = exchange(own.part());
+    stats_.own_max = all.own, stats_.own_log = static_cast<float>(::log(all.difference));
+  }
+
+  template <bool kWait>
+  __device__ Part<float> masses_of(const Row<E>& row) {
+    Masses<float, float> masses;
+    Part<float> own = no_part<float>();
+    chunks_.template for_columns<kWait, false>(row, nullptr, tempering_, [&](const auto& found, bool near, E*) {
+      Scores<float> largest = found[0];
+#pragma unroll
+      for (const Scores<float>& c : found) {
+        if (c.b > largest.b) largest = c;
+        if (Rule::centred && c.a > own.top_student) own.top_student = c.a, own.top_teacher = c.b;
+      }
+      masses.raise(largest, tempering_);
+      const bool short_form = near && math::magnitude(masses.reference) <= float(kNear);
+      short_form ? add<true>(found, masses) : add<false>(found, masses);
+      if (!near) own.far = 1.0f;
+    });
+    own.max = masses.max, own.own = masses.own, own.reference = masses.reference;
+    own.sum = masses.sum, own.difference = masses.difference;
+    return exchange(own);
   }
 
   __device__ void statistics(const Row<E>& row) {
-    Masses<float, float> masses;
-    bool far = false;
-    chunks_.template for_columns<true, false>(row, nullptr, tempering_, [&](const auto& found, bool near, E*) {
-      float largest = found[0].b, difference = found[0].d;
-#pragma unroll
-      for (const Scores<float>& c : found)
-        if (c.b > largest) largest = c.b, difference = c.d;
-      masses.raise(largest, difference);
-      const bool short_form = near && math::magnitude(masses.reference) <= float(kNear);
-      short_form ? add<true>(found, masses) : add<false>(found, masses);
-      far = far || !near;
-    });
-    const Part<float> all = exchange({masses.max, masses.reference, far ? 1.0f : 0.0f, masses.sum, masses.difference});
-    stats_ = {all.max > -INFINITY ? all.max : NAN, static_cast<float>(1.0 / all.sum), 0, 0, all.reference, 0, 0};
+    Part<float> all = masses_of<true>(row);
+    // The same for every thread of the cluster, here and below.
+    if (misplaced(Masses<float, double>{all.max, all.own, all.reference, all.sum, all.difference})) {
+      tempering_.shift_to(all.own, all.max);
+      all = masses_of<false>(row);
+    }
+    stats_ = {all.max > -INFINITY ? all.max : NAN, static_cast<float>(1.0 / all.sum), 0, 0, all.reference, 0, 0,
+              all.top_student, all.top_teacher};
     const bool exact = exact_log_ratio(all.difference / all.sum, stats_.log_ratio);
-    if (all.far == 0 && exact && near_row(stats_))  // the same for every thread of the cluster
-      own_from_teacher(stats_, all.sum);
+    if (all.far == 0 && exact && near_row(stats_))
+      own_from_teacher(stats_, all.own, all.sum);
     else
       own_softmax(row);
     // Registers are short where the passes are long; every thread is behind the last row's use of these.
-    if (threadIdx.x == 0) {
-      board_.own_max = stats_.own_max, board_.log_sum = -::logf(stats_.inv_sum);
-      board_.own_log = stats_.own_log + 0.0f * stats_.inv_sum;  // a teacher that is NaN stays visible on both sides
-      board_.anchor = anchor<Rule>(stats_, static_cast<float>(args_.beta));
-    }
+    if (threadIdx.x == 0) board_.terms = row_terms<Rule>(stats_, tempering_, mixture_);
     __syncthreads();
   }
 
   template <bool kNearGroup, class Found>
-  __device__ static void add(const Found& found, Masses<float, float>& masses) {
+  __device__ void add(const Found& found, Masses<float, float>& masses) const {
 #pragma unroll
     for (const Scores<float>& c : found) {
-      const Mass<float> share = mass<kNearGroup>(c, masses.unit(), masses.reference);
+      const Mass<float> share = mass<kNearGroup>(c, masses.unit(), tempered_.inv_student, tempered_.inv_teacher);
       masses.sum += share.sum;
       masses.difference += share.difference;
     }
@@ -111,12 +124,11 @@ class Worker {
 
   template <bool kWrite, bool kNearGroup, int kColumns>
   __device__ void columns(const Scores<float> (&found)[kColumns], float factor, Totals& totals, E* out) const {
-    RowTerms<float> row{stats_, 0, board_.anchor};
-    if (!kNearGroup)
-      row.stats.own_max = board_.own_max, row.stats.own_log = board_.own_log, row.log_sum = board_.log_sum;
+    RowTerms<float> row = board_.terms;
+    row.stats.centre = stats_.centre;
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {
-      const Result<float> share = result<Rule, kNearGroup>(found[j], row, static_cast<float>(args_.beta));
+      const Result<float> share = result<Rule, kNearGroup>(found[j], row);
       totals.value += share.value;
       totals.centre += share.centre;
       if (kWrite) from_compute(factor * share.gradient, out[j]);
@@ -126,8 +138,8 @@ class Worker {
   __device__ void work(const Row<E>& row, int64_t r, const Row<E>* next) {
     const float scale = static_cast<const float*>(args_.row_scale)[r];
     const float factor = static_cast<float>(scale * args_.value_factor / args_.student_temperature);
-    tempering_ = tempering_of<float>(args_);
-    tempering_.shift = row_shift<float>(to_compute(row.student[0]), to_compute(row.teacher[0]), tempering_);
+    tempering_ = tempered_;
+    guess_row_shift(tempering_, row.student, row.teacher, args_.columns);
     statistics(row);
     // Behind statistics' barriers nobody reads the student's row any more: its memory may be the gradient's.
     const bool write = row.gradient != nullptr;
@@ -136,15 +148,13 @@ class Worker {
       own = finish<false>(row, write ? nullptr : next, 0);
     else
       own = finish<true>(row, next, factor);
-    const Part<float> all = exchange({0, 0, 0, own.value, own.centre});
+    const Part<float> all = exchange({0, 0, 0, 0, 0, 0, own.value, own.centre});
     stats_.centre = static_cast<float>(all.difference);
     if (Rule::centred && write) finish<true>(row, next, factor);
     if (hopper::cluster_rank() != 0 || threadIdx.x != 0) return;
     static_cast<float*>(args_.loss)[r] = static_cast<float>(all.sum * args_.value_factor * scale);
     float* saved = static_cast<float*>(args_.stats) + r * kStats;
-    saved[kMax] = stats_.max, saved[kInvSum] = stats_.inv_sum, saved[kShift] = tempering_.shift;
-    saved[kLogRatio] = stats_.log_ratio, saved[kCentre] = stats_.centre, saved[kReference] = stats_.reference;
-    saved[kOwnMax] = board_.own_max, saved[kOwnLog] = board_.own_log;
+    save(saved, stats_, tempering_);
   }
 
   __device__ void skip(int64_t r) const {
@@ -167,8 +177,13 @@ class Worker {
   }
 
  public:
-  __device__ Worker(const LogitArgs& args, Board<E>& board, unsigned char* memory)
-      : args_(args), board_(board), chunks_(args.columns, board.full, memory) {}
+  __device__ Worker(const LogitArgs& args, const Tempering<float>& tempered, const Mixture<float>& mixture,
+                    Board<E>& board, unsigned char* memory)
+      : args_(args),
+        tempered_(tempered),
+        mixture_(mixture),
+        board_(board),
+        chunks_(args.columns, board.full, memory) {}
 
   __device__ void run() {
     if (threadIdx.x == 0)
@@ -193,11 +208,12 @@ class Worker {
 };
 
 template <class Rule, class E>
-__global__ void __launch_bounds__(kThreads, 2) logit_cluster_kernel(LogitArgs args) {
+__global__ void __launch_bounds__(kThreads, 2) 
+    logit_cluster_kernel(LogitArgs args, Tempering<float> tempering, Mixture<float> mixture) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   __shared__ Board<E> board;
   extern __shared__ unsigned char memory[];
-  Worker<Rule, E>(args, board, memory).run();
+  Worker<Rule, E>(args, tempering, mixture, board, memory).run();
 #endif
 }
 
@@ -224,7 +240,8 @@ bool launch(const LogitArgs& args, Plan plan, cudaStream_t stream) {
   }
   const int64_t clusters = args.rows < active ? args.rows : active;
   config.gridDim = dim3(static_cast<unsigned>(clusters * plan.blocks));
-  check(cudaLaunchKernelEx(&config, kernel, args));
+  const auto tempering = tempering_of<float>(args.student_temperature, args.teacher_temperature);
+  check(cudaLaunchKernelEx(&config, kernel, args, tempering, mixture_of<float>(args.beta)));
   return true;
 }
 

@@ -42,48 +42,79 @@ __device__ int ahead(const E* p) {
   return static_cast<int>((16 - reinterpret_cast<uintptr_t>(p) % 16) % 16 / sizeof(E));
 }
 
-// Masses of a part of a row (csrc/rules/pair.h); `far` is 1 where a column of it lies too far from the teacher's.
+// Masses of a part of a row (csrc/rules/pair.h); `far` is 1 where a column of it lies too far from the teacher's. top_*:
+// the student's largest logit, and the teacher's in that column.
 template <class T>
 struct Part {
-  T max, reference, far;
+  T max, own, reference, far, top_student, top_teacher;
   double sum, difference;
 };
+
+template <class T>
+__device__ Part<T> no_part() {
+  return {T(-INFINITY), T(-INFINITY), T(0), T(0), T(-INFINITY), T(-INFINITY), 0, 0};
+}
 
 template <class T>
 __device__ T larger(T a, T b) {
   return a > b ? a : b;
 }
 
-// Sum and difference of a part, in the unit of all parts' maximum and relative to the reference that goes with it.
-template <class T>
-__device__ Mass<double> moved(Part<T> own, T max, T reference) {
-  Masses<T, double> masses{own.max, own.reference, own.sum, own.difference};
-  masses.move(max > T(-INFINITY) ? max : T(0), reference);
-  return {masses.sum, masses.difference};
+// The whole's part from everybody's own; reduce(x, combine) gives everybody the same.
+template <class T, class Reduce>
+__device__ Part<T> merge(Part<T> own, const Tempering<T>& row, Reduce&& reduce) {
+  Part<T> all;
+  const auto largest = [&](T x) { return reduce(x, larger<T>); };
+  const auto total = [&](double x) { return reduce(x, [](double a, double b) { return a + b; }); };
+  all.max = largest(own.max);
+  all.reference = largest(own.max == all.max ? own.reference : T(-INFINITY));
+  all.own = largest(own.max == all.max && own.reference == all.reference ? own.own : T(-INFINITY));
+  all.far = largest(own.far);
+  all.top_student = largest(own.top_student);
+  all.top_teacher = largest(own.top_student == all.top_student ? own.top_teacher : T(-INFINITY));
+  Masses<T, double> masses{own.max, own.own, own.reference, own.sum, own.difference};
+  masses.move(all.max, all.own, all.reference, row.inv_student, row.inv_teacher);
+  all.sum = total(masses.sum), all.difference = total(masses.difference);
+  return all;
 }
+
+// The student's own softmax so far.
+template <class T>
+struct OwnSum {
+  T max = -INFINITY, sum = 0;
+
+  __device__ void add(T a, T inv) {
+    if (a > max) sum = sum == T(0) ? T(0) : sum * math::exp((max - a) * inv), max = a;
+    sum += math::exp((a - (max > T(-INFINITY) ? max : T(0))) * inv);
+  }
+  // Measured as the mass of a student whose teacher has none.
+  __device__ Part<T> part() const {
+    Part<T> part = no_part<T>();
+    part.own = max, part.difference = sum;
+    return part;
+  }
+};
 
 template <class T, class Combine>
 __device__ T combine_lanes(T x, Combine&& combine) {
   for (int offset = 16; offset > 0; offset /= 2) x = combine(x, __shfl_xor_sync(0xffffffffu, x, offset));
   return x;
 }
-__device__ inline double sum_lanes(double x) {
-  return combine_lanes(x, [](double a, double b) { return a + b; });
-}
 
-// The whole of the warp's parts, for every lane.
-template <class T>
-__device__ Part<T> merge_lanes(Part<T> own) {
-  const T max = combine_lanes(own.max, larger<T>);
-  const T reference = combine_lanes(own.max == max ? own.reference : T(-INFINITY), larger<T>);
-  const Mass<double> part = moved(own, max, reference);
-  return {max, reference, combine_lanes(own.far, larger<T>), sum_lanes(part.sum), sum_lanes(part.difference)};
+// From the row's columns at a quarter, a half and three quarters.
+template <class E, class T>
+__device__ void guess_row_shift(Tempering<T>& row, const E* student, const E* teacher, int64_t columns) {
+  const auto at = [&](int64_t i) { return Scores<T>{to_compute(student[i]), to_compute(teacher[i]), T(0)}; };
+  guess_shift(row, at(columns / 4), at(columns / 2), at(columns / 4 * 3));
 }
 
 template <class T>
-__device__ Tempering<T> tempering_of(const LogitArgs& args) {
-  return {static_cast<T>(1.0 / args.student_temperature), static_cast<T>(1.0 / args.teacher_temperature),
-          args.student_temperature == args.teacher_temperature, T(0)};
+__device__ void save(T* saved, const RowStats<T>& stats, const Tempering<T>& row) {
+  saved[kMax] = stats.max, saved[kInvSum] = stats.inv_sum, saved[kLogRatio] = stats.log_ratio;
+  saved[kCentre] = stats.centre, saved[kReference] = stats.reference;
+  saved[kOwnMax] = stats.own_max, saved[kOwnLog] = stats.own_log;
+  saved[kTopStudent] = stats.top_student, saved[kTopTeacher] = stats.top_teacher;
+  saved[kShift] = row.student, saved[kShiftTeacher] = row.teacher;
 }
 
 }  // namespace

@@ -1,8 +1,11 @@
 """The divergences of two softmax rows as Triton functions: csrc/rules/divergence.h once more, for any GPU.
 
-share(p, q, delta, gap, beta) gets student and teacher probabilities, delta = log p - log q and gap = p - q (both
-exact) and returns the columns' shares of the row's value and their slopes. A direct rule's gradient in the tempered
-student logit is its slope; a centred rule's is p (slope - sum(p slope)).
+share(p, q, delta, gap, turn, beta, rest, own, other, log_ratio, scale) gets student and teacher probabilities,
+delta = log p - log q and gap = p - q (both exact) and returns the columns' shares of the row's value and their slopes.
+A direct rule's gradient in the tempered student logit is its slope; a centred rule's is p (slope - sum(p slope)).
+
+rest is 1 - beta, formed in float64. A mixture's slopes are relative to an origin (`origin`), of which own, other,
+log_ratio and scale tell; turn is the delta less the origin's. At delta 0 they are the two weights, 0 and 1.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from fastdistil.kernels.triton.numerics import excess, expm1, log1p
+from fastdistil.kernels.triton.numerics import excess, growth, log_both
 
 
 @triton.jit
@@ -21,66 +24,118 @@ def _bounded(delta):
 
 
 @triton.jit
-def forward_kl(p, q, delta, gap, beta):
+def origin(own, other, delta):
+    """Where slopes are 0, of a mixture m = own p + other q, with u = m/p and x = q/p: own p/m, other q/m, ln u and
+    x / u^2."""
+    less_one, x = growth(-delta)
+    u = own + other * x
+    log_ratio, _ = log_both(other * less_one, u)
+    return own / u, other * x / u, log_ratio, x / (u * u)
+
+
+@triton.jit
+def forward_kl(p, q, delta, gap, turn, beta, rest, own, other, log_ratio, scale):
     return excess(q, gap, delta), gap
 
 
 @triton.jit
-def reverse_kl(p, q, delta, gap, beta):
-    return excess(p, -gap, -delta), tl.minimum(tl.maximum(delta, -1e4), 1e4)
+def reverse_kl(p, q, delta, gap, turn, beta, rest, own, other, log_ratio, scale):
+    return excess(p, -gap, -delta), tl.minimum(tl.maximum(turn, -1e4), 1e4)
 
 
 @triton.jit
-def jsd(p, q, delta, gap, beta):
-    rest = 1.0 - beta
-    m_over_q = log1p(rest * expm1(_bounded(delta)))
-    m_over_p = log1p(beta * expm1(_bounded(-delta)))
-    value = beta * excess(q, rest * gap, m_over_q) + rest * excess(p, -beta * gap, m_over_p)
-    return value, -rest * m_over_p
+def jsd(p, q, delta, gap, turn, beta, rest, own, other, log_ratio, scale):
+    forth, whole = growth(_bounded(delta))
+    m_over_q, _ = log_both(rest * forth, beta + rest * whole)
+    back, whole = growth(_bounded(-turn))
+    turned, _ = log_both(other * back, own + other * whole)
+    value = beta * excess(q, rest * gap, m_over_q) + rest * excess(p, -beta * gap, log_ratio + turned)
+    return value, -rest * turned
 
 
 @triton.jit
-def skew_kl(p, q, delta, gap, beta):
-    rest = 1.0 - beta
-    back = expm1(_bounded(-delta))  # q/p - 1
-    value = excess(q, rest * gap, log1p(rest * expm1(_bounded(delta))))
-    return value, -rest * rest * back / (1.0 + beta * back)
+def skew_kl(p, q, delta, gap, turn, beta, rest, own, other, log_ratio, scale):
+    forth, whole = growth(_bounded(delta))
+    m_over_q, _ = log_both(rest * forth, beta + rest * whole)
+    back, whole = growth(_bounded(-turn))
+    return excess(q, rest * gap, m_over_q), -rest * rest * (scale * back / (own + other * whole))
 
 
 @triton.jit
-def skew_reverse_kl(p, q, delta, gap, beta):
-    rest = 1.0 - beta
-    back = tl.where(delta > 1e30, -1.0, expm1(_bounded(-delta)))
-    skewed = rest * back  # m/p - 1
-    m_over_p = log1p(skewed)
-    slope = beta * skewed / tl.maximum(1.0 + skewed, 1e-30) - tl.minimum(tl.maximum(m_over_p, -1e4), 1e4)
-    return excess(p, -rest * gap, m_over_p), slope
+def skew_reverse_kl(p, q, delta, gap, turn, beta, rest, own, other, log_ratio, scale):
+    back, whole = growth(_bounded(-turn))
+    y = other * back
+    u = own + other * whole
+    log, log_excess = log_both(y, u)
+    v = y / tl.maximum(u, 1e-30)
+    # -beta p/m - ln(m/p): own v - ln u, where u is near 1 as a sum of two terms of one sign
+    near = -log_excess - other * v
+    slope = tl.where(tl.abs(y) <= 0.25, near, own * v - tl.maximum(log, -1e4))
+    return excess(p, -rest * gap, log_ratio + log), slope
 
 
 @triton.jit
-def tvd(p, q, delta, gap, beta):
+def tvd(p, q, delta, gap, turn, beta, rest, own, other, log_ratio, scale):
     return 0.5 * tl.abs(gap), tl.where(gap > 0.0, 0.5, tl.where(gap < 0.0, -0.5, 0.0))
 
 
 @triton.jit
-def mse(p, q, delta, gap, beta):
+def mse(p, q, delta, gap, turn, beta, rest, own, other, log_ratio, scale):
     """No softmax: delta is a - b, q is 1/V."""
     return delta * delta * q, 2.0 * delta * q
 
 
+# The same with the origin at delta 0, for callers whose slopes need no other (top-k).
+@triton.jit
+def plain_forward_kl(p, q, delta, gap, beta):
+    return forward_kl(p, q, delta, gap, delta, beta, 1.0 - beta, 1.0 - beta, beta, 0.0, 1.0)
+
+
+@triton.jit
+def plain_reverse_kl(p, q, delta, gap, beta):
+    return reverse_kl(p, q, delta, gap, delta, beta, 1.0 - beta, 1.0 - beta, beta, 0.0, 1.0)
+
+
+@triton.jit
+def plain_jsd(p, q, delta, gap, beta):
+    return jsd(p, q, delta, gap, delta, beta, 1.0 - beta, 1.0 - beta, beta, 0.0, 1.0)
+
+
+@triton.jit
+def plain_skew_kl(p, q, delta, gap, beta):
+    return skew_kl(p, q, delta, gap, delta, beta, 1.0 - beta, 1.0 - beta, beta, 0.0, 1.0)
+
+
+@triton.jit
+def plain_skew_reverse_kl(p, q, delta, gap, beta):
+    return skew_reverse_kl(p, q, delta, gap, delta, beta, 1.0 - beta, beta, 1.0 - beta, 0.0, 1.0)
+
+
+@triton.jit
+def plain_tvd(p, q, delta, gap, beta):
+    return tvd(p, q, delta, gap, delta, beta, 1.0 - beta, 1.0 - beta, beta, 0.0, 1.0)
+
+
+@triton.jit
+def plain_mse(p, q, delta, gap, beta):
+    return mse(p, q, delta, gap, delta, beta, 1.0 - beta, 1.0 - beta, beta, 0.0, 1.0)
+
+
 class Rule(NamedTuple):
-    share: triton.JITFunction
+    relative: triton.JITFunction
+    share: triton.JITFunction  # with the origin at delta 0
     centred: bool
+    mixture: str | None = None  # the student's weight in it
     softmax: bool = True
 
 
 # In the order of fastdistil.ops.logit_rule.DIVERGENCES.
 RULES = (
-    Rule(forward_kl, centred=False),
-    Rule(reverse_kl, centred=True),
-    Rule(jsd, centred=True),
-    Rule(skew_kl, centred=True),
-    Rule(skew_reverse_kl, centred=True),
-    Rule(tvd, centred=True),
-    Rule(mse, centred=False, softmax=False),
+    Rule(forward_kl, plain_forward_kl, centred=False),
+    Rule(reverse_kl, plain_reverse_kl, centred=True),
+    Rule(jsd, plain_jsd, centred=True, mixture="rest"),
+    Rule(skew_kl, plain_skew_kl, centred=True, mixture="rest"),
+    Rule(skew_reverse_kl, plain_skew_reverse_kl, centred=True, mixture="beta"),
+    Rule(tvd, plain_tvd, centred=True),
+    Rule(mse, plain_mse, centred=False, softmax=False),
 )

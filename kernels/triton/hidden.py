@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fastdistil.kernels.triton.exact import forward_kl_terms, move_unit, scaled_expm1
+from fastdistil.kernels.triton.exact import forward_kl_terms, scaled_expm1
+from fastdistil.kernels.triton.logit_statistics import _add_masses, _add_to_lse_tile, _agreed, _misplaced, _scores
 from fastdistil.kernels.triton.numerics import log1p
 from torch import Tensor
 
@@ -35,28 +36,17 @@ def _load_pair(z_ptr, t_ptr, bias_ptr, columns, inside, HAS_BIAS: tl.constexpr, 
 
 
 @triton.jit
-def _offset(h, t):
-    """The multiple of 1/1024 nearest to the row's first difference, which kl does not see; 0 where it is not finite."""
-    steps = tl.floor((h - t) * 1024.0 + 0.5)
-    return tl.where(tl.abs(steps) < 1e30, steps, 0.0) / 1024.0
+def _logits(z_ptr, t_ptr, bias_ptr, columns, inside, offset, HAS_BIAS: tl.constexpr, GELU: tl.constexpr):
+    """Student and teacher as logits, -inf where there are none, and their difference less the offset."""
+    _, h, t = _load_pair(z_ptr, t_ptr, bias_ptr, columns, inside, HAS_BIAS, GELU)
+    h, t = tl.where(inside, h, -float("inf")), tl.where(inside, t, -float("inf"))
+    return h, t, _scores(h, t, 1.0, 1.0, 0.0, 0.0, offset, 0.0, True)
 
 
 @triton.jit
-def _add_masses(b, c, max_a, mass_a, max_b, ref, mass_b, excess):
-    """One more tile in both sides' maxima and masses and in sum of exp(b - max_b) expm1(c - ref), where ref is c at the
-    largest b (logit_statistics.py); b = -inf and c = 0 where nothing is."""
-    top = tl.max(b, 0)
-    if top > max_b:
-        at_top = tl.max(tl.where(b == top, c, float("-inf")), 0)
-        at_top = tl.where(tl.abs(at_top) <= 1e6, at_top, 0.0)
-        mass_b, excess = move_unit(max_b, ref, mass_b, excess, top, at_top)
-        max_b = top
-        ref = at_top
-    new_a = tl.maximum(max_a, tl.max(b + c, 0))
-    mass_a = mass_a * tl.exp(max_a - new_a) + tl.sum(tl.exp(b + c - new_a), 0)
-    weight = tl.exp(b - max_b)
-    excess += tl.sum(scaled_expm1(weight, c - ref, (b + c - max_b) - ref), 0)
-    return new_a, mass_a, max_b, ref, mass_b + tl.sum(weight, 0), excess
+def _difference_at(z_ptr, t_ptr, bias_ptr, column, there, HAS_BIAS: tl.constexpr, GELU: tl.constexpr):
+    _, h, t = _load_pair(z_ptr, t_ptr, bias_ptr, column, there, HAS_BIAS, GELU)
+    return h - t
 
 
 @triton.jit
@@ -94,41 +84,48 @@ def hidden_fwd_kernel(
     end = tl.where(scale != 0, size, 0)
     lanes = tl.arange(0, BLOCK)
 
-    # Statistics of the row. cosine: |h|^2, |t|^2, h t, (h - t) h. kl: see _add_masses.
+    # Statistics of the row. cosine: |h|^2, |t|^2, h t, (h - t) h. kl: logit_statistics.py.
     hh = 0.0
     tt = 0.0
     ht = 0.0
     rh = 0.0
-    max_a = -1e30
-    max_b = -1e30
-    mass_a = 0.0
-    mass_b = 0.0
-    excess = 0.0
-    ref = 0.0
     offset = 0.0
-    if KIND == "kl":
-        _, h, t = _load_pair(z_ptr, t_ptr, bias_ptr, lanes, lanes < tl.minimum(end, 1), HAS_BIAS, GELU)
-        offset = _offset(tl.sum(h, 0), tl.sum(t, 0))  # the first element; the others are 0
-    if KIND != "mse":
+    if KIND == "cosine":
         for start in range(0, end, BLOCK):
             columns = start + lanes
-            inside = columns < end
-            _, h, t = _load_pair(z_ptr, t_ptr, bias_ptr, columns, inside, HAS_BIAS, GELU)
-            if KIND == "cosine":
-                hh += tl.sum(h * h, 0)
-                tt += tl.sum(t * t, 0)
-                ht += tl.sum(h * t, 0)
-                rh += tl.sum((h - t) * h, 0)
-            else:
-                b = tl.where(inside, t, -float("inf"))
-                c = tl.where(inside, (h - offset) - t, 0.0)
-                max_a, mass_a, max_b, ref, mass_b, excess = _add_masses(b, c, max_a, mass_a, max_b, ref, mass_b, excess)
+            _, h, t = _load_pair(z_ptr, t_ptr, bias_ptr, columns, columns < end, HAS_BIAS, GELU)
+            hh += tl.sum(h * h, 0)
+            tt += tl.sum(t * t, 0)
+            ht += tl.sum(h * t, 0)
+            rh += tl.sum((h - t) * h, 0)
     if KIND == "kl":
+        middle = _difference_at(z_ptr, t_ptr, bias_ptr, size // 2, end > 0, HAS_BIAS, GELU)
+        before = _difference_at(z_ptr, t_ptr, bias_ptr, size // 4, end > 0, HAS_BIAS, GELU)
+        behind = _difference_at(z_ptr, t_ptr, bias_ptr, size // 4 * 3, end > 0, HAS_BIAS, GELU)
+        offset = tl.where(_agreed(before, middle, behind), middle, 0.0)
+        nothing = tl.full((), 0.0, tl.float32)
+        infinite = nothing - float("inf")
+        max_b, own, ref, mass_b, excess, max_a, mass_a = infinite, infinite, nothing, nothing, nothing, infinite, nothing
+        tries = 0
+        while tries < 2:
+            max_b, own, ref, mass_b, excess, max_a, mass_a = (
+                infinite, infinite, nothing, nothing, nothing, infinite, nothing
+            )  # fmt: skip
+            for start in range(0, end, BLOCK):
+                columns = start + lanes
+                h, t, d = _logits(z_ptr, t_ptr, bias_ptr, columns, columns < end, offset, HAS_BIAS, GELU)
+                max_b, own, ref, mass_b, excess = _add_masses(
+                    h, t, d, 1.0, 1.0, offset, 0.0, max_b, own, ref, mass_b, excess
+                )
+                max_a, mass_a = _add_to_lse_tile(h, 1.0, max_a, mass_a)
+            again = _misplaced(ref, mass_b, excess) & (tries == 0)
+            offset = tl.where(again, own - max_b, offset)
+            tries = tl.where(again, 1, 2)
         log_mass_a = tl.log(mass_a)
         log_mass_b = tl.log(mass_b)
         ratio = excess / mass_b
         near = (ratio > -0.9) & (ratio < 1e3)  # beyond, the plain difference of the logsumexps is good enough
-        plain = ((max_a - max_b) - ref) + (log_mass_a - log_mass_b)
+        plain = _scores(max_a, max_b, 1.0, 1.0, 0.0, 0.0, offset, 0.0, True) - ref + (log_mass_a - log_mass_b)
         log_ratio = tl.where(near, log1p(tl.where(near, ratio, 0.0)), plain)
     nonzero = (hh > 0) & (tt > 0)
     hh = tl.where(nonzero, hh, 1.0)
@@ -150,10 +147,10 @@ def hidden_fwd_kernel(
             value += tl.sum(w * w, 0)
             d = w * inverse
         else:
+            h, t, c = _logits(z_ptr, t_ptr, bias_ptr, columns, inside, offset, HAS_BIAS, GELU)
             q = tl.where(inside, tl.exp((t - max_b) - log_mass_b), 0.0)
-            c = (h - offset) - t
             delta = tl.where(inside, (c - ref) - log_ratio, 0.0)
-            d = scaled_expm1(q, delta, tl.where(inside, (t + c - max_a) - log_mass_a, -float("inf")))
+            d = scaled_expm1(q, delta, tl.where(inside, (h - max_a) - log_mass_a, -float("inf")))
             value += tl.sum(forward_kl_terms(q, delta, d), 0)
         if NEED_GRAD:
             if GELU:

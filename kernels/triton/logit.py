@@ -23,7 +23,7 @@ def logit_config(columns: int, lanes: int, most: int = 2048) -> tuple[int, dict[
 def forward_config(columns: int, lanes: int, rule: Rule) -> tuple[int, dict[str, int]]:
     """The forward's. Left alone, ptxas takes 64 or 80 registers and spills: 80 hold all but the mixtures, and keep
     three blocks of 256 threads; 96 hold those, and keep five blocks of 128."""
-    mixture = rule.share in (jsd, skew_kl, skew_reverse_kl)
+    mixture = rule.relative in (jsd, skew_kl, skew_reverse_kl)
     block, options = logit_config(columns, lanes, 1024 if mixture else 2048)
     return block, options | ({"maxnreg": 96 if mixture else 80} if lanes == 32 else {})
 
@@ -34,6 +34,11 @@ def _vector(rows: int, *tensors: Tensor) -> int:
     width = 16 // size
     alike = all(x.data_ptr() % 16 == 0 and (x.stride(0) - tensors[0].stride(0)) % width == 0 for x in tensors)
     return width if alike or rows == 0 else 1
+
+
+def rounding(x: float) -> float:
+    """What float32 leaves off."""
+    return x - float(torch.tensor(x, dtype=torch.float32))
 
 
 def _arguments(
@@ -48,10 +53,12 @@ def _arguments(
     stride = student.stride(0) if gradient is None else gradient.stride(0)
     tensors = (student, teacher) if gradient is None else (student, teacher, gradient)
     constants = {
-        "RULE": divergence.share, "CENTRED": divergence.centred, "SOFTMAX": divergence.softmax, "EQUAL": t_s == t_t,
-        "STATS": STATS, "VEC": _vector(rows, *tensors), "BLOCK": block, **options,
+        "RULE": divergence.relative, "CENTRED": divergence.centred, "MIXTURE": divergence.mixture,
+        "SOFTMAX": divergence.softmax, "EQUAL": t_s == t_t, "STATS": STATS, "VEC": _vector(rows, *tensors),
+        "BLOCK": block, **options,
     }  # fmt: skip
-    return [columns, student.stride(0), teacher.stride(0), stride, 1.0 / t_s, 1.0 / t_t], constants
+    strides = [student.stride(0), teacher.stride(0), stride]
+    return [columns, *strides, 1.0 / t_s, 1.0 / t_t, rounding(1.0 / t_s), rounding(1.0 / t_t)], constants
 
 
 def logit_fwd(
@@ -74,7 +81,7 @@ def logit_fwd(
             student, teacher, row_scale, row_scale if labels is None else labels.contiguous(),
             row_scale if label_scale is None else label_scale.contiguous(),
             loss, stats, student if gradient is None else gradient, *sizes, factor,
-            factor / rule["student_temperature"], rule["beta"], GRADIENT=gradient is not None,
+            factor / rule["student_temperature"], rule["beta"], 1.0 - rule["beta"], GRADIENT=gradient is not None,
             PHASE=phase, LABELS=labels is not None, **constants,
         )  # fmt: skip
 
@@ -94,7 +101,8 @@ def logit_bwd(
     if student.shape[0]:
         logit_bwd_kernel[(student.shape[0],)](
             student, teacher, row_scale, dloss, stats, gradient,
-            *sizes, rule["value_factor"] / rule["student_temperature"], rule["beta"], KEEP_UNIT=keep_unit, **constants,
+            *sizes, rule["value_factor"] / rule["student_temperature"], rule["beta"], 1.0 - rule["beta"],
+            KEEP_UNIT=keep_unit, **constants,
         )  # fmt: skip
 
 
@@ -131,10 +139,13 @@ def _aot_case(
     floats = dict.fromkeys(("scale_ptr", "label_scale_ptr", "dloss_ptr", "loss_ptr", "stats_ptr"), "*fp32")
     floats["labels_ptr"] = "*i64"
     scalars = {"V": "i32", **{f"{x}_stride": "i32" for x in ("student", "teacher", "gradient")}}
-    scalars |= dict.fromkeys(("inv_s", "inv_t", "value_factor", "gradient_factor", "beta"), "fp32")
+    scalars |= dict.fromkeys(
+        ("inv_s", "inv_t", "low_s", "low_t", "value_factor", "gradient_factor", "beta", "rest"), "fp32"
+    )
     constants = {
-        "RULE": rule.share,
+        "RULE": rule.relative,
         "CENTRED": rule.centred,
+        "MIXTURE": rule.mixture,
         "SOFTMAX": rule.softmax,
         "EQUAL": True,
         "STATS": STATS,
@@ -143,7 +154,7 @@ def _aot_case(
     }
     signature = {k: v for k, v in (pointers | floats | scalars).items() if k in kernel.arg_names}
     return {
-        "name": f"{kernel.fn.__name__}-{rule.share.fn.__name__}-{dtype}{'-labels' * labels}",
+        "name": f"{kernel.fn.__name__}-{rule.relative.fn.__name__}-{dtype}{'-labels' * labels}",
         "kernel": kernel,
         "signature": signature,
         "constants": constants | _KERNELS[kernel] | ({"LABELS": True} if labels else {}),

@@ -8,48 +8,50 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from fastdistil.kernels.triton.logit_statistics import _body, _edge, _layout, _load, _statistics
+from fastdistil.kernels.triton.divergence import origin
+from fastdistil.kernels.triton.logit_statistics import _body, _edge, _layout, _load, _scores, _statistics
 from fastdistil.kernels.triton.numerics import expm1_near
 
 
 @triton.jit
-def _share(
-    a, b, d, mask, largest, inv_sum, log_sum, log_ratio, ref, own_max, own_log, beta,
-    RULE: tl.constexpr, SOFTMAX: tl.constexpr,
+def _column(
+    a, b, d, largest, inv_sum, log_sum, log_ratio, ref, own_max, own_log, inv_s, inv_t
 ):  # fmt: skip
-    """Student probability, value and slope of each column; masked columns give 0."""
-    if SOFTMAX:
-        q = tl.exp(b - largest) * inv_sum
-        c = (d - ref) - log_ratio
-        near = tl.abs(c) <= 1.0
-        log_q = (b - largest) - log_sum
-        log_p = (a - own_max) - own_log
-        p = tl.exp(tl.where(near, c, log_p)) * tl.where(near, q, 1.0)
-        delta = tl.where(near, c, tl.where(log_p == log_q, 0.0, log_p - log_q))  # also where both are -inf
-        gap = tl.where(near, q * expm1_near(c), p - q)
-    else:
-        q = inv_sum
-        p = a
-        delta = d
-        gap = d
-    value, slope = RULE(p, q, delta, gap, beta)
-    return tl.where(mask, p, 0.0), tl.where(mask, value, 0.0), tl.where(mask, slope, 0.0)
+    """Student and teacher probability of each column, log p - log q, p - q."""
+    log_weight = (b - largest) * inv_t
+    q = tl.exp(log_weight) * inv_sum
+    c = (d - ref) - log_ratio
+    near = tl.abs(c) <= 1.0
+    log_q = log_weight - log_sum
+    log_p = (a - own_max) * inv_s - own_log
+    p = tl.exp(tl.where(near, c, log_p)) * tl.where(near, q, 1.0)
+    # Each difference has a rounding of its own size.
+    better = near | (tl.abs(d) + tl.abs(ref + log_ratio) <= tl.abs(log_p) + tl.abs(log_q))
+    delta = tl.where(better, c, log_p - log_q)
+    return p, q, delta, tl.where(near, q * expm1_near(c), p - q)
 
 
 @triton.jit
 def _tile(
-    s_ptr, t_ptr, g_ptr, columns, exists, live, factor, largest, inv_sum, log_sum, shift, log_ratio, centre, ref,
-    own_max, own_log, anchor, inv_s, inv_t, beta, label, label_max, label_factor, label_share,
+    s_ptr, t_ptr, g_ptr, columns, exists, live, factor, largest, inv_sum, log_sum, shift, shift_t, log_ratio, centre,
+    ref, own_max, own_log, inv_s, inv_t, low_s, low_t, beta, rest, by_scores, zero, anchor, own, other, log_own, curve,
+    label, label_max, label_factor, label_share,
     RULE: tl.constexpr, CENTRED: tl.constexpr, SOFTMAX: tl.constexpr, EQUAL: tl.constexpr, WRITE: tl.constexpr,
     LABELS: tl.constexpr,
 ):  # fmt: skip
     """One tile's shares of value and centre; with WRITE its gradient, zeros where the row does not count, and with
     LABELS that of the cross entropy on top (`label` as `columns` count)."""
     mask = exists & live
-    a, b, d = _load(s_ptr, t_ptr, columns, mask, inv_s, inv_t, shift, EQUAL)
-    p, value, slope = _share(
-        a, b, d, mask, largest, inv_sum, log_sum, log_ratio, ref, own_max, own_log, beta, RULE, SOFTMAX
-    )
+    a, b, d = _load(s_ptr, t_ptr, columns, mask, inv_s, inv_t, low_s, low_t, shift, shift_t, EQUAL)
+    if SOFTMAX:
+        p, q, delta, gap = _column(
+            a, b, d, largest, inv_sum, log_sum, log_ratio, ref, own_max, own_log, inv_s, inv_t
+        )
+    else:
+        p, q, delta, gap = a, inv_sum, d, d
+    turn = tl.where(by_scores, d, delta) - zero if CENTRED else delta
+    value, slope = RULE(p, q, delta, gap, turn, beta, rest, own, other, log_own, curve)
+    p, value, slope = tl.where(mask, p, 0.0), tl.where(mask, value, 0.0), tl.where(mask, slope, 0.0)
     if CENTRED:
         slope -= anchor
     if WRITE:
@@ -63,35 +65,61 @@ def _tile(
 
 
 @triton.jit
-def _anchor(inv_sum, log_ratio, beta, RULE: tl.constexpr):
-    """The slope at the teacher's largest column. A centred rule's gradient is the same if all slopes are taken from
-    there; else a confident teacher's column would be 1/2 - (1/2 - 1e-7) in the total variation."""
-    delta = tl.where(tl.abs(log_ratio) <= 1.0, -log_ratio, 0.0)  # farther, p's rounding would count times the anchor
-    gap = inv_sum * expm1_near(delta)
-    _, slope = RULE(inv_sum + gap, inv_sum, delta, gap, beta)
-    return slope
+def _origin(
+    top_s, top_t, largest, inv_sum, log_sum, shift, shift_t, log_ratio, ref, own_max, own_log, inv_s, inv_t, low_s,
+    low_t, beta, rest, RULE: tl.constexpr, MIXTURE: tl.constexpr, EQUAL: tl.constexpr,
+):  # fmt: skip
+    """Where a centred rule's slopes are taken from: the student's largest column, whose slope would else be nearly the
+    mean that is subtracted from it (rules/pair.h: row_terms). Whether turns are differences of scores; what is
+    subtracted from them; the slope at that column; the origin of the mixtures (divergence.py)."""
+    d = _scores(top_s, top_t, inv_s, inv_t, low_s, low_t, shift, shift_t, EQUAL)
+    p, q, delta, gap = _column(
+        top_s, top_t, d, largest, inv_sum, log_sum, log_ratio, ref, own_max, own_log, inv_s, inv_t
+    )
+    by_scores = tl.abs(d) < 1e6
+    zero = delta * 0.0
+    own, other, log_own, curve = 1.0, 0.0, 0.0, 1.0
+    if MIXTURE is not None:
+        zero = tl.where(delta == delta, tl.minimum(tl.maximum(delta, 0.0), 60.0), delta)
+        by_scores = by_scores & (zero == delta)
+        if MIXTURE == "beta":
+            own, other, log_own, curve = origin(beta, rest, zero)
+        else:
+            own, other, log_own, curve = origin(rest, beta, zero)
+    turn = tl.where(by_scores, 0.0, delta - zero)
+    _, anchor = RULE(p, q, delta, gap, turn, beta, rest, own, other, log_own, curve)
+    return by_scores, tl.where(by_scores, d, zero), anchor, own, other, log_own, curve
 
 
 @triton.jit
 def _pass(
     student_ptr, teacher_ptr, gradient_ptr, row, V, student_stride, teacher_stride, gradient_stride, live, factor,
-    largest, inv_sum, shift, log_ratio, centre, ref, own_max, own_log, inv_s, inv_t, beta,
-    label, label_max, label_factor, label_share,
-    RULE: tl.constexpr, CENTRED: tl.constexpr, SOFTMAX: tl.constexpr, EQUAL: tl.constexpr, WRITE: tl.constexpr,
-    LABELS: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr,
+    largest, inv_sum, shift, shift_t, log_ratio, centre, ref, own_max, own_log, top_s, top_t, inv_s, inv_t, low_s,
+    low_t, beta, rest, label, label_max, label_factor, label_share,
+    RULE: tl.constexpr, CENTRED: tl.constexpr, MIXTURE: tl.constexpr, SOFTMAX: tl.constexpr, EQUAL: tl.constexpr,
+    WRITE: tl.constexpr, LABELS: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The whole row's value and centre; with WRITE its gradient."""
     log_sum = -tl.log(inv_sum)
-    if SOFTMAX:  # a slope may be a number where the teacher's row is none
+    if SOFTMAX:
+        # Where the rows lie far apart, D is the difference of their logarithms after all.
+        far = _scores(own_max, largest, inv_s, inv_t, low_s, low_t, shift, shift_t, EQUAL) + (own_log - log_sum)
+        log_ratio = tl.where(log_ratio == float("inf"), far - ref, log_ratio)
+        # A slope may be a number where the teacher's row is none.
         own_log = tl.where((largest != largest) | (inv_sum != inv_sum), float("nan"), own_log)
-    anchor = _anchor(inv_sum, log_ratio, beta, RULE) if CENTRED else 0.0
+    by_scores, zero, anchor, own, other, log_own, curve = False, 0.0, 0.0, 1.0, 0.0, 0.0, 1.0
+    if CENTRED:
+        by_scores, zero, anchor, own, other, log_own, curve = _origin(
+            top_s, top_t, largest, inv_sum, log_sum, shift, shift_t, log_ratio, ref, own_max, own_log, inv_s, inv_t,
+            low_s, low_t, beta, rest, RULE, MIXTURE, EQUAL,
+        )  # fmt: skip
     head, body = _layout(row, student_stride, V, VEC)
     columns, exists = _edge(head, body, V, VEC)
     value, slopes = _tile(
         student_ptr + row * student_stride, teacher_ptr + row * teacher_stride, gradient_ptr + row * gradient_stride,
-        columns, exists, live, factor, largest, inv_sum, log_sum, shift, log_ratio, centre, ref, own_max, own_log,
-        anchor, inv_s, inv_t, beta, label, label_max, label_factor, label_share,
-        RULE, CENTRED, SOFTMAX, EQUAL, WRITE, LABELS,
+        columns, exists, live, factor, largest, inv_sum, log_sum, shift, shift_t, log_ratio, centre, ref, own_max,
+        own_log, inv_s, inv_t, low_s, low_t, beta, rest, by_scores, zero, anchor, own, other, log_own, curve, label,
+        label_max, label_factor, label_share, RULE, CENTRED, SOFTMAX, EQUAL, WRITE, LABELS,
     )  # fmt: skip
     s_body = _body(student_ptr, row, student_stride, VEC)
     t_body = _body(teacher_ptr, row, teacher_stride, VEC)
@@ -100,8 +128,9 @@ def _pass(
     for begin in range(0, body, BLOCK):
         v, f = _tile(
             s_body, t_body, g_body, begin + lanes, begin + lanes < body, live, factor, largest, inv_sum, log_sum,
-            shift, log_ratio, centre, ref, own_max, own_log, anchor, inv_s, inv_t, beta, label - head, label_max,
-            label_factor, label_share, RULE, CENTRED, SOFTMAX, EQUAL, WRITE, LABELS,
+            shift, shift_t, log_ratio, centre, ref, own_max, own_log, inv_s, inv_t, low_s, low_t, beta, rest, by_scores,
+            zero, anchor, own, other, log_own, curve, label - head, label_max, label_factor, label_share,
+            RULE, CENTRED, SOFTMAX, EQUAL, WRITE, LABELS,
         )  # fmt: skip
         value += v
         slopes += f
@@ -133,9 +162,11 @@ def _own_softmax(student_ptr, row, V, stride, VEC: tl.constexpr, BLOCK: tl.const
 @triton.jit
 def logit_fwd_kernel(
     student_ptr, teacher_ptr, scale_ptr, labels_ptr, label_scale_ptr, loss_ptr, stats_ptr, gradient_ptr,
-    V, student_stride, teacher_stride, gradient_stride, inv_s, inv_t, value_factor, gradient_factor, beta,
-    RULE: tl.constexpr, CENTRED: tl.constexpr, SOFTMAX: tl.constexpr, EQUAL: tl.constexpr, GRADIENT: tl.constexpr,
-    PHASE: tl.constexpr, LABELS: tl.constexpr, STATS: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr,
+    V, student_stride, teacher_stride, gradient_stride, inv_s, inv_t, low_s, low_t, value_factor, gradient_factor,
+    beta, rest,
+    RULE: tl.constexpr, CENTRED: tl.constexpr, MIXTURE: tl.constexpr, SOFTMAX: tl.constexpr, EQUAL: tl.constexpr,
+    GRADIENT: tl.constexpr, PHASE: tl.constexpr, LABELS: tl.constexpr, STATS: tl.constexpr, VEC: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """loss (N,), stats (N, STATS) and, with GRADIENT, gradient (N, V), all times the row's scale. PHASE 1 leaves the
     statistics of these columns alone, 2 begins with given ones (logit_args.h). With LABELS the
@@ -145,6 +176,7 @@ def logit_fwd_kernel(
     live = scale != 0.0
     stats_ptr += row * STATS
     largest, inv_sum, shift, log_ratio, ref, own_max, own_log = 0.0, 1.0 / V, 0.0, 0.0, 0.0, 0.0, 0.0
+    top_s, top_t, shift_t = 0.0, 0.0, 0.0
     value, centre = 0.0, 0.0
     label, label_max, label_factor, label_share, entropy = 0, 0.0, 0.0, 0.0, 0.0
     if LABELS:  # first: it brings the student's row into the cache
@@ -160,26 +192,27 @@ def logit_fwd_kernel(
         largest, inv_sum = tl.load(stats_ptr), tl.load(stats_ptr + 1)
         shift, log_ratio = tl.load(stats_ptr + 2), tl.load(stats_ptr + 3)
         ref, own_max, own_log = tl.load(stats_ptr + 5), tl.load(stats_ptr + 6), tl.load(stats_ptr + 7)
+        top_s, top_t, shift_t = tl.load(stats_ptr + 8), tl.load(stats_ptr + 9), tl.load(stats_ptr + 10)
     elif SOFTMAX:
-        largest, inv_sum, shift, log_ratio, ref, own_max, own_log = _statistics(
-            student_ptr, teacher_ptr, row, V, student_stride, teacher_stride, live, inv_s, inv_t, PHASE == 1, EQUAL,
-            VEC, BLOCK,
+        largest, inv_sum, shift, log_ratio, ref, own_max, own_log, top_s, top_t, shift_t = _statistics(
+            student_ptr, teacher_ptr, row, V, student_stride, teacher_stride, live, inv_s, inv_t, low_s, low_t,
+            PHASE == 1, EQUAL, CENTRED, VEC, BLOCK,
         )  # fmt: skip
         if PHASE == 0:  # a teacher of -inf alone is the caller's error and stays visible
             largest = tl.where(largest == float("-inf"), float("nan"), largest)
     if PHASE != 1:
         value, centre = _pass(
             student_ptr, teacher_ptr, gradient_ptr, row, V, student_stride, teacher_stride, gradient_stride, live,
-            scale * gradient_factor, largest, inv_sum, shift, log_ratio, 0.0, ref, own_max, own_log,
-            inv_s, inv_t, beta, label, label_max, label_factor, label_share,
-            RULE, CENTRED, SOFTMAX, EQUAL, GRADIENT and not CENTRED, LABELS, VEC, BLOCK,
+            scale * gradient_factor, largest, inv_sum, shift, shift_t, log_ratio, 0.0, ref, own_max, own_log, top_s, top_t,
+            inv_s, inv_t, low_s, low_t, beta, rest, label, label_max, label_factor, label_share,
+            RULE, CENTRED, MIXTURE, SOFTMAX, EQUAL, GRADIENT and not CENTRED, LABELS, VEC, BLOCK,
         )  # fmt: skip
     if GRADIENT and CENTRED and PHASE == 0:
         _pass(
             student_ptr, teacher_ptr, gradient_ptr, row, V, student_stride, teacher_stride, gradient_stride, live,
-            scale * gradient_factor, largest, inv_sum, shift, log_ratio, centre, ref, own_max, own_log,
-            inv_s, inv_t, beta, label, label_max, label_factor, label_share,
-            RULE, CENTRED, SOFTMAX, EQUAL, True, LABELS, VEC, BLOCK,
+            scale * gradient_factor, largest, inv_sum, shift, shift_t, log_ratio, centre, ref, own_max, own_log, top_s, top_t,
+            inv_s, inv_t, low_s, low_t, beta, rest, label, label_max, label_factor, label_share,
+            RULE, CENTRED, MIXTURE, SOFTMAX, EQUAL, True, LABELS, VEC, BLOCK,
         )  # fmt: skip
     tl.store(loss_ptr + row, tl.where(live, value * value_factor * scale, 0.0) + entropy)
     tl.store(stats_ptr, largest)
@@ -190,14 +223,17 @@ def logit_fwd_kernel(
     tl.store(stats_ptr + 5, ref)
     tl.store(stats_ptr + 6, own_max)
     tl.store(stats_ptr + 7, own_log)
+    tl.store(stats_ptr + 8, top_s)
+    tl.store(stats_ptr + 9, top_t)
+    tl.store(stats_ptr + 10, shift_t)
 
 
 @triton.jit
 def logit_bwd_kernel(
     student_ptr, teacher_ptr, scale_ptr, dloss_ptr, stats_ptr, gradient_ptr,
-    V, student_stride, teacher_stride, gradient_stride, inv_s, inv_t, gradient_factor, beta,
-    RULE: tl.constexpr, CENTRED: tl.constexpr, SOFTMAX: tl.constexpr, EQUAL: tl.constexpr, KEEP_UNIT: tl.constexpr,
-    STATS: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr,
+    V, student_stride, teacher_stride, gradient_stride, inv_s, inv_t, low_s, low_t, gradient_factor, beta, rest,
+    RULE: tl.constexpr, CENTRED: tl.constexpr, MIXTURE: tl.constexpr, SOFTMAX: tl.constexpr, EQUAL: tl.constexpr,
+    KEEP_UNIT: tl.constexpr, STATS: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """gradient (N, V) from the forward's statistics; with KEEP_UNIT rows whose dloss is 1 are left alone."""
     row = tl.program_id(0).to(tl.int64)
@@ -208,7 +244,8 @@ def logit_bwd_kernel(
         _pass(
             student_ptr, teacher_ptr, gradient_ptr, row, V, student_stride, teacher_stride, gradient_stride,
             scale != 0.0, scale * dloss * gradient_factor, tl.load(stats_ptr), tl.load(stats_ptr + 1),
-            tl.load(stats_ptr + 2), tl.load(stats_ptr + 3), tl.load(stats_ptr + 4), tl.load(stats_ptr + 5),
-            tl.load(stats_ptr + 6), tl.load(stats_ptr + 7), inv_s, inv_t, beta,
-            0, 0.0, 0.0, 0.0, RULE, CENTRED, SOFTMAX, EQUAL, True, False, VEC, BLOCK,
+            tl.load(stats_ptr + 2), tl.load(stats_ptr + 10), tl.load(stats_ptr + 3), tl.load(stats_ptr + 4),
+            tl.load(stats_ptr + 5), tl.load(stats_ptr + 6), tl.load(stats_ptr + 7), tl.load(stats_ptr + 8),
+            tl.load(stats_ptr + 9), inv_s, inv_t, low_s, low_t, beta, rest, 0, 0.0, 0.0, 0.0,
+            RULE, CENTRED, MIXTURE, SOFTMAX, EQUAL, True, False, VEC, BLOCK,
         )  # fmt: skip

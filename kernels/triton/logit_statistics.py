@@ -8,67 +8,165 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from fastdistil.kernels.triton.exact import move_unit
 from fastdistil.kernels.triton.numerics import expm1_near, log1p
 
 
 @triton.jit
-def _scores(s, t, inv_s, inv_t, shift, EQUAL: tl.constexpr):
-    """a, b and d = a - b. With equal temperatures subtract first: floating point subtracts exactly what is close."""
+def _split(x):
+    """The upper 12 bits of a float32's 24, and the rest: products of two such numbers are exact."""
+    upper = (x.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
+    return upper, x - upper
+
+
+@triton.jit
+def _difference(s, t):
+    """s - t rounded, and what the rounding left off."""
+    x = s - t
+    back = x - s
+    return x, (s - (x - back)) - (t + back)
+
+
+@triton.jit
+def _tempered(z, shift, inv, inv_low):
+    """(z - shift) / T as an exact product and the small rest; inv + inv_low is 1 / T with twice the digits."""
+    x, error = _difference(z, shift)
+    high, low = _split(x)
+    inv_high, inv_rest = _split(inv)
+    inv_middle, inv_last = _split(inv_rest + inv_low)
+    return high * inv_high, (high * inv_middle + low * inv_high) + ((low * inv_middle + x * inv_last) + error * inv)
+
+
+@triton.jit
+def _scores(s, t, inv_s, inv_t, low_s, low_t, shift, shift_t, EQUAL: tl.constexpr):
+    """The difference of the scores s / T_s and t / T_t less that of the shift's column, or of the logits less the shift
+    where the temperatures agree: with the rounding of its own size alone. 0 where both sides are -inf. The selections
+    come last, behind the multiplications: fused with what is subtracted afterwards these would round otherwise."""
     if EQUAL:
-        s -= shift
-        d = tl.where(s == t, 0.0, s - t) * inv_s
-        return s * inv_s, t * inv_s, d
+        x, error = _difference(s, t)
+        d = ((x - shift) + tl.where(error == error, error, 0.0)) * inv_s  # NaN where x is infinite
     else:
-        a = s * inv_s - shift
-        b = t * inv_t
-        return a, b, tl.where(a == b, 0.0, a - b)
+        a, rest_a = _tempered(s, shift, inv_s, low_s)
+        b, rest_b = _tempered(t, shift_t, inv_t, low_t)
+        x, error = _difference(a, b)
+        fine = x + (error + (rest_a - rest_b))
+        rough = (s - shift) * inv_s - (t - shift_t) * inv_t
+        d = tl.where(tl.abs(fine) < float("inf"), fine, rough)
+    return tl.where((s == float("-inf")) & (t == float("-inf")), 0.0, d)
 
 
 @triton.jit
-def _row_shift(s, t, inv_s, inv_t, EQUAL: tl.constexpr):
-    """The multiple of 1/1024 nearest to the first columns' difference, which KL does not see."""
-    offset = s - t if EQUAL else s * inv_s - t * inv_t
-    steps = tl.floor(offset * 1024.0 + 0.5)
-    return tl.where(tl.abs(steps) < 1e9, steps, 0.0) / 1024.0
-
-
-@triton.jit
-def _load(s_ptr, t_ptr, columns, mask, inv_s, inv_t, shift, EQUAL: tl.constexpr):
+def _load(s_ptr, t_ptr, columns, mask, inv_s, inv_t, low_s, low_t, shift, shift_t, EQUAL: tl.constexpr):
+    """Logits of student and teacher as they are, and their scores' difference."""
     s = tl.load(s_ptr + columns, mask=mask, other=float("-inf")).to(tl.float32)
     t = tl.load(t_ptr + columns, mask=mask, other=float("-inf")).to(tl.float32)
-    return _scores(s, t, inv_s, inv_t, shift, EQUAL)
+    return s, t, _scores(s, t, inv_s, inv_t, low_s, low_t, shift, shift_t, EQUAL)
 
 
 @triton.jit
-def _add_masses(
-    s_ptr, t_ptr, columns, mask, inv_s, inv_t, shift, largest, ref, total, difference, EQUAL: tl.constexpr
-):  # fmt: skip
-    """One more tile in S = sum e^(b-m) and X = sum e^(b-m) expm1(d - ref), where ref is d at the largest b so far (0
-    where that is of no use): else a confident teacher's own column, nearly all of X, would cancel later."""
-    a, b, d = _load(s_ptr, t_ptr, columns, mask, inv_s, inv_t, shift, EQUAL)
+def _guess(s_ptr, t_ptr, V, live, inv_s, inv_t, EQUAL: tl.constexpr):
+    """The shift that two of three columns agree about, else 0 (rules/pair.h: guess_shift)."""
+    place = V // 4
+    s0 = tl.load(s_ptr + place, mask=live, other=0.0).to(tl.float32)
+    t0 = tl.load(t_ptr + place, mask=live, other=0.0).to(tl.float32)
+    s1 = tl.load(s_ptr + V // 2, mask=live, other=0.0).to(tl.float32)
+    t1 = tl.load(t_ptr + V // 2, mask=live, other=0.0).to(tl.float32)
+    s2 = tl.load(s_ptr + 3 * place, mask=live, other=0.0).to(tl.float32)
+    t2 = tl.load(t_ptr + 3 * place, mask=live, other=0.0).to(tl.float32)
+    agree = _agreed(s0 * inv_s - t0 * inv_t, s1 * inv_s - t1 * inv_t, s2 * inv_s - t2 * inv_t)
+    if EQUAL:
+        return tl.where(agree, s1 - t1, 0.0), tl.full((), 0.0, tl.float32)
+    else:
+        return tl.where(agree, s1, 0.0), tl.where(agree, t1, 0.0)
+
+
+@triton.jit
+def _move(largest, own, ref, total, difference, to, to_own, to_ref, inv_s, inv_t):
+    """S and X relative to another largest column: X + S = sum e^(a - own) scales, and X stays a small number where the
+    student is near. Up to the first finite teacher logit there is mass of the student alone."""
+    factor = tl.exp((largest - to) * inv_t)
+    both = tl.exp((own - to_own) * inv_s)
+    r = ref - to_ref
+    growth = tl.where(tl.abs(r) <= 1.0, factor * expm1_near(r), both - factor)
+    moved = tl.where(difference == 0.0, 0.0, difference * both)  # not 0 * inf
+    return tl.where(total == 0.0, 0.0, total * factor), moved + tl.where(total == 0.0, 0.0, total * growth)
+
+
+@triton.jit
+def _add_masses(a, b, d, inv_s, inv_t, shift, shift_t, largest, own, ref, total, difference):
+    """One more tile in S = sum e^(b-m) and X = sum e^(b-m) expm1(d - ref), where m, own and ref are b, a and d of the
+    teacher's largest column so far (ref 0 where d is of no use): else a confident teacher's own column, nearly all of
+    X, would cancel later."""
     top = tl.max(b, 0)
-    if top > largest:
+    if (top > largest) | (largest == float("-inf")):
         at_top = tl.max(tl.where(b == top, d, float("-inf")), 0)
-        at_top = tl.where(tl.abs(at_top) <= 1e6, at_top, 0.0)
-        total, difference = move_unit(largest, ref, total, difference, top, at_top)
+        own_top = tl.max(tl.where((b == top) & (d == at_top), a, float("-inf")), 0)
+        usable = tl.abs(at_top) <= 1e6
+        level = shift + (top - shift_t) * inv_t / inv_s  # the student's logit at which d is 0
+        to_own = tl.where(top == float("-inf"), tl.maximum(own, tl.max(a, 0)), tl.where(usable, own_top, level))
+        at_top = tl.where(usable & (top != float("-inf")), at_top, 0.0)
+        total, difference = _move(largest, own, ref, total, difference, top, to_own, at_top, inv_s, inv_t)
         largest = top
+        own = to_own
         ref = at_top
     m = tl.where(largest == float("-inf"), 0.0, largest)
-    weight = tl.exp(b - m)
-    other = tl.exp((a - m) - ref)  # infinite where it overflows: a maximum found later cannot make a number of it
+    weight = tl.exp((b - m) * inv_t)
+    # Infinite where it overflows: a maximum found later cannot make a number of it.
+    other = tl.exp((a - tl.where(own == float("-inf"), 0.0, own)) * inv_s)
     c = d - ref
     x = tl.where(tl.abs(c) <= 1.0, weight * expm1_near(c), other - weight)
-    return largest, ref, total + tl.sum(weight, 0), difference + tl.sum(x, 0)
+    return largest, own, ref, total + tl.sum(weight, 0), difference + tl.sum(x, 0)
 
 
 @triton.jit
-def _add_to_lse(s_ptr, t_ptr, columns, mask, inv_s, inv_t, shift, largest, total, EQUAL: tl.constexpr):
+def _misplaced(ref, total, difference):
+    """Whether the differences still hold a constant that costs them digits: ref is far from 0 and all columns' d near
+    it, as the mean of the others' expm1(d - ref) says. Of a teacher that leaves the others no mass one cannot tell."""
+    others = total - 1.0
+    r = tl.abs(ref)
+    alike = (r > 0.0) & (tl.abs(difference) <= others * r / 32.0)
+    return tl.where(others < 1e-6, r > 1.0 / 64.0, alike)
+
+
+@triton.jit
+def _agreed(first, second, third):
+    """Whether another one of three differences agrees with the second (rules/pair.h: guess_shift)."""
+    near = tl.abs(second) / 8.0
+    agree = (tl.abs(first - second) <= near) | (tl.abs(third - second) <= near)
+    return agree & (tl.abs(second) < 1e6)
+
+
+@triton.jit
+def _add_tile(
+    s_ptr, t_ptr, columns, mask, inv_s, inv_t, low_s, low_t, shift, shift_t, largest, own, ref, total, difference,
+    top_s, top_t, EQUAL: tl.constexpr, TOP: tl.constexpr,
+):  # fmt: skip
+    """`_add_masses`; with TOP also the student's largest logit, and the teacher's there."""
+    a, b, d = _load(s_ptr, t_ptr, columns, mask, inv_s, inv_t, low_s, low_t, shift, shift_t, EQUAL)
+    if TOP:
+        top_a = tl.max(a, 0)
+        if top_a > top_s:
+            top_t = tl.max(tl.where(a == top_a, b, float("-inf")), 0)
+            top_s = top_a
+    largest, own, ref, total, difference = _add_masses(
+        a, b, d, inv_s, inv_t, shift, shift_t, largest, own, ref, total, difference
+    )
+    return largest, own, ref, total, difference, top_s, top_t
+
+
+@triton.jit
+def _add_to_lse_tile(a, inv_s, largest, total):
     """One more tile in the student's own maximum and sum of exponentials."""
-    a, _, _ = _load(s_ptr, t_ptr, columns, mask, inv_s, inv_t, shift, EQUAL)
     new = tl.maximum(largest, tl.max(a, 0))
     m = tl.where(new == float("-inf"), 0.0, new)
-    return new, tl.where(total == 0.0, 0.0, total * tl.exp(largest - m)) + tl.sum(tl.exp(a - m), 0)
+    old = tl.where(total == 0.0, 0.0, total * tl.exp((largest - m) * inv_s))
+    return new, old + tl.sum(tl.exp((a - m) * inv_s), 0)
+
+
+@triton.jit
+def _add_to_lse(s_ptr, columns, mask, inv_s, largest, total):
+    """`_add_to_lse_tile` from memory."""
+    a = tl.load(s_ptr + columns, mask=mask, other=float("-inf")).to(tl.float32)
+    return _add_to_lse_tile(a, inv_s, largest, total)
 
 
 @triton.jit
@@ -93,12 +191,13 @@ def _edge(head, body, V, VEC: tl.constexpr):
 
 @triton.jit
 def _statistics(
-    student_ptr, teacher_ptr, row, V, student_stride, teacher_stride, live, inv_s, inv_t, PART: tl.constexpr,
-    EQUAL: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr,
+    student_ptr, teacher_ptr, row, V, student_stride, teacher_stride, live, inv_s, inv_t, low_s, low_t,
+    PART: tl.constexpr, EQUAL: tl.constexpr, TOP: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """LogitStat but for the centre, in its order; a row that does not count is not read. The student's own softmax
-    costs a pass of its own where the rows lie too far apart for D' or ref is large (its rounding would be p's), and in
-    a PART of a row, which may have no teacher mass at all."""
+    """LogitStat but for the centre, in its order; a row that does not count is not read. Where the guessed shift left a
+    constant that costs the differences digits, the pass is done again with the teacher's largest column's. The
+    student's own softmax costs a pass of its own where the rows lie too far apart for D' or ref is large (its rounding
+    would be p's), and in a PART of a row, which may have no teacher mass at all."""
     head, body = _layout(row, student_stride, V, VEC)
     edge, exists = _edge(head, body, V, VEC)
     at_edge = exists & live
@@ -108,31 +207,37 @@ def _statistics(
     s_body = _body(student_ptr, row, student_stride, VEC)
     t_body = _body(teacher_ptr, row, teacher_stride, VEC)
     lanes = tl.arange(0, BLOCK)
-    s0 = tl.load(s_row, mask=live, other=0.0).to(tl.float32)
-    t0 = tl.load(t_row, mask=live, other=0.0).to(tl.float32)
-    shift = _row_shift(s0, t0, inv_s, inv_t, EQUAL)
+    shift, shift_t = _guess(s_row, t_row, V, live, inv_s, inv_t, EQUAL)
     nothing = tl.full((), 0.0, tl.float32)
-    largest, ref, total, difference = _add_masses(
-        s_row, t_row, edge, at_edge, inv_s, inv_t, shift, nothing + float("-inf"), nothing, nothing, nothing, EQUAL
-    )
-    for begin in range(0, end, BLOCK):
-        columns = begin + lanes
-        largest, ref, total, difference = _add_masses(
-            s_body, t_body, columns, columns < end, inv_s, inv_t, shift, largest, ref, total, difference, EQUAL
-        )
+    infinite = nothing + float("-inf")
+    largest, own, ref, total, difference, top_s, top_t = infinite, infinite, nothing, nothing, nothing, infinite, infinite
+    tries = 0
+    while tries < 2:
+        largest, own, ref, total, difference, top_s, top_t = _add_tile(
+            s_row, t_row, edge, at_edge, inv_s, inv_t, low_s, low_t, shift, shift_t, infinite, infinite, nothing,
+            nothing, nothing, infinite, infinite, EQUAL, TOP,
+        )  # fmt: skip
+        for begin in range(0, end, BLOCK):
+            columns = begin + lanes
+            largest, own, ref, total, difference, top_s, top_t = _add_tile(
+                s_body, t_body, columns, columns < end, inv_s, inv_t, low_s, low_t, shift, shift_t, largest, own, ref,
+                total, difference, top_s, top_t, EQUAL, TOP,
+            )  # fmt: skip
+        misplaced = _misplaced(ref, total, difference) & (tries == 0)
+        if EQUAL:
+            shift = tl.where(misplaced, own - largest, shift)
+        else:
+            shift = tl.where(misplaced, own, shift)
+            shift_t = tl.where(misplaced, largest, shift_t)
+        tries = tl.where(misplaced, 1, 2)
     ratio = difference / total
     near = (ratio > -0.9) & (ratio < 1e3)
     log_ratio = tl.where(near, log1p(tl.where(near, ratio, 0.0)), float("inf"))
-    if not PART:  # nothing is close here, and what the shift rounds off would be p's error
-        shift = tl.where(near, shift, 0.0)
-    own_max = largest + ref  # the student's score there; a large ref in own_log would round its probabilities
-    own_log = (ref - (own_max - largest)) + log_ratio + tl.log(total)
+    own_max = own
+    own_log = log_ratio + tl.log(total)
     if live & (PART | (near == 0) | (tl.abs(ref) > 20.0)):
-        own_max, mass = _add_to_lse(s_row, t_row, edge, at_edge, inv_s, inv_t, shift, float("-inf"), 0.0, EQUAL)
+        own_max, mass = _add_to_lse(s_row, edge, at_edge, inv_s, float("-inf"), 0.0)
         for begin in range(0, end, BLOCK):
-            columns = begin + lanes
-            own_max, mass = _add_to_lse(
-                s_body, t_body, columns, columns < end, inv_s, inv_t, shift, own_max, mass, EQUAL
-            )
+            own_max, mass = _add_to_lse(s_body, begin + lanes, begin + lanes < end, inv_s, own_max, mass)
         own_log = tl.log(mass)
-    return largest, 1.0 / total, shift, log_ratio, ref, own_max, own_log
+    return largest, 1.0 / total, shift, log_ratio, ref, own_max, own_log, top_s, top_t, shift_t

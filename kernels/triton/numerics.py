@@ -54,6 +54,27 @@ def log1p(x):
 
 
 @triton.jit
+def growth(x):
+    """e^x - 1 and e^x, each with full relative precision, for |x| <= 80."""
+    whole = tl.exp(x)
+    return tl.where(tl.abs(x) <= 1.0, expm1_near(x), whole - 1.0), whole
+
+
+@triton.jit
+def log_both(y, u):
+    """ln(u) and ln(u) - y / u, where y = u - 1 and u >= 0 are both known with full relative precision."""
+    s = y / (2.0 + y)
+    z = s * s
+    t = 1.1111111e-1 * z + 1.4285714e-1
+    t = t * z + 2.0e-1
+    t = t * z + 3.3333333e-1
+    series = 2.0 * z * t
+    value = tl.where((y > -0.29) & (y < 0.41), 2.0 * s + s * series, tl.log(u))
+    v = y / tl.maximum(u, 1e-30)
+    return value, tl.where(tl.abs(y) <= 0.25, s * (v + series), value - v)
+
+
+@triton.jit
 def excess(w, gap, l):
     """w (e^l - 1 - l) >= 0, where gap = w (e^l - 1) is known exactly; 0 * inf counts as 0."""
     near = tl.abs(l) <= 0.35
