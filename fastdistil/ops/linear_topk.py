@@ -81,7 +81,7 @@ def _compute(
         terms = terms.rows(kept)
     else:
         kept, scale = None, row_scale
-    head = StudentHead(hidden, weight, bias, scale, wanted)
+    head = StudentHead(hidden, weight, bias, scale, wanted, vocab_map if labels is None else None)
     teacher = canonical("linear_topk_logit_loss", values, indices, scale, head.columns, rule["tail"], vocab_map)
     rows = run(head, teacher, scale, rule, terms, chunk_bytes, name, any(wanted))
     found = head.gradients

@@ -54,7 +54,8 @@ def _arguments(
     tensors = (student, teacher) if gradient is None else (student, teacher, gradient)
     constants = {
         "RULE": divergence.relative, "CENTRED": divergence.centred, "MIXTURE": divergence.mixture,
-        "SOFTMAX": divergence.softmax, "EQUAL": t_s == t_t, "STATS": STATS, "VEC": _vector(rows, *tensors),
+        "SOFTMAX": divergence.softmax, "EQUAL": 2 if rule.get("difference") else t_s == t_t, "STATS": STATS,
+        "VEC": _vector(rows, *tensors),
         "BLOCK": block, **options,
     }  # fmt: skip
     strides = [student.stride(0), teacher.stride(0), stride]
