@@ -43,7 +43,7 @@ void add_block(const Block<E>& block, int n, const Tempering<Compute<E>>& temper
   masses.difference += difference;
 }
 
-// The masses of the whole row, and whether every column lies near its teacher's; kTop: also the student's largest logit.
+// The masses of the whole row, and whether every column lies near its teacher's; kTop: the student's largest logit too.
 template <bool kTop, class E>
 bool add_row(Row<E>& row, Block<E>& block, Masses<Compute<E>, double>& masses) {
   using T = Compute<E>;

@@ -39,8 +39,8 @@ FD_FUNCTION Mixture<T> mixture_of(double beta) {
   return {static_cast<T>(beta), static_cast<T>(1.0 - beta)};
 }
 
-// Where slopes are 0, given by a delta. For a mixture m = own p + other q with u = m/p and x = q/p = e^-delta there, and
-// E = expm1(-turn): u = u_there (share_own + share_other e^-turn) = u_there (1 + share_other E).
+// Where slopes are 0, given by a delta. For a mixture m = own p + other q with u = m/p and x = q/p = e^-delta there,
+// and E = expm1(-turn): u = u_there (share_own + share_other e^-turn) = u_there (1 + share_other E).
 template <class T>
 struct Origin {
   T share_own, share_other, log_ratio, other_over_mixture;  // of m; ln u; x / u^2

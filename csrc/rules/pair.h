@@ -92,7 +92,7 @@ FD_FUNCTION void guess_shift(Tempering<T>& row, Scores<T> first, Scores<T> secon
 // Up to this |d| (and |r|, and |D|) one expm1 serves both sides: beyond, q may underflow where p does not.
 constexpr double kNear = 20;
 
-// What the masses are measured by: the teacher's largest logit so far, the student's there and the difference of scores.
+// What the masses are measured by: the teacher's largest logit so far, the student's there, the scores' difference.
 template <class T>
 struct Unit {
   T teacher, student, difference;

@@ -8,10 +8,11 @@ from typing import TypedDict
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "mse")
 
 # Columns of the row statistics, enum LogitStat of csrc/rules/logit_args.h: the largest teacher logit m, 1 / sum of
-# e^((t - m) / T_t), the shift taken off the rows' differences (of logits, or the student's logit of a column), D = lse(a) - lse(b) - reference (infinite where the rows
-# lie far apart), sum of p * slope, the reference (a - b less the shift where the teacher is largest), M and L of
-# log p = (s - M) / T_s - L, for rules whose slopes have a mean the student's largest logit and the teacher's there, and
-# with two temperatures the teacher's logit of the shift's column (else 0).
+# e^((t - m) / T_t), the shift taken off the rows' differences (of logits; with two temperatures the student's logit of
+# the shift's column), D = lse(a) - lse(b) - reference (infinite where the rows lie far apart), sum of p * slope, the
+# reference (a - b less the shift where the teacher is largest), M and L of log p = (s - M) / T_s - L, for rules whose
+# slopes have a mean the student's largest logit and the teacher's there, and with two temperatures the teacher's logit
+# of the shift's column (else 0).
 STATS = 11
 
 

@@ -42,8 +42,8 @@ __device__ int ahead(const E* p) {
   return static_cast<int>((16 - reinterpret_cast<uintptr_t>(p) % 16) % 16 / sizeof(E));
 }
 
-// Masses of a part of a row (csrc/rules/pair.h); `far` is 1 where a column of it lies too far from the teacher's. top_*:
-// the student's largest logit, and the teacher's in that column.
+// Masses of a part of a row (csrc/rules/pair.h); `far` is 1 where a column of it lies too far from the teacher's.
+// top_*: the student's largest logit, and the teacher's in that column.
 template <class T>
 struct Part {
   T max, own, reference, far, top_student, top_teacher;

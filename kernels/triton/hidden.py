@@ -105,12 +105,12 @@ def hidden_fwd_kernel(
         offset = tl.where(_agreed(before, middle, behind), middle, 0.0)
         nothing = tl.full((), 0.0, tl.float32)
         infinite = nothing - float("inf")
-        max_b, own, ref, mass_b, excess, max_a, mass_a = infinite, infinite, nothing, nothing, nothing, infinite, nothing
+        max_b, own, ref, mass_b, excess = infinite, infinite, nothing, nothing, nothing
+        max_a, mass_a = infinite, nothing
         tries = 0
         while tries < 2:
-            max_b, own, ref, mass_b, excess, max_a, mass_a = (
-                infinite, infinite, nothing, nothing, nothing, infinite, nothing
-            )  # fmt: skip
+            max_b, own, ref, mass_b, excess = infinite, infinite, nothing, nothing, nothing
+            max_a, mass_a = infinite, nothing
             for start in range(0, end, BLOCK):
                 columns = start + lanes
                 h, t, d = _logits(z_ptr, t_ptr, bias_ptr, columns, columns < end, offset, HAS_BIAS, GELU)

@@ -204,15 +204,15 @@ def logit_fwd_kernel(
     if PHASE != 1:
         value, centre = _pass(
             student_ptr, teacher_ptr, gradient_ptr, row, V, student_stride, teacher_stride, gradient_stride, live,
-            scale * gradient_factor, largest, inv_sum, shift, shift_t, log_ratio, 0.0, ref, own_max, own_log, top_s, top_t,
-            inv_s, inv_t, low_s, low_t, beta, rest, label, label_max, label_factor, label_share,
+            scale * gradient_factor, largest, inv_sum, shift, shift_t, log_ratio, 0.0, ref, own_max, own_log, top_s,
+            top_t, inv_s, inv_t, low_s, low_t, beta, rest, label, label_max, label_factor, label_share,
             RULE, CENTRED, MIXTURE, SOFTMAX, EQUAL, GRADIENT and not CENTRED, LABELS, VEC, BLOCK,
         )  # fmt: skip
     if GRADIENT and CENTRED and PHASE == 0:
         _pass(
             student_ptr, teacher_ptr, gradient_ptr, row, V, student_stride, teacher_stride, gradient_stride, live,
-            scale * gradient_factor, largest, inv_sum, shift, shift_t, log_ratio, centre, ref, own_max, own_log, top_s, top_t,
-            inv_s, inv_t, low_s, low_t, beta, rest, label, label_max, label_factor, label_share,
+            scale * gradient_factor, largest, inv_sum, shift, shift_t, log_ratio, centre, ref, own_max, own_log, top_s,
+            top_t, inv_s, inv_t, low_s, low_t, beta, rest, label, label_max, label_factor, label_share,
             RULE, CENTRED, MIXTURE, SOFTMAX, EQUAL, True, LABELS, VEC, BLOCK,
         )  # fmt: skip
     tl.store(loss_ptr + row, tl.where(live, value * value_factor * scale, 0.0) + entropy)

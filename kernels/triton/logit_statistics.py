@@ -224,7 +224,8 @@ def _statistics(
     shift, shift_t = _guess(s_row, t_row, V, live, inv_s, inv_t, EQUAL)
     nothing = tl.full((), 0.0, tl.float32)
     infinite = nothing + float("-inf")
-    largest, own, ref, total, difference, top_s, top_t = infinite, infinite, nothing, nothing, nothing, infinite, infinite
+    largest, own, ref, total, difference = infinite, infinite, nothing, nothing, nothing
+    top_s, top_t = infinite, infinite
     tries = 0
     while tries < 2:
         largest, own, ref, total, difference, top_s, top_t = _add_tile(
