@@ -28,6 +28,7 @@ using Optional = std::optional<TensorView>;
 struct Rule {
   int divergence;
   double beta, student_temperature, teacher_temperature, value_factor;
+  bool difference;
 };
 
 LogitArgs logit_args(const TensorView& student, const TensorView& teacher, const TensorView& row_scale,
@@ -43,11 +44,14 @@ LogitArgs logit_args(const TensorView& student, const TensorView& teacher, const
   if (gradient) gradient->expect_rows("gradient", rows, columns, student.dtype).expect_device("gradient", cpu);
   if (rule.divergence < 0 || rule.divergence >= fastdistil::kDivergences)
     throw std::invalid_argument("divergence " + std::to_string(rule.divergence) + " does not exist");
+  if (rule.difference && (!cpu || rule.student_temperature != rule.teacher_temperature))
+    throw std::invalid_argument(cpu ? "difference: the temperatures differ" : "difference: CPU kernels alone take it");
   LogitArgs args{};
   args.student = student.data, args.teacher = teacher.data, args.row_scale = row_scale.data, args.stats = stats.data;
   args.rows = rows, args.columns = columns, args.dtype = student.dtype;
   args.student_stride = student.stride(0), args.teacher_stride = teacher.stride(0);
   if (gradient) args.gradient = gradient->data, args.gradient_stride = gradient->stride(0);
+  args.difference = rule.difference;
   args.divergence = rule.divergence, args.beta = rule.beta, args.value_factor = rule.value_factor;
   args.student_temperature = rule.student_temperature, args.teacher_temperature = rule.teacher_temperature;
   return args;
@@ -61,9 +65,9 @@ template <Run run, bool cpu>
 void logit_fwd(const TensorView& student, const TensorView& teacher, const TensorView& row_scale,
                const TensorView& loss, const TensorView& stats, const Optional& gradient, int divergence, double beta,
                double student_temperature, double teacher_temperature, double value_factor, uintptr_t where, int phase,
-               uintptr_t labels, const Optional& label_scale) {
+               uintptr_t labels, const Optional& label_scale, bool difference) {
   if (phase < 0 || phase > 2) throw std::invalid_argument("phase " + std::to_string(phase) + " does not exist");
-  const Rule rule{divergence, beta, student_temperature, teacher_temperature, value_factor};
+  const Rule rule{divergence, beta, student_temperature, teacher_temperature, value_factor, difference};
   LogitArgs args = logit_args(student, teacher, row_scale, stats, gradient, rule, cpu);
   args.phase = static_cast<fastdistil::Phase>(phase);
   loss.expect_vector("loss", args.rows, row_scale.dtype).expect_device("loss", cpu);
@@ -80,8 +84,8 @@ template <Run run, bool cpu>
 void logit_bwd(const TensorView& student, const TensorView& teacher, const TensorView& row_scale,
                const TensorView& stats, const TensorView& gradient, const TensorView& dloss, bool keep_unit,
                int divergence, double beta, double student_temperature, double teacher_temperature, double value_factor,
-               uintptr_t where) {
-  const Rule rule{divergence, beta, student_temperature, teacher_temperature, value_factor};
+               uintptr_t where, bool difference) {
+  const Rule rule{divergence, beta, student_temperature, teacher_temperature, value_factor, difference};
   LogitArgs args = logit_args(student, teacher, row_scale, stats, gradient, rule, cpu);
   dloss.expect_vector("dloss", args.rows, row_scale.dtype).expect_device("dloss", cpu);
   args.dloss = dloss.data, args.keep_unit = keep_unit;
@@ -138,10 +142,11 @@ void define_logit(py::module_& m, const char* forward, const char* backward, con
   m.def(forward, &logit_fwd<run, cpu>, py::arg("student"), py::arg("teacher"), py::arg("row_scale"), py::arg("loss"),
         py::arg("stats"), py::arg("gradient"), py::arg("divergence"), py::arg("beta"), py::arg("student_temperature"),
         py::arg("teacher_temperature"), py::arg("value_factor"), py::arg(where), py::arg("phase") = 0,
-        py::arg("labels") = 0, py::arg("label_scale") = py::none());
+        py::arg("labels") = 0, py::arg("label_scale") = py::none(), py::arg("difference") = false);
   m.def(backward, &logit_bwd<run, cpu>, py::arg("student"), py::arg("teacher"), py::arg("row_scale"), py::arg("stats"),
         py::arg("gradient"), py::arg("dloss"), py::arg("keep_unit"), py::arg("divergence"), py::arg("beta"),
-        py::arg("student_temperature"), py::arg("teacher_temperature"), py::arg("value_factor"), py::arg(where));
+        py::arg("student_temperature"), py::arg("teacher_temperature"), py::arg("value_factor"), py::arg(where),
+        py::arg("difference") = false);
 }
 
 }  // namespace

@@ -57,6 +57,7 @@ def logit_fwd(
     phase: int = 0,
     labels: int = 0,
     label_scale: Tensor | None = None,
+    difference: bool = False,
 ) -> None: ...
 def logit_bwd(
     student: Tensor,
@@ -72,6 +73,7 @@ def logit_bwd(
     teacher_temperature: float,
     value_factor: float,
     threads: int,
+    difference: bool = False,
 ) -> None: ...
 def use_cuda_cluster(blocks: int) -> None: ...
 def logit_fwd_cuda(
@@ -88,6 +90,7 @@ def logit_fwd_cuda(
     value_factor: float,
     stream: int,
     phase: int = 0,
+    difference: bool = False,
 ) -> None: ...
 def logit_bwd_cuda(
     student: Tensor,
@@ -103,6 +106,7 @@ def logit_bwd_cuda(
     teacher_temperature: float,
     value_factor: float,
     stream: int,
+    difference: bool = False,
 ) -> None: ...
 def topk_fwd(
     student: Tensor,

@@ -64,6 +64,15 @@ def two_heads(part: slice = slice(None), **options: Any) -> Outcome:
     return Outcome(value.detach(), torch.autograd.grad(value, leaves))
 
 
+def one_head(part: slice, dtype: torch.dtype, **options: Any) -> Outcome:
+    """A student near its teacher, on that teacher's head: the row kernels get differences."""
+    (hidden, weight, _), _ = heads(part)
+    teacher = (hidden + 1e-3 * hidden.flip(0)).to(dtype)
+    leaves = [x.to(dtype, copy=True).requires_grad_() for x in (hidden, weight)]
+    value = fd.linear_logit_loss(*leaves, teacher, leaves[1].detach(), **options)
+    return Outcome(value.detach(), torch.autograd.grad(value, leaves))
+
+
 def close(found: torch.Tensor, wanted: torch.Tensor, what: str, allowed: float = 2e-6) -> None:
     assert error(found, wanted) <= allowed, f"{what}: {error(found, wanted):.1e}"
 
@@ -98,6 +107,9 @@ def check(rank: int, world: int) -> None:
             close(mine.gradients[0], whole.gradients[0], f"{divergence} heads hidden", 1e-5)
             close(mine.gradients[1], whole.gradients[1][part], f"{divergence} heads weight", 1e-5)
             close(mine.gradients[2], whole.gradients[2][part], f"{divergence} heads bias", 1e-5)
+        whole = one_head(slice(None), torch.float64, divergence=divergence)
+        wanted = Outcome(whole.value, (whole.gradients[0], whole.gradients[1][part]))
+        judge_exact(one_head(part, torch.float32, divergence=divergence, group=group), wanted, torch.float32)
     distributed_tensors(world)
     terms(rank, world)
     confident_labels(part)

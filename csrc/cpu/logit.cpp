@@ -48,13 +48,15 @@ template <bool kTop, class E>
 bool add_row(Row<E>& row, Block<E>& block, Masses<Compute<E>, double>& masses) {
   using T = Compute<E>;
   bool near = true;
+  T top = -INFINITY;
   if (kTop) row.stats.top_student = row.stats.top_teacher = -INFINITY;
-  for_blocks(row, block, [&](int64_t, int n, int) {
+  for_blocks(row, block, [&](int64_t begin, int n, int) {
     if (kTop) {
       const T own = block_max(block.a, n);
-      if (own > row.stats.top_student) {
+      if (own > top) {
         const int at = place_of(block.a, n, own);
-        row.stats.top_student = own, row.stats.top_teacher = block.b[at];
+        row.stats.top_student = row.tempering.given ? to_compute(row.student[begin + at]) : own;
+        row.stats.top_teacher = block.b[at], top = own;
       }
     }
     const T largest = block_max(block.b, n);
@@ -74,7 +76,7 @@ template <bool kCentred, class E>
 void statistics(Row<E>& row, Block<E>& block, bool part) {
   using T = Compute<E>;
   const auto column_at = [&row](int64_t i) {
-    return Scores<T>{to_compute(row.student[i]), to_compute(row.teacher[i]), T(0)};
+    return Scores<T>{to_compute(row.student[i]), row.tempering.given ? T(0) : to_compute(row.teacher[i]), T(0)};
   };
   guess_shift(row.tempering, column_at(row.columns / 4), column_at(row.columns / 2), column_at(row.columns / 4 * 3));
   Masses<T, double> masses;
@@ -154,7 +156,7 @@ class Kernel {
       : args_(args),
         labels_(labels),
         mixture_(mixture_of<T>(args.beta)),
-        tempering_(tempering_of<T>(args.student_temperature, args.teacher_temperature)),
+        tempering_(tempering_of<T>(args.student_temperature, args.teacher_temperature, args.difference)),
         value_factor_(static_cast<T>(args.value_factor)) {}
 
   T scale(int64_t r) const { return static_cast<const T*>(args_.row_scale)[r]; }
@@ -202,7 +204,7 @@ class Kernel {
   bool labelled(int64_t r) const { return labels_.labels && static_cast<const T*>(labels_.label_scale)[r] != T(0); }
   Label<E> label(int64_t r, const Row<E>& row, Block<E>& block) const {
     const T scale = static_cast<const T*>(labels_.label_scale)[r];
-    return {row.student, row.columns, static_cast<const int64_t*>(labels_.labels)[r], scale, block.student};
+    return {row, static_cast<const int64_t*>(labels_.labels)[r], scale, block};
   }
   // A row of scale 0 that has a label.
   void label_alone(int64_t r, Block<E>& block) const {
@@ -211,7 +213,7 @@ class Kernel {
     static_cast<T*>(args_.loss)[r] = label.value();
     for (int64_t begin = 0; args_.gradient && begin < row.columns; begin += kBlock) {
       const int n = static_cast<int>(std::min<int64_t>(row.columns - begin, kBlock));
-      const T* logits = load_block(row.student + begin, block.student, n);
+      const T* logits = own_logits(row, begin, n, block);
       label.add(logits, begin, n, nullptr, block.staged, gradient(r) + begin);
     }
   }

@@ -38,7 +38,7 @@ struct Block {
   int load(const Row<E>& row, int64_t begin, int n) {
     a = load_block(row.student + begin, student, n);
     b = load_block(row.teacher + begin, teacher, n);
-    const int padded = pad(n);
+    const int padded = pad(n, row.tempering.given);
     switch (form_of(row.tempering)) {
       case Form::plain:
         near = subtract<Form::plain>(row.tempering, padded);
@@ -48,6 +48,10 @@ struct Block {
         break;
       case Form::tempered:
         near = subtract<Form::tempered>(row.tempering, padded);
+        break;
+      case Form::given:
+        near = subtract<Form::given>(row.tempering, padded);
+        add(padded);
     }
     whole = n == row.columns;
     return padded;
@@ -56,13 +60,21 @@ struct Block {
   Scores<T> at(int i) const { return {a[i], b[i], d[i]}; }
 
  private:
-  int pad(int n) {
+  int pad(int n, bool given) {
     const int padded = (n + kLanes - 1) / kLanes * kLanes;
     if (padded == n) return n;
     if (a != student) std::copy(a, a + n, student), std::copy(b, b + n, teacher);
-    for (int i = n; i < padded; ++i) student[i] = teacher[i] = -INFINITY;
+    for (int i = n; i < padded; ++i) teacher[i] = -INFINITY, student[i] = given ? T(0) : -INFINITY;
     a = student, b = teacher;
     return padded;
+  }
+
+  // The student's logits from a given difference.
+  void add(int n) {
+    const T *zs = a, *zt = b;
+#pragma omp simd
+    for (int i = 0; i < n; ++i) student[i] = zt[i] + zs[i];
+    a = student;
   }
 
   template <Form kForm>
@@ -78,6 +90,18 @@ struct Block {
     return far == 0;
   }
 };
+
+// The student's logits as they are, n of them: where they lie, or in one of the block's buffers.
+template <class E>
+const Compute<E>* own_logits(const Row<E>& row, int64_t begin, int n, Block<E>& block) {
+  using T = Compute<E>;
+  const T* own = load_block(row.student + begin, block.student, n);
+  if (!row.tempering.given) return own;
+  const T* teacher = load_block(row.teacher + begin, block.teacher, n);
+#pragma omp simd
+  for (int i = 0; i < n; ++i) block.student[i] = teacher[i] + own[i];
+  return block.student;
+}
 
 // action(begin, padded columns, columns); a row of one block is loaded once.
 template <class E, class Action>

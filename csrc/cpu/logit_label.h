@@ -15,14 +15,14 @@ class Label {
   T max_, factor_, scale_, value_;  // the largest logit, scale / sum of exp(z - max)
 
  public:
-  Label(const E* logits, int64_t columns, int64_t column, T scale, T* buffer) : column_(column), scale_(scale) {
+  Label(const Row<E>& row, int64_t column, T scale, Block<E>& block) : column_(column), scale_(scale) {
     LogSum<T> found;
-    for (int64_t begin = 0; begin < columns; begin += kBlock) {
-      const int n = static_cast<int>(std::min<int64_t>(columns - begin, kBlock));
-      found.add(load_block(logits + begin, buffer, n), n, T(1));
+    for (int64_t begin = 0; begin < row.columns; begin += kBlock) {
+      const int n = static_cast<int>(std::min<int64_t>(row.columns - begin, kBlock));
+      found.add(own_logits(row, begin, n, block), n, T(1));
     }
     max_ = found.max, factor_ = static_cast<T>(scale / found.sum);
-    value_ = static_cast<T>(scale * (std::log(found.sum) + (max_ - to_compute(logits[column]))));
+    value_ = static_cast<T>(scale * (std::log(found.sum) + (max_ - *own_logits(row, column, 1, block))));
   }
 
   T value() const { return value_; }

@@ -18,7 +18,7 @@ enum LogitStat : int {
   kReference,   // a - b, after the shift, where the teacher is largest
   kOwnMax,      // the student's log p = (logit - kOwnMax) / T_s - kOwnLog
   kOwnLog,
-  kTopStudent,  // the student's largest logit, for centred rules (else 0)
+  kTopStudent,  // the student's largest logit, for centred rules (else 0); of a given difference, that in its column
   kTopTeacher,  // and the teacher's in that column
   kShiftTeacher,
   kStats
@@ -45,7 +45,8 @@ struct LogitArgs {
   int64_t rows, columns;  // N, V
   int64_t student_stride, teacher_stride, gradient_stride;  // in elements
   DType dtype;
-  Phase phase;     // of a forward
+  bool difference;  // student holds the student's logits less the teacher's; both sides have one temperature
+  Phase phase;      // of a forward
   int divergence;  // enum Divergence
   double beta;
   double student_temperature, teacher_temperature;

@@ -16,6 +16,7 @@ struct Tempering {
   bool equal;
   T student, teacher;  // the shift's column; s - t and 0 where the temperatures agree
   double shift;
+  bool given;  // s - t stands in the student's place, the temperatures agree
 
   FD_FUNCTION void shift_to(T s, T t) {
     student = equal ? s - t : s, teacher = equal ? T(0) : t;
@@ -28,9 +29,10 @@ struct Tempering {
 };
 
 template <class T>
-FD_FUNCTION Tempering<T> tempering_of(double student_temperature, double teacher_temperature) {
+FD_FUNCTION Tempering<T> tempering_of(double student_temperature, double teacher_temperature, bool given = false) {
   const double s = 1.0 / student_temperature, t = 1.0 / teacher_temperature;
-  return {static_cast<T>(s), static_cast<T>(t), s, t, student_temperature == teacher_temperature, T(0), T(0), 0.0};
+  const bool equal = student_temperature == teacher_temperature;
+  return {static_cast<T>(s), static_cast<T>(t), s, t, equal, T(0), T(0), 0.0, given};
 }
 
 template <class T>
@@ -39,16 +41,18 @@ struct Scores {
 };
 
 // Which of the forms below a row needs.
-enum class Form { plain, shifted, tempered };
+enum class Form { plain, shifted, tempered, given };
 
 template <class T>
 FD_FUNCTION Form form_of(const Tempering<T>& row) {
+  if (row.given) return Form::given;
   return !row.equal ? Form::tempered : row.shift != 0 ? Form::shifted : Form::plain;
 }
 
 // Of every form the rounding is that of the result's own size. Where both sides are -inf it is 0.
 template <Form kForm, class T>
 FD_FUNCTION T score_difference(T s, T t, const Tempering<T>& row) {
+  if (kForm == Form::given) return (s - static_cast<T>(row.shift)) * row.inv_student;
   if (kForm == Form::plain) return (s == t ? T(0) : s - t) * row.inv_student;
   const bool absent = s == T(-INFINITY) && t == T(-INFINITY);
   if (kForm == Form::shifted) {
@@ -62,6 +66,7 @@ FD_FUNCTION T score_difference(T s, T t, const Tempering<T>& row) {
 
 template <class T>
 FD_FUNCTION Scores<T> scores(T student, T teacher, const Tempering<T>& row) {
+  if (row.given) return {teacher + student, teacher, score_difference<Form::given>(student, teacher, row)};
   const T d = row.equal ? score_difference<Form::shifted>(student, teacher, row)
                         : score_difference<Form::tempered>(student, teacher, row);
   return {student, teacher, d};

@@ -18,6 +18,7 @@ def logit_fwd(
     stats: Tensor,
     gradient: Tensor | None,
     phase: int = PHASE_ALL,
+    difference: bool = False,
     **rule: Unpack[LogitRule],
 ) -> None:
     """As fastdistil.backends.cpu_logit.logit_fwd."""
@@ -32,6 +33,7 @@ def logit_fwd(
             **rule,
             stream=torch.cuda.current_stream(student.device).cuda_stream,
             phase=phase,
+            difference=difference,
         )
 
 
@@ -43,6 +45,7 @@ def logit_bwd(
     gradient: Tensor,
     dloss: Tensor,
     keep_unit: bool,
+    difference: bool = False,
     **rule: Unpack[LogitRule],
 ) -> None:
     """Writes gradient (N, V), times dloss (N,), from what logit_fwd left in stats; it may be the student's memory.
@@ -60,4 +63,5 @@ def logit_bwd(
             keep_unit,
             **rule,
             stream=torch.cuda.current_stream(student.device).cuda_stream,
+            difference=difference,
         )

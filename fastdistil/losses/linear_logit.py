@@ -82,6 +82,10 @@ def linear_logit_loss(  # type: ignore[misc] # the overloads need not repeat wha
     that takes fewer operations (docs/losses.md, section 5); the Gram matrices of two frozen heads are then kept for
     the next call.
 
+    Where the student has come near its teacher, the difference of the logits is not taken from two rounded products:
+    it comes from the differences of states and weights, or on a CPU from float64 (docs/losses.md, section 2). A head
+    that both sides share is known by its memory: pass the same tensor twice, not a copy.
+
     Args:
         student_hidden: (..., D_s) float32, bfloat16, float16 or float64, as all others, in any combination.
             student_weight: (V, D_s), as in

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastdistil.backends import attention_mean, choose, float64, get, low_rank
 from fastdistil.ops.gradients import hand_out, refuse_double_backward
-from fastdistil.ops.precision import without_autocast
+from fastdistil.ops.precision import with_exact_products
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -23,7 +23,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-@without_autocast
+@with_exact_products
 def _compute(
     student_q: Tensor,
     student_k: Tensor | None,

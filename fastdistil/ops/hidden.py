@@ -17,7 +17,7 @@ from torch import Tensor
 from fastdistil.backends import choose, get
 from fastdistil.ops.gradients import hand_out, refuse_double_backward
 from fastdistil.ops.hidden_near import is_near
-from fastdistil.ops.precision import without_autocast
+from fastdistil.ops.precision import with_exact_products
 
 # Elements of one chunk of projected states: 2 MiB of float32 on a CPU, 128 MiB on a GPU.
 CHUNK_ELEMENTS = {"cpu": 2**19, "gpu": 2**25}
@@ -25,7 +25,7 @@ CHUNK_ELEMENTS = {"cpu": 2**19, "gpu": 2**25}
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # in student, projection, bias
 
 
-@without_autocast
+@with_exact_products
 def _compute(
     student: Tensor,
     teacher: Tensor,

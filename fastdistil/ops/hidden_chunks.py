@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastdistil.backends import get
 from fastdistil.ops.hidden import chunk_rows, low_product, multiplied_in
-from fastdistil.ops.precision import without_autocast
+from fastdistil.ops.precision import with_exact_products
 
 Chunk = slice | Tensor  # of the rows (N,): from where to where, or their indices
 
@@ -32,7 +32,7 @@ class Layer:
     dbias: Tensor | None
 
 
-@without_autocast
+@with_exact_products
 def compute(
     row_scale: Tensor,
     students: list[Tensor],

@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdistil.backends import choose
 from fastdistil.backends.memory import new_empty
 from fastdistil.ops import linear_mse, vocab_parallel
 from fastdistil.ops.gradients import hand_out, refuse_double_backward
-from fastdistil.ops.logit_rule import DIVERGENCES
-from fastdistil.ops.logit_terms import Terms, run, unpack
-from fastdistil.ops.precision import without_autocast
-from fastdistil.ops.products import add_product, product, product_back
+from fastdistil.ops.linear_difference import Difference, form_of
+from fastdistil.ops.logit_rule import DIVERGENCES, LogitRule
+from fastdistil.ops.logit_terms import TAKES_DIFFERENCES, Terms, run, unpack
+from fastdistil.ops.precision import with_exact_products
+from fastdistil.ops.products import GATHERED_ROWS, add_product, product, product_back
 from fastdistil.ops.row_statistics import ROW_STATISTICS
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # in student hidden, weight and bias
@@ -28,11 +30,26 @@ Heads = tuple[Tensor, Tensor | None, Tensor, Tensor | None]  # weight and bias, 
 
 
 class StudentHead:
-    """Logits of the student's head: a product into float32, and two back. `scale` gives dtype and device."""
+    """Logits of the student's head: a product into float32, and two back. `scale` gives dtype and device.
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, wanted: Flags) -> None:
+    With `vocab_map` columns that have none are known to have no gradient: their rows of the weight may be anything."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: Tensor,
+        wanted: Flags,
+        vocab_map: Tensor | None = None,
+    ) -> None:
         self.student, self.weight, self.bias = hidden, weight, bias
         self.columns = weight.shape[0]
+        self.counted: Tensor | None = None  # columns, where the others would make NaN of a gradient of 0
+        if wanted[0] and vocab_map is not None:
+            others = torch.split((vocab_map < 0).nonzero()[:, 0], GATHERED_ROWS)
+            if not all(bool(weight[some].isfinite().all()) for some in others):
+                self.counted = (vocab_map >= 0).nonzero()[:, 0]
         self.dstudent = scale.new_empty(hidden.shape) if wanted[0] else None
         self.dweight = new_empty(scale, weight.shape) if wanted[1] else None
         self.dbias = scale.new_zeros(self.columns) if wanted[2] else None
@@ -50,7 +67,7 @@ class StudentHead:
 
     def back(self, rows: slice, gradient: Tensor) -> None:
         if self.dstudent is not None:
-            product_back(gradient, self.weight, self.dstudent[rows])
+            product_back(gradient, self.weight, self.dstudent[rows], self.counted)
         if self.dweight is not None:
             add_product(gradient, self.student[rows], self.dweight, first=rows.start == 0)
         if self.dbias is not None:
@@ -58,23 +75,34 @@ class StudentHead:
 
 
 class _Source(StudentHead):
-    """Logits of two heads."""
+    """Logits of two heads; with a `difference` of the student's what is left without the teacher's."""
 
     def __init__(
-        self, student: Tensor, teacher: Tensor, heads: Heads, scale: Tensor, vocab_map: Tensor | None, wanted: Flags
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        heads: Heads,
+        scale: Tensor,
+        vocab_map: Tensor | None,
+        wanted: Flags,
+        labelled: bool,
+        difference: Difference | None,
     ) -> None:
-        super().__init__(student, heads[0], heads[1], scale, wanted)
+        super().__init__(student, heads[0], heads[1], scale, wanted, None if labelled else vocab_map)
         self.teacher, self.teacher_weight, self.teacher_bias = teacher, *heads[2:]
-        self.vocab_map = vocab_map
+        self.vocab_map, self.difference = vocab_map, difference
 
     def fill(self, rows: slice, student: Tensor, teacher: Tensor) -> None:
+        if self.difference is not None:
+            self.difference.fill(rows, student, teacher)
+            return
         self.logits(rows, student)
         product(self.teacher[rows], self.teacher_weight, teacher, self.vocab_map)
         if self.teacher_bias is not None:
             teacher += self.teacher_bias if self.vocab_map is None else self.teacher_bias[self.vocab_map.clamp(min=0)]
 
 
-@without_autocast
+@with_exact_products
 def _compute(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -115,8 +143,12 @@ def _compute(
         rows, found = linear_mse.compute(student, teacher, *heads, scale, rule, chunk_bytes, wanted)
         each = scale.new_empty(0, ROW_STATISTICS)
     else:
-        source = _Source(student, teacher, heads, scale, vocab_map, wanted)
-        rows, each = run(source, scale, rule, terms, chunk_bytes, backend, any(wanted), group)
+        difference = None
+        if choose(backend, scale.device) in TAKES_DIFFERENCES:
+            difference = _difference(student, teacher, heads, scale.dtype, rule, terms, group)
+        source = _Source(student, teacher, heads, scale, vocab_map, wanted, labels is not None, difference)
+        need = any(wanted)
+        rows, each = run(source, scale, rule, terms, chunk_bytes, backend, need, group, difference is not None)
         found = source.gradients
         if group and source.dstudent is not None:  # each rank has the part that went through its columns
             torch.distributed.all_reduce(source.dstudent, group=vocab_parallel.resolve(group))
@@ -128,6 +160,19 @@ def _compute(
 
     dstudent = None if found[0] is None else spread(found[0])
     return spread(rows), spread(each) if statistics else each, (dstudent, *found[1:])
+
+
+def _difference(
+    student: Tensor, teacher: Tensor, heads: Heads, dtype: torch.dtype, rule: LogitRule, terms: Terms, group: str
+) -> Difference | None:
+    """What forms Z_s - Z_t where the student is so near that two products would lose it."""
+    if rule["student_temperature"] != rule["teacher_temperature"] or terms.caps[:2] != terms.caps[2:]:
+        return None
+    # A part of a vocabulary has no constant of its own, and a softcap or a mean square sees it.
+    free = rule["divergence"] != DIVERGENCES.index("mse") and terms.student_softcap == 0 and not group
+    hidden, both = (student, teacher), (heads[:2], heads[2:])
+    form = form_of(hidden, both, terms.vocab_map, dtype, free)
+    return None if form is None else Difference(form, hidden, both, terms.vocab_map, free)
 
 
 @torch.library.custom_op("fastdistil::linear_logit_rows", mutates_args=())

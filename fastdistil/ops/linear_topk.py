@@ -16,7 +16,7 @@ from fastdistil.backends.memory import new_empty
 from fastdistil.ops.gradients import hand_out, refuse_double_backward
 from fastdistil.ops.linear_logit import Flags, Gradients, StudentHead
 from fastdistil.ops.logit_terms import ALIGNED_COLUMNS, Terms, cap, cap_back, chunk_rows
-from fastdistil.ops.precision import without_autocast
+from fastdistil.ops.precision import with_exact_products
 from fastdistil.ops.row_statistics import kernels
 from fastdistil.ops.topk_rule import STATS, TopkRule, canonical
 
@@ -54,7 +54,7 @@ def backend_of(function: str, backend: str, scale: Tensor) -> str:
     return name
 
 
-@without_autocast
+@with_exact_products
 def _compute(
     hidden: Tensor,
     weight: Tensor,
@@ -83,7 +83,7 @@ def _compute(
         terms = terms.rows(kept)
     else:
         kept, scale = None, row_scale
-    head = StudentHead(hidden, weight, bias, scale, wanted)
+    head = StudentHead(hidden, weight, bias, scale, wanted, vocab_map if labels is None else None)
     known = (values, indices, teacher_tail)
     teacher = canonical("linear_topk_logit_loss", *known, scale, head.columns, rule["tail"], vocab_map)
     rows = run(head, teacher, scale, rule, terms, chunk_bytes, name, any(wanted))

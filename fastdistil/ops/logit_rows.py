@@ -19,7 +19,7 @@ from fastdistil.ops import row_statistics
 from fastdistil.ops.gradients import hand_out, refuse_double_backward
 from fastdistil.ops.logit_rule import STATS, LogitRule
 from fastdistil.ops.logit_terms import ADDS_LABELS, Terms, run, unpack
-from fastdistil.ops.precision import without_autocast
+from fastdistil.ops.precision import with_exact_products
 from fastdistil.ops.row_statistics import ROW_STATISTICS
 
 # Bytes of the two buffers: on a CPU what a level 3 cache may hold, on a GPU enough rows to fill it (not yet tuned).
@@ -45,7 +45,7 @@ class _Source:
             self.gradient[rows] = gradient
 
 
-@without_autocast
+@with_exact_products
 def _compute(
     student: Tensor,
     teacher: Tensor,

@@ -24,6 +24,8 @@ from fastdistil.ops.row_statistics import ROW_STATISTICS
 
 # Backends whose logit_fwd adds the cross entropy with labels by itself.
 ADDS_LABELS = ("cpu", "triton")
+# Backends whose logit_fwd and logit_bwd take the difference of the logits in place of the student's.
+TAKES_DIFFERENCES = ("reference", "cpu", "triton")
 # Columns that rows of logits are padded to, so that every row of an odd vocabulary begins at 64 bytes.
 ALIGNED_COLUMNS = 16
 
@@ -85,16 +87,17 @@ class Source(Protocol):
     columns: int  # V_s
 
     def fill(self, rows: slice, student: Tensor, teacher: Tensor) -> None:
-        """Writes the logits of `rows` (n, V_s); the teacher's in the order of the student's columns."""
+        """Writes the logits of `rows` (n, V_s); the teacher's in the order of the student's columns. A source of
+        differences writes the student's less the teacher's in place of the student's."""
 
     def back(self, rows: slice, gradient: Tensor) -> None:
         """Takes the gradient of those logits (n, V_s)."""
 
 
-def chunk_rows(rows: int, columns: int, itemsize: int, chunk_bytes: int) -> int:
-    """Rows a chunk, whose two buffers of logits fit in `chunk_bytes`: a multiple of 16 where there are as many."""
+def chunk_rows(rows: int, columns: int, itemsize: int, chunk_bytes: int, buffers: int = 2) -> int:
+    """Rows a chunk, whose buffers of logits fit in `chunk_bytes`: a multiple of 16 where there are as many."""
     padded = -(-columns // ALIGNED_COLUMNS) * ALIGNED_COLUMNS
-    fit = max(1, chunk_bytes // (2 * padded * itemsize))
+    fit = max(1, chunk_bytes // (buffers * padded * itemsize))
     return max(1, min(rows, fit - fit % 16 if fit >= 16 else fit))
 
 
@@ -107,8 +110,11 @@ def run(
     backend: str,
     need_gradient: bool,
     group: str,
+    differences: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Rows (N,) times their scales, and statistics (N, ROW_STATISTICS), (0, ROW_STATISTICS) where not asked for.
+
+    differences: the source writes differences; both sides have one temperature, logit scale and softcap.
 
     scale (N,) is float32 or float64; so are the buffers. group: the name of the process group over whose ranks the
     columns are split, in the order of their ranks, or ""; labels then count through all of them, and a map is this
@@ -125,44 +131,54 @@ def run(
     name = "reference" if name == "triton" and dtype == torch.float64 else name
     logit = get("logit", name, device)
     joined = terms.vocab_map is None and ranks is None and name in ADDS_LABELS
+    joined = joined and not (differences and name == "triton")  # its loads of the student's logits are of logits
     fused = partial(logit.logit_fwd, **rule) if ranks is None else ranks.forward(logit, rule)
-    step = chunk_rows(count, source.columns, scale.element_size(), chunk_bytes)
+    labelled = terms.labels is not None and not joined
+    with_own = differences and (terms.statistics or terms.student_softcap != 0 or labelled)
+    step = chunk_rows(count, source.columns, scale.element_size(), chunk_bytes, 2 + with_own)
     padded = -(-source.columns // ALIGNED_COLUMNS) * ALIGNED_COLUMNS
-    buffers = new_empty(scale, (2, step, padded))[:, :, : source.columns]
+    buffers = new_empty(scale, (2 + with_own, step, padded))[:, :, : source.columns]
     row_stats = scale.new_empty(step, STATS)
     alone = None if terms.vocab_map is None else (terms.vocab_map < 0).nonzero()[:, 0]
     # The row op may overwrite the student's logits, unless they are needed afterwards.
     again = terms.labels is not None or terms.caps[:2] != (1.0, 0.0)
     for start in range(0, count, step):
         chunk = slice(start, min(start + step, count))
-        student, teacher = buffers[:, : chunk.stop - start]
+        student, teacher, *rest = buffers[:, : chunk.stop - start]
+        own = rest[0] if with_own else student  # the student's logits, as far as somebody reads them
         source.fill(chunk, student, teacher)
-        cap(student, *terms.caps[:2])
-        cap(teacher, *terms.caps[2:])
+        if differences:
+            cap_difference(student, teacher, own if with_own else None, *terms.caps[:2])
+        else:
+            cap(student, *terms.caps[:2])
+            cap(teacher, *terms.caps[2:])
         kept = None
         if alone is not None:
-            kept = student[:, alone] if terms.labels is not None else None
-            student.index_fill_(1, alone, float("-inf"))
+            kept = own[:, alone] if terms.labels is not None else None
+            student.index_fill_(1, alone, 0.0 if differences else float("-inf"))
             teacher.index_fill_(1, alone, float("-inf"))
+            if with_own:
+                own.index_fill_(1, alone, float("-inf"))
         if terms.statistics:
             temperatures = (rule["student_temperature"], rule["teacher_temperature"])
-            found = row_statistics.moments(student, teacher, scale[chunk], temperatures, backend)
+            found = row_statistics.moments(own, teacher, scale[chunk], temperatures, backend)
             found = found if ranks is None else ranks.merge_moments(found)
             statistics[chunk] = row_statistics.statistics(found, scale[chunk])
-        gradient = None if not need_gradient else teacher if again else student
+        gradient = None if not need_gradient else teacher if again and not with_own else student
         value = rows[chunk]
-        labels = {}
+        labels: dict[str, Tensor] = {}
         if joined and terms.labels is not None and terms.label_scale is not None:
             labels = {"labels": terms.labels[chunk], "label_scale": terms.label_scale[chunk]}
-        fused(student, teacher, scale[chunk], value, row_stats[: len(value)], gradient, **labels)
-        if not joined and terms.labels is not None and terms.label_scale is not None:
+        stats = row_stats[: len(value)]
+        fused(student, teacher, scale[chunk], value, stats, gradient, difference=differences, **labels)
+        if labelled and terms.labels is not None and terms.label_scale is not None:
             if kept is not None and alone is not None:
-                student.index_copy_(1, alone, kept)
+                own.index_copy_(1, alone, kept)
             entropy = row_statistics.kernels("cross_entropy", backend, scale).cross_entropy_rows
             entropy = entropy if ranks is None else ranks.cross_entropy(entropy, backend)
-            entropy(student, terms.labels[chunk], terms.label_scale[chunk], value, gradient)
+            entropy(own, terms.labels[chunk], terms.label_scale[chunk], value, gradient)
         if gradient is not None:
-            cap_back(gradient, student, *terms.caps[:2])
+            cap_back(gradient, own, *terms.caps[:2])
             if alone is not None and terms.labels is None:
                 gradient.index_fill_(1, alone, 0.0)  # capping back made NaN of what was -inf
             source.back(chunk, gradient)
@@ -181,6 +197,24 @@ def cap(logits: Tensor, scale: float, cap: float) -> None:
         logits *= scale
     if cap != 0:
         logits.div_(cap).tanh_().mul_(cap)
+
+
+def cap_difference(difference: Tensor, teacher: Tensor, own: Tensor | None, scale: float, cap: float) -> None:
+    """`cap` of both sides, of which the student's is the teacher's plus a difference; in `own`, which a softcap needs,
+    comes the student's.
+
+    tanh(x) - tanh(y) = tanh(x - y) (1 - tanh(x) tanh(y))."""
+    if scale != 1:
+        difference *= scale
+        teacher *= scale
+    if cap != 0 and own is not None:
+        torch.add(teacher, difference, out=own).div_(cap).tanh_()
+        own *= teacher.div_(cap).tanh_()
+        difference.div_(cap).tanh_()
+        difference.addcmul_(difference, own, value=-1).mul_(cap)
+        teacher *= cap
+    if own is not None:
+        torch.add(teacher, difference, out=own)
 
 
 def cap_back(gradient: Tensor, capped: Tensor, scale: float, cap: float) -> None:

@@ -17,7 +17,7 @@ def product(left: Tensor, right: Tensor, out: Tensor, chosen: Tensor | None = No
     """out (n, m) = left (n, k) @ right (m, k).T; out is float32 or float64 and may have padded rows.
 
     With `chosen` (m,) int64 the rows right[chosen] are meant; a negative entry leaves anything in its column."""
-    fast = _fast(left, right, out)
+    fast = multiplied_low(left, right, out.dtype)
     left = left if fast else left.to(out.dtype)
     if chosen is None and left.device.type != "cpu" and (fast or right.dtype == out.dtype):
         return _low(left, right.T, out) if fast else torch.mm(left, right.T, out=out)
@@ -31,10 +31,16 @@ def product(left: Tensor, right: Tensor, out: Tensor, chosen: Tensor | None = No
     return out
 
 
-def product_back(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+def product_back(left: Tensor, right: Tensor, out: Tensor, chosen: Tensor | None = None) -> Tensor:
     """out (n, k) = left (n, m) @ right (m, k); left and out are float32 or float64.
 
-    On a GPU left is rounded once to right's dtype where that has 16 bits."""
+    With `chosen` (c,) int64 only these columns of left and rows of right are read. Else, on a GPU, left is rounded once
+    to right's dtype where that has 16 bits."""
+    if chosen is not None:
+        out.zero_()
+        for rows in _slices(chosen, CPU_ROWS if left.device.type == "cpu" else GATHERED_ROWS):
+            out.addmm_(left[:, chosen[rows]], right[chosen[rows]].to(out.dtype))
+        return out
     if right.dtype == out.dtype:
         return torch.mm(left, right, out=out)
     if left.device.type == "cpu":
@@ -66,9 +72,9 @@ def _slices(x: Tensor, rows: int) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, x.shape[0], rows)]
 
 
-def _fast(left: Tensor, right: Tensor, out: Tensor) -> bool:
-    """Whether tensor cores multiply these: two 16-bit factors of one dtype on a GPU."""
-    return left.device.type != "cpu" and left.dtype == right.dtype != out.dtype
+def multiplied_low(left: Tensor, right: Tensor, dtype: torch.dtype) -> bool:
+    """Whether tensor cores multiply these into `dtype`: two 16-bit factors of one dtype on a GPU."""
+    return left.device.type != "cpu" and left.dtype == right.dtype != dtype
 
 
 def _low(left: Tensor, right: Tensor, out: Tensor) -> Tensor:

@@ -84,24 +84,26 @@ def _rows(
     loss: Tensor,
     stats: Tensor,
     gradient: Tensor | None,
+    difference: bool = False,
 ) -> None:
     """As a backend's logit_fwd, for this rank's columns (n, V_r) of rows whose other columns are on other ranks: the
     whole rows' loss (n,) on every rank, and the gradient in the own columns. Not differentiable by itself."""
     divergence = DIVERGENCES[rule["divergence"]]
-    module.logit_fwd(student, teacher, scale, loss, stats, None, phase=PHASE_STATISTICS, **rule)
+    module.logit_fwd(student, teacher, scale, loss, stats, None, phase=PHASE_STATISTICS, difference=difference, **rule)
     if divergence == "mse":
         count(stats, group)
     else:
-        merge(stats, rule, group)
+        merge(stats, rule, group, difference)
     centred = divergence not in DIRECT
     direct = None if centred else gradient
-    module.logit_fwd(student, teacher, scale, loss, stats, direct, phase=PHASE_VALUE, **rule)
+    module.logit_fwd(student, teacher, scale, loss, stats, direct, phase=PHASE_VALUE, difference=difference, **rule)
     shares = torch.stack((loss, stats[:, 4]))
     dist.all_reduce(shares, group=group)
     loss.copy_(shares[0])
     stats[:, 4] = shares[1]
     if centred and gradient is not None:
-        module.logit_bwd(student, teacher, scale, stats, gradient, torch.ones_like(scale), False, **rule)
+        ones = torch.ones_like(scale)
+        module.logit_bwd(student, teacher, scale, stats, gradient, ones, False, difference=difference, **rule)
 
 
 def _gather(stats: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -116,7 +118,7 @@ def count(stats: Tensor, group: dist.ProcessGroup) -> None:
     stats[:, 1] = (1 / (1 / _gather(stats, group)[:, :, 1]).sum(0)).to(stats.dtype)
 
 
-def merge(stats: Tensor, rule: LogitRule, group: dist.ProcessGroup) -> None:
+def merge(stats: Tensor, rule: LogitRule, group: dist.ProcessGroup, difference: bool = False) -> None:
     """The statistics (n, STATS) of these columns become those of all ranks' columns, the same on every rank.
 
     With pi the teacher's mass of each part and D_r = lse(a) - lse(b) within it, relative to the reference r of the part
@@ -144,7 +146,7 @@ def merge(stats: Tensor, rule: LogitRule, group: dist.ProcessGroup) -> None:
     growth = torch.where(seen, mass / total * torch.expm1(moved.clamp(max=LARGEST_EXACT)), absent)
     ratio = growth.sum(0)
     near = (torch.where(seen, moved, 0.0) <= LARGEST_EXACT).all(0) & (ratio > -0.9) & (ratio < 1e3)
-    student_at = top_student.argmax(0, keepdim=True)
+    student_at = (top_student + top_teacher if difference else top_student).argmax(0, keepdim=True)
     stats[:, 0] = torch.where(top == -torch.inf, torch.nan, top)
     stats[:, 1] = 1 / total
     stats[:, 2] = shift.gather(0, at)[0]

@@ -154,11 +154,13 @@ def pair_rows(name: str, beta: float, a: Tensor, b: Tensor, d: Tensor) -> tuple[
     return value.sum(-1), p * (slope - (p * slope).sum(-1, keepdim=True))
 
 
-def _compute(student: Tensor, teacher: Tensor, row_scale: Tensor, rule: LogitRule) -> tuple[Tensor, Tensor, Tensor]:
+def _compute(
+    student: Tensor, teacher: Tensor, row_scale: Tensor, rule: LogitRule, difference: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Scaled values, their gradients (times row_scale), both float64, and which rows count."""
     counts = row_scale != 0
     s, t = (torch.where(counts[:, None], x, 0).double() for x in (student, teacher))
-    value, gradient = _rows(s, t, rule)
+    value, gradient = _rows(s + t if difference else s, t, rule)
     factor = row_scale.double() * rule["value_factor"]
     return torch.where(counts, value * factor, 0.0), gradient * (factor / rule["student_temperature"])[:, None], counts
 
@@ -171,12 +173,13 @@ def logit_fwd(
     stats: Tensor,
     gradient: Tensor | None,
     phase: int = PHASE_ALL,
+    difference: bool = False,
     **rule: Unpack[LogitRule],
 ) -> None:
     """Writes loss (N,) and, where given, gradient (N, V). Nothing is kept in stats: the backward starts afresh."""
     if phase != PHASE_ALL:
         raise ValueError("backend 'reference' has no part of a vocabulary, expected 'cpu', 'triton' or 'cuda'")
-    value, slope, counts = _compute(student, teacher, row_scale, rule)
+    value, slope, counts = _compute(student, teacher, row_scale, rule, difference)
     loss.copy_(value)
     stats.zero_()
     if gradient is not None:
@@ -191,9 +194,10 @@ def logit_bwd(
     gradient: Tensor,
     dloss: Tensor,
     keep_unit: bool,
+    difference: bool = False,
     **rule: Unpack[LogitRule],
 ) -> None:
     """Writes gradient (N, V), times dloss (N,); with keep_unit, rows whose dloss is 1 are left alone."""
-    _, slope, counts = _compute(student, teacher, row_scale, rule)
+    _, slope, counts = _compute(student, teacher, row_scale, rule, difference)
     result = torch.where(counts[:, None], slope * dloss[:, None], 0.0).to(gradient.dtype)
     gradient.copy_(torch.where((dloss == 1)[:, None], gradient, result) if keep_unit else result)

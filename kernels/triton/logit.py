@@ -55,7 +55,8 @@ def _arguments(
     tensors = (student, teacher) if gradient is None else (student, teacher, gradient)
     constants = {
         "RULE": divergence.relative, "CENTRED": divergence.centred, "MIXTURE": divergence.mixture,
-        "SOFTMAX": divergence.softmax, "EQUAL": t_s == t_t, "STATS": STATS, "VEC": _vector(rows, *tensors),
+        "SOFTMAX": divergence.softmax, "EQUAL": 2 if rule.get("difference") else t_s == t_t, "STATS": STATS,
+        "VEC": _vector(rows, *tensors),
         "BLOCK": block, **options,
     }  # fmt: skip
     strides = [student.stride(0), teacher.stride(0), stride]
@@ -115,6 +116,11 @@ def aot_cases() -> list[dict[str, Any]]:
         for dtype, itemsize in (("bf16", 2), ("fp32", 4))
         for lanes, targets in ((32, ("sm_80", "sm_90a")), (64, ("gfx942",)))
     ]
+    cases += [
+        _aot_case(logit_fwd_kernel, rule, "fp32", 4, lanes, targets, difference=True)
+        for rule in (RULES[0], RULES[2])
+        for lanes, targets in ((32, ("sm_90a",)), (64, ("gfx942",)))
+    ]
     for dtype, itemsize in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
         for rule in RULES if dtype == "bf16" else RULES[:3]:
             for lanes, targets in ((32, ("sm_80", "sm_90a")), (64, ("gfx942",))):
@@ -133,6 +139,7 @@ def _aot_case(
     lanes: int,
     targets: tuple[str, ...],
     labels: bool = False,
+    difference: bool = False,
 ) -> dict[str, Any]:
     forward = kernel is logit_fwd_kernel
     block, options = forward_config(119_547, lanes, rule) if forward else logit_config(119_547, lanes)
@@ -148,14 +155,14 @@ def _aot_case(
         "CENTRED": rule.centred,
         "MIXTURE": rule.mixture,
         "SOFTMAX": rule.softmax,
-        "EQUAL": True,
+        "EQUAL": 2 if difference else True,
         "STATS": STATS,
         "VEC": 16 // itemsize,
         "BLOCK": block,
     }
     signature = {k: v for k, v in (pointers | floats | scalars).items() if k in kernel.arg_names}
     return {
-        "name": f"{kernel.fn.__name__}-{rule.relative.fn.__name__}-{dtype}{'-labels' * labels}",
+        "name": f"{kernel.fn.__name__}-{rule.relative.fn.__name__}-{dtype}{'-labels' * labels}{'-difference' * difference}",
         "kernel": kernel,
         "signature": signature,
         "constants": constants | _KERNELS[kernel] | ({"LABELS": True} if labels else {}),

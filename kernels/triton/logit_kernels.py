@@ -73,8 +73,9 @@ def _origin(
     mean that is subtracted from it (rules/pair.h: row_terms). Whether turns are differences of scores; what is
     subtracted from them; the slope at that column; the origin of the mixtures (divergence.py)."""
     d = _scores(top_s, top_t, inv_s, inv_t, low_s, low_t, shift, shift_t, EQUAL)
+    top = top_s + top_t if EQUAL == 2 else top_s
     p, q, delta, gap = _column(
-        top_s, top_t, d, largest, inv_sum, log_sum, log_ratio, ref, own_max, own_log, inv_s, inv_t
+        top, top_t, d, largest, inv_sum, log_sum, log_ratio, ref, own_max, own_log, inv_s, inv_t
     )
     by_scores = tl.abs(d) < 1e6
     zero = delta * 0.0
@@ -103,7 +104,7 @@ def _pass(
     log_sum = -tl.log(inv_sum)
     if SOFTMAX:
         # Where the rows lie far apart, D is the difference of their logarithms after all.
-        far = _scores(own_max, largest, inv_s, inv_t, low_s, low_t, shift, shift_t, EQUAL) + (own_log - log_sum)
+        far = _scores(own_max, largest, inv_s, inv_t, low_s, low_t, shift, shift_t, EQUAL != 0) + (own_log - log_sum)
         log_ratio = tl.where(log_ratio == float("inf"), far - ref, log_ratio)
         # A slope may be a number where the teacher's row is none.
         own_log = tl.where((largest != largest) | (inv_sum != inv_sum), float("nan"), own_log)

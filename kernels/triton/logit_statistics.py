@@ -40,8 +40,12 @@ def _tempered(z, shift, inv, inv_low):
 def _scores(s, t, inv_s, inv_t, low_s, low_t, shift, shift_t, EQUAL: tl.constexpr):
     """The difference of the scores s / T_s and t / T_t less that of the shift's column, or of the logits less the shift
     where the temperatures agree: with the rounding of its own size alone. 0 where both sides are -inf. The selections
-    come last, behind the multiplications: fused with what is subtracted afterwards these would round otherwise."""
-    if EQUAL:
+    come last, behind the multiplications: fused with what is subtracted afterwards these would round otherwise.
+
+    EQUAL: 0, 1 (one temperature) or 2: s - t itself stands in the place of s."""
+    if EQUAL == 2:
+        d = (s - shift) * inv_s
+    elif EQUAL:
         x, error = _difference(s, t)
         d = ((x - shift) + tl.where(error == error, error, 0.0)) * inv_s  # NaN where x is infinite
     else:
@@ -59,7 +63,8 @@ def _load(s_ptr, t_ptr, columns, mask, inv_s, inv_t, low_s, low_t, shift, shift_
     """Logits of student and teacher as they are, and their scores' difference."""
     s = tl.load(s_ptr + columns, mask=mask, other=float("-inf")).to(tl.float32)
     t = tl.load(t_ptr + columns, mask=mask, other=float("-inf")).to(tl.float32)
-    return s, t, _scores(s, t, inv_s, inv_t, low_s, low_t, shift, shift_t, EQUAL)
+    d = _scores(s, t, inv_s, inv_t, low_s, low_t, shift, shift_t, EQUAL)
+    return s + t if EQUAL == 2 else s, t, d
 
 
 @triton.jit
@@ -72,6 +77,10 @@ def _guess(s_ptr, t_ptr, V, live, inv_s, inv_t, EQUAL: tl.constexpr):
     t1 = tl.load(t_ptr + V // 2, mask=live, other=0.0).to(tl.float32)
     s2 = tl.load(s_ptr + 3 * place, mask=live, other=0.0).to(tl.float32)
     t2 = tl.load(t_ptr + 3 * place, mask=live, other=0.0).to(tl.float32)
+    if EQUAL == 2:
+        t0 = tl.full((), 0.0, tl.float32)
+        t1 = t0
+        t2 = t0
     agree = _agreed(s0 * inv_s - t0 * inv_t, s1 * inv_s - t1 * inv_t, s2 * inv_s - t2 * inv_t)
     if EQUAL:
         return tl.where(agree, s1 - t1, 0.0), tl.full((), 0.0, tl.float32)
@@ -144,9 +153,12 @@ def _add_tile(
     a, b, d = _load(s_ptr, t_ptr, columns, mask, inv_s, inv_t, low_s, low_t, shift, shift_t, EQUAL)
     if TOP:
         top_a = tl.max(a, 0)
-        if top_a > top_s:
+        if top_a > (top_s + top_t if EQUAL == 2 else top_s):
             top_t = tl.max(tl.where(a == top_a, b, float("-inf")), 0)
-            top_s = top_a
+            if EQUAL == 2:
+                top_s = tl.max(tl.where((a == top_a) & (b == top_t), d, float("-inf")), 0) / inv_s + shift
+            else:
+                top_s = top_a
     largest, own, ref, total, difference = _add_masses(
         a, b, d, inv_s, inv_t, shift, shift_t, largest, own, ref, total, difference
     )
@@ -163,9 +175,11 @@ def _add_to_lse_tile(a, inv_s, largest, total):
 
 
 @triton.jit
-def _add_to_lse(s_ptr, columns, mask, inv_s, largest, total):
+def _add_to_lse(s_ptr, t_ptr, columns, mask, inv_s, largest, total, EQUAL: tl.constexpr):
     """`_add_to_lse_tile` from memory."""
     a = tl.load(s_ptr + columns, mask=mask, other=float("-inf")).to(tl.float32)
+    if EQUAL == 2:
+        a += tl.load(t_ptr + columns, mask=mask, other=float("-inf")).to(tl.float32)
     return _add_to_lse_tile(a, inv_s, largest, total)
 
 
@@ -237,9 +251,10 @@ def _statistics(
     own_max = own
     own_log = log_ratio + tl.log(total)
     if live & (PART | (near == 0) | (tl.abs(ref) > 20.0)):
-        own_max, mass = _add_to_lse(s_row, edge, at_edge, inv_s, float("-inf"), 0.0)
+        own_max, mass = _add_to_lse(s_row, t_row, edge, at_edge, inv_s, float("-inf"), 0.0, EQUAL)
         for begin in range(0, end, BLOCK):
-            own_max, mass = _add_to_lse(s_body, begin + lanes, begin + lanes < end, inv_s, own_max, mass)
+            columns = begin + lanes
+            own_max, mass = _add_to_lse(s_body, t_body, columns, columns < end, inv_s, own_max, mass, EQUAL)
         own_log = tl.log(mass)
     if not TOP:
         top_s, top_t = nothing, nothing
