@@ -99,8 +99,8 @@ void statistics(Row<E>& row, Block<E>& block, bool part) {
 
 // G: E, or what is computed in.
 template <class Rule, bool kNearBlock, bool kGradient, class E, class G>
-void finish_block(RowTerms<Compute<E>> row, const Block<E>& block, int n, Compute<E> factor, G* gradient,
-                  double& value, double& centre) {
+void finish_block(RowTerms<Compute<E>> row, const Block<E>& block, int n, Compute<E> factor, G* gradient, double& value,
+                  double& centre) {
   using T = Compute<E>;
   const T *a = block.a, *b = block.b, *d = block.d;
   T v = 0, f = 0;

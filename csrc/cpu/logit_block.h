@@ -26,8 +26,8 @@ struct Row {
 template <class E>
 struct Block {
   using T = Compute<E>;
-  const T *a, *b;      // logits of student and teacher as they are: where they lie, or in the buffers
-  T d[kBlock];         // their scores' differences
+  const T *a, *b;  // logits of student and teacher as they are: where they lie, or in the buffers
+  T d[kBlock];     // their scores' differences
   T student[kBlock], teacher[kBlock];
   E tail[kBlock];      // a padded block's gradient
   T staged[kBlock];    // a gradient to which something is added before it is rounded

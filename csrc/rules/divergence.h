@@ -126,8 +126,8 @@ struct SkewReverseKL {  // KL(p || m), m = beta p + (1-beta) q
     const math::Log<T> log = math::log_both(y, u);
     const T bounded = u < T(1e-30) ? T(1e-30) : u, v = y / bounded;
     // -beta p/m - ln(m/p): share_own v - ln u, where u is near 1 as a sum of two terms
-    const T slope = math::magnitude(y) <= T(0.25) ? -log.excess - origin.share_other * v
-                                                   : origin.share_own * v - finite(log.value);
+    const T slope =
+        math::magnitude(y) <= T(0.25) ? -log.excess - origin.share_other * v : origin.share_own * v - finite(log.value);
     return {math::excess(c.p, -mix.rest * c.gap, origin.log_ratio + log.value), slope};
   }
 };

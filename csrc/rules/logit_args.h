@@ -9,14 +9,14 @@ enum class DType : int { f32, bf16, f16, f64 };
 
 // Columns of the per-row statistics that the forward leaves for the backward.
 enum LogitStat : int {
-  kMax,         // largest teacher logit
-  kInvSum,      // 1 / sum of exp((teacher - max) / T_t)
-  kShift,       // the constant taken off the rows' differences: of logits where the temperatures agree; else that of
-                // the scores of this student's and kShiftTeacher's logit
-  kLogRatio,    // D = lse(a) - lse(b) - kReference, after the shift; infinite where the rows lie far apart
-  kCentre,      // sum of p * (slope - anchor), rules/pair.h (0 for direct rules)
-  kReference,   // a - b, after the shift, where the teacher is largest
-  kOwnMax,      // the student's log p = (logit - kOwnMax) / T_s - kOwnLog
+  kMax,        // largest teacher logit
+  kInvSum,     // 1 / sum of exp((teacher - max) / T_t)
+  kShift,      // the constant taken off the rows' differences: of logits where the temperatures agree; else that of
+               // the scores of this student's and kShiftTeacher's logit
+  kLogRatio,   // D = lse(a) - lse(b) - kReference, after the shift; infinite where the rows lie far apart
+  kCentre,     // sum of p * (slope - anchor), rules/pair.h (0 for direct rules)
+  kReference,  // a - b, after the shift, where the teacher is largest
+  kOwnMax,     // the student's log p = (logit - kOwnMax) / T_s - kOwnLog
   kOwnLog,
   kTopStudent,  // the student's largest logit, for centred rules (else 0); of a given difference, that in its column
   kTopTeacher,  // and the teacher's in that column
@@ -47,7 +47,7 @@ struct LogitArgs {
   DType dtype;
   bool difference;  // student holds the student's logits less the teacher's; both sides have one temperature
   Phase phase;      // of a forward
-  int divergence;  // enum Divergence
+  int divergence;   // enum Divergence
   double beta;
   double student_temperature, teacher_temperature;
   double value_factor;  // T_s T_t or 1

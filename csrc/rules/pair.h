@@ -230,8 +230,8 @@ FD_FUNCTION RowTerms<T> row_terms(RowStats<T> stats, const Tempering<T>& temperi
   terms.log_sum = static_cast<T>(log_sum);
   // Where the rows lie far apart, D is the difference of their logarithms after all.
   if (stats.log_ratio == T(INFINITY))
-    terms.stats.log_ratio = static_cast<T>(tempering.difference(stats.own_max, stats.max) + (stats.own_log - log_sum) -
-                                           stats.reference);
+    terms.stats.log_ratio =
+        static_cast<T>(tempering.difference(stats.own_max, stats.max) + (stats.own_log - log_sum) - stats.reference);
   terms.stats.own_log += T(0) * stats.inv_sum;  // a teacher that is NaN, or nothing at all, stays visible on both sides
   if constexpr (Rule::centred) {
     const Scores<T> top = scores(stats.top_student, stats.top_teacher, tempering);

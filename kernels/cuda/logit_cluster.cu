@@ -123,7 +123,7 @@ class Worker {
     Totals totals;
     chunks_.template for_columns<false, kWrite>(row, next, tempering_, [&](const auto& found, bool near, E* out) {
       near&& near_ ? columns<kWrite, true>(found, factor, totals, out)
-                        : columns<kWrite, false>(found, factor, totals, out);
+                   : columns<kWrite, false>(found, factor, totals, out);
     });
     return totals;
   }
@@ -185,11 +185,7 @@ class Worker {
  public:
   __device__ Worker(const LogitArgs& args, const Tempering<float>& tempered, const Mixture<float>& mixture,
                     Board<E>& board, unsigned char* memory)
-      : args_(args),
-        tempered_(tempered),
-        mixture_(mixture),
-        board_(board),
-        chunks_(args.columns, board.full, memory) {}
+      : args_(args), tempered_(tempered), mixture_(mixture), board_(board), chunks_(args.columns, board.full, memory) {}
 
   __device__ void run() {
     if (threadIdx.x == 0)
@@ -214,7 +210,7 @@ class Worker {
 };
 
 template <class Rule, class E>
-__global__ void __launch_bounds__(kThreads, 2) 
+__global__ void __launch_bounds__(kThreads, 2)
     logit_cluster_kernel(LogitArgs args, Tempering<float> tempering, Mixture<float> mixture) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   __shared__ Board<E> board;
@@ -263,8 +259,7 @@ bool has_clusters() {
 bool cuda::logit_cluster(const LogitArgs& args, int blocks, void* stream) {
   // The backward and a part of a vocabulary read each logit once or not at all to begin with; so does mse.
   // Differences of two temperatures are float64, for which there are no registers here.
-  const bool whole =
-      args.loss && args.phase == Phase::all && args.student_temperature == args.teacher_temperature;
+  const bool whole = args.loss && args.phase == Phase::all && args.student_temperature == args.teacher_temperature;
   if (args.rows == 0 || !whole || args.dtype == DType::f64 || blocks == kTwoReads || !has_clusters()) return false;
   const int itemsize = args.dtype == DType::f32 ? 4 : 2;
   const Plan plan = blocks > 0 ? plan_of(args.columns, itemsize, blocks) : cluster_plan(args.columns, itemsize);

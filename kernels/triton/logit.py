@@ -161,8 +161,9 @@ def _aot_case(
         "BLOCK": block,
     }
     signature = {k: v for k, v in (pointers | floats | scalars).items() if k in kernel.arg_names}
+    extra = "-labels" * labels + "-difference" * difference
     return {
-        "name": f"{kernel.fn.__name__}-{rule.relative.fn.__name__}-{dtype}{'-labels' * labels}{'-difference' * difference}",
+        "name": f"{kernel.fn.__name__}-{rule.relative.fn.__name__}-{dtype}" + extra,
         "kernel": kernel,
         "signature": signature,
         "constants": constants | _KERNELS[kernel] | ({"LABELS": True} if labels else {}),

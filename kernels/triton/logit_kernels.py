@@ -44,9 +44,7 @@ def _tile(
     mask = exists & live
     a, b, d = _load(s_ptr, t_ptr, columns, mask, inv_s, inv_t, low_s, low_t, shift, shift_t, EQUAL)
     if SOFTMAX:
-        p, q, delta, gap = _column(
-            a, b, d, largest, inv_sum, log_sum, log_ratio, ref, own_max, own_log, inv_s, inv_t
-        )
+        p, q, delta, gap = _column(a, b, d, largest, inv_sum, log_sum, log_ratio, ref, own_max, own_log, inv_s, inv_t)
     else:
         p, q, delta, gap = a, inv_sum, d, d
     turn = tl.where(by_scores, d, delta) - zero if CENTRED else delta
@@ -74,9 +72,7 @@ def _origin(
     subtracted from them; the slope at that column; the origin of the mixtures (divergence.py)."""
     d = _scores(top_s, top_t, inv_s, inv_t, low_s, low_t, shift, shift_t, EQUAL)
     top = top_s + top_t if EQUAL == 2 else top_s
-    p, q, delta, gap = _column(
-        top, top_t, d, largest, inv_sum, log_sum, log_ratio, ref, own_max, own_log, inv_s, inv_t
-    )
+    p, q, delta, gap = _column(top, top_t, d, largest, inv_sum, log_sum, log_ratio, ref, own_max, own_log, inv_s, inv_t)
     by_scores = tl.abs(d) < 1e6
     zero = delta * 0.0
     own, other, log_own, curve = 1.0, 0.0, 0.0, 1.0
