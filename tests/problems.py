@@ -785,10 +785,11 @@ def linear(case: Any) -> Problem:
         student[1], student[2] = student[1].clone(), student[2].clone()
     leaves = [x for x, w in zip(student, wanted, strict=True) if w]
     held = [None if w else x for x, w in zip(student, wanted, strict=True)]
+    given_values = None if stored is None else stored.values
     if case.garbage:
         leaves[0], teacher[0] = spoilt(leaves[0], place.w, rng), spoilt(teacher[0], place.w, rng)
         if stored is not None:
-            stored = Known(spoilt(stored.values, place.w, rng), stored.indices, stored.tail)
+            given_values = spoilt(stored.values, place.w, rng)
     options = place.options(case) | {"student_logit_scale": caps[0], "student_softcap": caps[1] or None}
     if stored is None:
         options |= {
@@ -806,7 +807,7 @@ def linear(case: Any) -> Problem:
             tail = {} if stored.tail is None else {"teacher_tail": stored.tail}
             named |= {"tail": case.tail, **tail}
             return fd.linear_topk_logit_loss(
-                h, w, stored.values, torch.from_numpy(stored.indices), backend=backend, **named
+                h, w, given_values, torch.from_numpy(stored.indices), backend=backend, **named
             )
         named |= {"teacher_bias": teacher[2]} if case.bias else {}
         # One storage for both sides, as a student with its teacher's head has it.

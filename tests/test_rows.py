@@ -6,7 +6,6 @@ keeps those that fail in tests/data/cases.jsonl, which are tests from then on.
 
 from __future__ import annotations
 
-import itertools
 import math
 from pathlib import Path
 
@@ -53,11 +52,15 @@ def check(case: object, backends: list[str], every_isa: bool = True) -> None:
                 _C.use_isa(before)
 
 
-def judge_some(loss: str, count: int, backends: list[str], largest: int = 2**31, every_isa: bool = True) -> None:
+def judge_some(
+    loss: str, count: int, backends: list[str], largest: int = 2**31, every_isa: bool = True, labels: bool = True
+) -> None:
     failures: list[str] = []
 
     @quickly(count)
-    @given(rows.STRATEGIES[loss]().filter(lambda case: rows.size(case) <= largest))
+    @given(
+        rows.STRATEGIES[loss]().filter(lambda case: rows.size(case) <= largest and (labels or not case.label_weight))
+    )
     def judged(case: object) -> None:
         if rows.as_line(case) not in OPEN:
             try:
@@ -138,7 +141,7 @@ def plain_rows(name: str, beta: float, a: list[mpmath.mpf], b: list[mpmath.mpf])
 def test_truth_of_logits(name: str) -> None:
     """Values by the formula in 60 digits, gradients by central differences of it."""
     generator = np.random.default_rng(1)
-    for confidence, noise, offset in itertools.product([1e-1, 1e-9], [1.0, 1e-5], [0.0, 1e3]):
+    for confidence, noise, offset in ((1e-1, 1.0, 0.0), (1e-9, 1.0, 1e3), (1e-1, 1e-5, 1e3), (1e-9, 1e-5, 0.0)):
         b = rows.surest(generator.standard_normal((1, 5)), np.array([2]), confidence)
         a = b + noise * generator.standard_normal((1, 5)) + offset
         beta = 1 - 1e-4 if name == "jsd" else 0.3
@@ -175,7 +178,7 @@ def test_truth_of_other_losses_is_its_own_slope() -> None:
     ]  # fmt: skip
     for function, at in functions:
         _, gradient = function(D.DD(at))
-        for index in np.ndindex(at.shape):
+        for index in list(np.ndindex(at.shape))[::5]:
             moved = np.zeros(at.shape)
             moved[index] = step
             up, down = (function(D.DD(at, sign * moved))[0].sum() for sign in (1, -1))

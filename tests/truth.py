@@ -97,7 +97,7 @@ def topk(
     n, v = a.shape
     q = D.exp(D.where(np.isneginf(u), NEVER, np.maximum(u, -1e9)))
     kept = D.where(columns < 0, 0.0, q)
-    there = kept.hi > 0
+    there = (columns >= 0) & ~np.isneginf(u)
     if given is None:
         floor = np.maximum(ulp * (q.double() * np.abs(np.where(q.hi > 0, u, 0.0))).sum(-1), min(ulp, 2.0**-24))
         rest = 1.0 - q.sum()
@@ -119,7 +119,7 @@ def topk(
         partial = (columns < 0).any(-1) | (given is not None)
         unit = D.where(partial, kept.sum() + rest, 1.0)
         share = kept / unit[:, None]
-        lq = D.log(share)
+        lq = D.where(there, DD(np.where(there, u, 0.0)) - D.log(unit)[:, None], NEVER)
         value = D.where(there, share * (lq - lp[every, at]), 0.0).sum().double()
         gradient = p * share.sum(keepdims=True)
         scattered = DD(np.zeros((n, v)), np.zeros((n, v)))
@@ -128,8 +128,12 @@ def topk(
         return value, (gradient - scattered).double()
     p_rest = D.where(chosen, 0.0, p).sum(keepdims=True)
     outcomes_p = D.where_last(D.where(there, lp[every, at], NEVER), D.log(p_rest))
-    mass = D.where_last(kept, rest[:, None])
-    lq = D.log(mass / mass.sum(keepdims=True))
+    # From the logarithms themselves: a probability may be too small for any number.
+    log_rest = D.log(rest)
+    if given is not None:
+        log_rest = D.where(log_rest.hi <= NEVER, np.where((rest.hi == 0) & (tail == "bucket") & ~whole & ~np.isneginf(given), given, NEVER), log_rest)  # fmt: skip
+    known = D.where_last(D.where(there, np.where(there, u, 0.0), NEVER), log_rest[:, None])
+    lq = D.where(known.hi <= NEVER, NEVER, known - D.log(kept.sum() + rest)[:, None])
     value, slope = of_log_probabilities(name, beta, outcomes_p, lq)
     share = p.double() / np.where(p_rest.hi > 0, p_rest.double(), 1.0)
     gradient = np.where(chosen, 0.0, slope[:, -1:] * share)
