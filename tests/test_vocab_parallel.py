@@ -264,7 +264,7 @@ def test_phases_of_every_backend(backend: str, divergence: str, case: str, monke
         merged.zero_()
         vocab_parallel.count(merged, None)
     else:
-        vocab_parallel.merge(merged, 0.5, None)
+        vocab_parallel.merge(merged, rule, None)
     values, centres, written = torch.zeros_like(scale), torch.zeros_like(scale), torch.empty_like(student)
     for part in parts:
         own, share = merged.clone(), torch.empty_like(scale)

@@ -143,8 +143,8 @@ struct Masses {
   FD_FUNCTION void raise(Scores<T> c, const Tempering<T>& row) {
     if (c.b > max) {
       const bool comparable = usable(c.d);  // else d = 0 is what is measured against
-      const T level = static_cast<T>((c.b * row.wide_teacher + (row.equal ? row.shift * row.wide_teacher : row.shift)) /
-                                     row.wide_student);
+      const T shift = static_cast<T>(row.shift);
+      const T level = row.equal ? c.b + shift : (c.b * row.inv_teacher + shift) / row.inv_student;
       move(c.b, comparable ? c.a : level, comparable ? c.d : T(0), row.inv_student, row.inv_teacher);
     } else if (max == T(-INFINITY) && c.a > own) {
       move(max, c.a, T(0), row.inv_student, row.inv_teacher);
@@ -196,7 +196,7 @@ struct RowTerms {
   T log_sum;  // the teacher's ln of sum e^(b - max)
   Mixture<T> mixture;
   Origin<T> origin;
-  bool by_scores;       // turn is d - turn_zero, else delta - turn_zero
+  T by_scores;          // 1: turn is d - turn_zero, 0: delta - turn_zero; a bool keeps loops from vectorising
   T turn_zero, anchor;  // anchor: the slope at the student's largest column
 };
 
@@ -208,7 +208,7 @@ FD_FUNCTION Column<T> column(Scores<T> c, const RowTerms<T>& terms) {
   if (kNearBlock) {
     const math::Expm1<T> e = math::bounded_expm1(near);
     const T gap = q * e.value;
-    return {q + gap, q, near, gap, q * e.excess, (terms.by_scores ? c.d : near) - terms.turn_zero};
+    return {q + gap, q, near, gap, q * e.excess, (terms.by_scores > T(0) ? c.d : near) - terms.turn_zero};
   }
   const bool is_near = math::magnitude(near) <= T(1);
   const T log_p = (c.a - row.own_max) * terms.inv_student - row.own_log, log_q = log_weight - terms.log_sum;
@@ -218,14 +218,14 @@ FD_FUNCTION Column<T> column(Scores<T> c, const RowTerms<T>& terms) {
   const T delta = is_near || by_difference ? near : log_p - log_q;
   const T difference = q * math::expm1(is_near ? near : T(0)), own = math::exp(log_p);
   const T gap = is_near ? difference : own - q, p = is_near ? q + difference : own;
-  return {p, q, delta, gap, math::excess(q, gap, delta), (terms.by_scores ? c.d : delta) - terms.turn_zero};
+  return {p, q, delta, gap, math::excess(q, gap, delta), (terms.by_scores > T(0) ? c.d : delta) - terms.turn_zero};
 }
 
 // Slopes relative to that at the student's largest column (divergence.h). Of a mixture, only where the student has more
 // of it than its teacher: elsewhere that column is none of those whose slopes are alike.
 template <class Rule, class T>
 FD_FUNCTION RowTerms<T> row_terms(RowStats<T> stats, const Tempering<T>& tempering, Mixture<T> mixture) {
-  RowTerms<T> terms{stats, tempering.inv_student, tempering.inv_teacher, T(0), mixture, {}, false, T(0), T(0)};
+  RowTerms<T> terms{stats, tempering.inv_student, tempering.inv_teacher, T(0), mixture, {}, T(0), T(0), T(0)};
   const double log_sum = -::log(static_cast<double>(stats.inv_sum));
   terms.log_sum = static_cast<T>(log_sum);
   // Where the rows lie far apart, D is the difference of their logarithms after all.
@@ -239,13 +239,13 @@ FD_FUNCTION RowTerms<T> row_terms(RowStats<T> stats, const Tempering<T>& temperi
     T zero = T(0);
     if constexpr (Rule::mixture) {
       zero = math::clamp(c.delta, T(0), T(kFarthestOrigin));
-      terms.by_scores = usable(top.d) && zero == c.delta;
+      terms.by_scores = usable(top.d) && zero == c.delta ? T(1) : T(0);
       terms.origin = Rule::origin(mixture, zero);
     } else {
-      terms.by_scores = usable(top.d);
+      terms.by_scores = usable(top.d) ? T(1) : T(0);
     }
-    terms.turn_zero = terms.by_scores ? top.d : zero;
-    c.turn = terms.by_scores ? T(0) : c.delta - zero;
+    terms.turn_zero = terms.by_scores > T(0) ? top.d : zero;
+    c.turn = terms.by_scores > T(0) ? T(0) : c.delta - zero;
     terms.anchor = Rule::share(c, mixture, terms.origin).slope;
   }
   return terms;

@@ -63,6 +63,7 @@ class Chunks {
   // to the next row.
   template <bool kWait, bool kWrite, class Action>
   __device__ void for_columns(const Row<E>& row, const Row<E>* next, Tempering<float> tempering, Action&& action) {
+    tempering.equal = true, tempering.shift = tempering.student;  // as the compiler cannot know: no double is needed
     const int packs = row.packs, first = row.column(threadIdx.x), refills = next ? next->chunks() : 0;
     const uint32_t student = offset(row.student + row.begin), teacher = offset(row.teacher + row.begin);
     for (int c = 0; c * kChunk < packs || c < refills; ++c) {

@@ -1,6 +1,6 @@
 // Divergence of two rows of logits, value and gradient: one thread block a row, each logit read twice. On sm_90 whole
 // rows that fit on the chip go to logit_cluster.cu, which reads them once; what remains here reads them once by itself
-// (mse, the backward), is a part of a vocabulary, float64, or runs on sm_80.
+// (mse, the backward), is a part of a vocabulary, float64, has two temperatures, or runs on sm_80.
 //
 // Floor: (2 reads + 1 write) x N x V x bytes an element over the copy bandwidth if both rows stayed on chip between the
 // passes; this form reads them again (from L2 where they fit), a centred rule a third time. The mathematics is
@@ -92,7 +92,7 @@ __device__ Part<Compute<E>> masses_of(const E* student, const E* teacher, int64_
   return merge_block(own, tempering);
 }
 
-template <class E>
+template <bool kTop, class E>
 __device__ RowStats<Compute<E>> statistics(const E* student, const E* teacher, int64_t columns,
                                            Tempering<Compute<E>>& tempering, bool part) {
   using T = Compute<E>;
@@ -106,7 +106,7 @@ __device__ RowStats<Compute<E>> statistics(const E* student, const E* teacher, i
   RowStats<T> stats{};
   stats.max = all.max > T(-INFINITY) || part ? all.max : T(NAN);
   stats.inv_sum = static_cast<T>(1.0 / all.sum), stats.reference = all.reference;
-  stats.top_student = all.top_student, stats.top_teacher = all.top_teacher;
+  if (kTop) stats.top_student = all.top_student, stats.top_teacher = all.top_teacher;
   const bool exact = exact_log_ratio(all.difference / all.sum, stats.log_ratio);
   if (all.far == T(0) && exact && near_row(stats))
     own_from_teacher(stats, all.own, all.sum);
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                saved[kOwnMax], saved[kOwnLog], saved[kTopStudent], saved[kTopTeacher]};
       tempering.shift_to(saved[kShift], saved[kShiftTeacher]);
     } else if (Rule::softmax) {
-      stats = statistics(student, teacher, args.columns, tempering, args.phase == Phase::statistics);
+      stats = statistics<Rule::centred>(student, teacher, args.columns, tempering, args.phase == Phase::statistics);
     }
     const T factor = static_cast<T>(scale * dloss * args.value_factor / args.student_temperature);
     RowTerms<T> row = row_terms<Rule>(stats, tempering, mixture);

@@ -26,7 +26,8 @@ class Worker {
   Chunks<E> chunks_;
   int exchanges_ = 0;
   Tempering<float> tempering_;
-  RowStats<float> stats_;
+  bool near_ = false;
+  float centre_ = 0;
 
   __device__ Part<float> merge_lanes(Part<float> own) const {
     return merge(own, tempered_, [](auto x, auto combine) { return combine_lanes(x, combine); });
@@ -47,13 +48,13 @@ class Worker {
     return merge_lanes(lane < blocks ? board_.blocks[turn][lane] : no_part<float>());
   }
 
-  __device__ void own_softmax(const Row<E>& row) {
+  __device__ void own_softmax(const Row<E>& row, RowStats<float>& stats) {
     OwnSum<float> own;
     chunks_.template for_columns<false, false>(row, nullptr, tempering_, [&](const auto& found, bool, E*) {
       for (const Scores<float>& c : found) own.add(c.a, tempering_.inv_student);
     });
     const Part<float> all = exchange(own.part());
-    stats_.own_max = all.own, stats_.own_log = static_cast<float>(::log(all.difference));
+    stats.own_max = all.own, stats.own_log = static_cast<float>(::log(all.difference));
   }
 
   template <bool kWait>
@@ -77,22 +78,28 @@ class Worker {
     return exchange(own);
   }
 
-  __device__ void statistics(const Row<E>& row) {
+  __device__ void statistics(const Row<E>& row, int64_t r) {
     Part<float> all = masses_of<true>(row);
     // The same for every thread of the cluster, here and below.
     if (misplaced(Masses<float, double>{all.max, all.own, all.reference, all.sum, all.difference})) {
       tempering_.shift_to(all.own, all.max);
       all = masses_of<false>(row);
     }
-    stats_ = {all.max > -INFINITY ? all.max : NAN, static_cast<float>(1.0 / all.sum), 0, 0, all.reference, 0, 0,
-              all.top_student, all.top_teacher};
-    const bool exact = exact_log_ratio(all.difference / all.sum, stats_.log_ratio);
-    if (all.far == 0 && exact && near_row(stats_))
-      own_from_teacher(stats_, all.own, all.sum);
+    if (!Rule::centred) all.top_student = all.top_teacher = 0;
+    RowStats<float> stats{};
+    stats.max = all.max > -INFINITY ? all.max : NAN, stats.inv_sum = static_cast<float>(1.0 / all.sum);
+    stats.reference = all.reference, stats.top_student = all.top_student, stats.top_teacher = all.top_teacher;
+    const bool exact = exact_log_ratio(all.difference / all.sum, stats.log_ratio);
+    near_ = near_row(stats), centre_ = 0;
+    if (all.far == 0 && exact && near_)
+      own_from_teacher(stats, all.own, all.sum);
     else
-      own_softmax(row);
+      own_softmax(row, stats);
     // Registers are short where the passes are long; every thread is behind the last row's use of these.
-    if (threadIdx.x == 0) board_.terms = row_terms<Rule>(stats_, tempering_, mixture_);
+    if (threadIdx.x == 0) {
+      board_.terms = row_terms<Rule>(stats, tempering_, mixture_);
+      if (hopper::cluster_rank() == 0) save(static_cast<float*>(args_.stats) + r * kStats, stats, tempering_);
+    }
     __syncthreads();
   }
 
@@ -114,9 +121,8 @@ class Worker {
   template <bool kWrite>
   __device__ Totals finish(const Row<E>& row, const Row<E>* next, float factor) {
     Totals totals;
-    const bool near_stats = near_row(stats_);
     chunks_.template for_columns<false, kWrite>(row, next, tempering_, [&](const auto& found, bool near, E* out) {
-      near&& near_stats ? columns<kWrite, true>(found, factor, totals, out)
+      near&& near_ ? columns<kWrite, true>(found, factor, totals, out)
                         : columns<kWrite, false>(found, factor, totals, out);
     });
     return totals;
@@ -125,7 +131,7 @@ class Worker {
   template <bool kWrite, bool kNearGroup, int kColumns>
   __device__ void columns(const Scores<float> (&found)[kColumns], float factor, Totals& totals, E* out) const {
     RowTerms<float> row = board_.terms;
-    row.stats.centre = stats_.centre;
+    row.stats.centre = centre_;
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {
       const Result<float> share = result<Rule, kNearGroup>(found[j], row);
@@ -139,8 +145,9 @@ class Worker {
     const float scale = static_cast<const float*>(args_.row_scale)[r];
     const float factor = static_cast<float>(scale * args_.value_factor / args_.student_temperature);
     tempering_ = tempered_;
+    tempering_.equal = true;
     guess_row_shift(tempering_, row.student, row.teacher, args_.columns);
-    statistics(row);
+    statistics(row, r);
     // Behind statistics' barriers nobody reads the student's row any more: its memory may be the gradient's.
     const bool write = row.gradient != nullptr;
     Totals own;
@@ -149,12 +156,11 @@ class Worker {
     else
       own = finish<true>(row, next, factor);
     const Part<float> all = exchange({0, 0, 0, 0, 0, 0, own.value, own.centre});
-    stats_.centre = static_cast<float>(all.difference);
+    centre_ = static_cast<float>(all.difference);
     if (Rule::centred && write) finish<true>(row, next, factor);
     if (hopper::cluster_rank() != 0 || threadIdx.x != 0) return;
     static_cast<float*>(args_.loss)[r] = static_cast<float>(all.sum * args_.value_factor * scale);
-    float* saved = static_cast<float*>(args_.stats) + r * kStats;
-    save(saved, stats_, tempering_);
+    static_cast<float*>(args_.stats)[r * kStats + kCentre] = centre_;
   }
 
   __device__ void skip(int64_t r) const {
@@ -256,7 +262,9 @@ bool has_clusters() {
 
 bool cuda::logit_cluster(const LogitArgs& args, int blocks, void* stream) {
   // The backward and a part of a vocabulary read each logit once or not at all to begin with; so does mse.
-  const bool whole = args.loss && args.phase == Phase::all;
+  // Differences of two temperatures are float64, for which there are no registers here.
+  const bool whole =
+      args.loss && args.phase == Phase::all && args.student_temperature == args.teacher_temperature;
   if (args.rows == 0 || !whole || args.dtype == DType::f64 || blocks == kTwoReads || !has_clusters()) return false;
   const int itemsize = args.dtype == DType::f32 ? 4 : 2;
   const Plan plan = blocks > 0 ? plan_of(args.columns, itemsize, blocks) : cluster_plan(args.columns, itemsize);

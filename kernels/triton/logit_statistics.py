@@ -256,4 +256,6 @@ def _statistics(
             columns = begin + lanes
             own_max, mass = _add_to_lse(s_body, t_body, columns, columns < end, inv_s, own_max, mass, EQUAL)
         own_log = tl.log(mass)
+    if not TOP:
+        top_s, top_t = nothing, nothing
     return largest, 1.0 / total, shift, log_ratio, ref, own_max, own_log, top_s, top_t, shift_t
