@@ -97,7 +97,9 @@ class _LogitArgs(ctypes.Structure):
             (name, ctypes.c_int64)
             for name in ("rows", "columns", "student_stride", "teacher_stride", "gradient_stride")
         ),
-        *((name, ctypes.c_int) for name in ("dtype", "phase", "divergence")),
+        ("dtype", ctypes.c_int),
+        ("difference", ctypes.c_bool),
+        *((name, ctypes.c_int) for name in ("phase", "divergence")),
         *((name, ctypes.c_double) for name in ("beta", "student_temperature", "teacher_temperature", "value_factor")),
     )
 
