@@ -7,7 +7,9 @@ Targets are its arguments; `make test` takes those of TESTED, `make versions` al
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import json
 import pkgutil
 import re
@@ -58,7 +60,8 @@ def cases(targets: Sequence[str]) -> list[tuple[str, int, str]]:
     return found
 
 
-def compile_case(case: dict[str, Any], target: GPUTarget) -> Any:
+def compile_case(case: dict[str, Any], target: GPUTarget) -> tuple[Any, str]:
+    """The kernel, and what the assembler said of it: nothing where Triton's cache had it already."""
     kernel = case["kernel"]
     names = kernel.arg_names
     source = ASTSource(
@@ -68,17 +71,16 @@ def compile_case(case: dict[str, Any], target: GPUTarget) -> Any:
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in case["divisible"]},
     )
     options = dict(case.get("options", {}))
-    return triton.compile(source, target=target, options=options)
+    with contextlib.redirect_stdout(io.StringIO()) as log:
+        compiled = triton.compile(source, target=target, options=options)
+    return compiled, log.getvalue()
 
 
-def resources(compiled: Any, arch: str) -> dict[str, Any]:
+def resources(compiled: Any, log: str, arch: str) -> dict[str, Any]:
     if "amdgcn" in compiled.asm:
         return _amd_resources(compiled)
-    with tempfile.TemporaryDirectory() as folder:
-        ptx = Path(folder, "k.ptx")
-        ptx.write_text(compiled.asm["ptx"])
-        assemble = [assembler(TARGETS[arch][0].arch), "-v", f"--gpu-name={arch}", ptx, "-o", Path(folder, "o")]
-        log = subprocess.run(assemble, capture_output=True, text=True, check=True).stderr
+    if "registers" not in log:
+        log = assemble(compiled.asm["ptx"], arch)
     return {
         "shared_bytes": compiled.metadata.shared,
         "registers": max(map(int, re.findall(r"Used (\d+) registers", log))),
@@ -86,6 +88,14 @@ def resources(compiled: Any, arch: str) -> dict[str, Any]:
         "warnings": re.findall(r"\((C\d+)\)", log),
         "loads_of_16_bytes": len(WIDE.findall(compiled.asm["ptx"])),
     }
+
+
+def assemble(text: str, arch: str) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = Path(folder, "k.ptx")
+        ptx.write_text(text)
+        command = [assembler(TARGETS[arch][0].arch), "-v", f"--gpu-name={arch}", ptx, "-o", Path(folder, "o")]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
 def _amd_resources(compiled: Any) -> dict[str, Any]:
@@ -110,10 +120,11 @@ def run(job: tuple[str, int, str]) -> dict[str, Any]:
     target, limit = TARGETS[arch]
     record = {"case": f"{module.rsplit('.', 1)[1]}:{case['name']}", "target": arch, "shared_limit": limit}
     record |= {"wide_loads": case.get("wide_loads", False), "fusion": case.get("options", {}).get("enable_fp_fusion")}
-    return record | resources(compile_case(case, target), arch)
+    return record | resources(*compile_case(case, target), arch)
 
 
 def main() -> None:
+    triton.knobs.nvidia.dump_ptxas_log = True
     jobs = cases(sys.argv[1:] or TESTED)
     with ProcessPoolExecutor(2) as pool:
         for record in pool.map(run, jobs, chunksize=4):

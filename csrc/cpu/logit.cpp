@@ -124,9 +124,10 @@ void finish(const RowTerms<Compute<E>>& row, bool near, const Block<E>& block, i
     finish_block<Rule, false, kGradient>(row, block, n, factor, gradient, value, centre);
 }
 
+// Not inlined: forward and backward must round alike, and the compiler fuses multiplications and additions at will.
 template <class Rule, bool kGradient, class E>
-void pass(const Row<E>& row, Block<E>& block, Mixture<Compute<E>> mixture, Compute<E> factor, E* gradient,
-          double& value, double& centre, const Label<E>* label = nullptr) {
+__attribute__((noinline)) void pass(const Row<E>& row, Block<E>& block, Mixture<Compute<E>> mixture, Compute<E> factor,
+                                    E* gradient, double& value, double& centre, const Label<E>* label = nullptr) {
   const bool near = Rule::softmax && near_row(row.stats);
   const RowTerms<Compute<E>> terms = row_terms<Rule>(row.stats, row.tempering, mixture);
   for_blocks(row, block, [&](int64_t begin, int padded, int n) {

@@ -47,7 +47,7 @@ def hidden_layers(
     if count == 0:
         return rows, dz
     table, size = layer_table([*students, *teachers]), first.shape[1]
-    block, options = hidden_config(size)
+    block, options = hidden_config(size, kind)
     hidden_fwd_kernel[(count, layers)](
         table.addresses, table.addresses[layers:], row_scale, row_scale.contiguous(), rows, rows if dz is None else dz,
         None, 0, table.stride, table.stride, size, KIND=kind, GELU=activation == "gelu", HAS_BIAS=False,
@@ -75,7 +75,7 @@ def hidden_projected(
     layers, count, size = z.shape
     rows = torch.empty_like(row_scale)
     index, first = (None, chunk.start) if isinstance(chunk, slice) else (chunk, 0)
-    block, options = hidden_config(size)
+    block, options = hidden_config(size, kind)
     hidden_fwd_kernel[(count, layers)](
         z, teachers.addresses, row_scale if bias is None else bias, row_scale, rows, z, index, first, size,
         teachers.stride, size, KIND=kind, GELU=activation == "gelu", HAS_BIAS=bias is not None, NEED_GRAD=need_grad,
