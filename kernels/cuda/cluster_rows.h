@@ -7,12 +7,12 @@
 namespace fastdistil {
 namespace {
 
-constexpr int kThreads = 384;  // two blocks of them leave each thread 80 registers
+constexpr int kThreads = 256;  // two blocks of them leave each thread 128 registers
 constexpr int kWarps = kThreads / 32;
 constexpr int kChunk = kThreads;                // packs: one a thread
 constexpr int kChunkBytes = (kChunk + 1) * 16;  // a row that is not aligned as the gradient is touches one pack more
 constexpr int kMostBlocks = 16;                 // of a cluster; above 8 a GPU may refuse
-constexpr int kMostChunks = 19;                 // of each row, a block
+constexpr int kMostChunks = 28;                 // of each row, a block
 constexpr int kBlockBytes = 228'000;            // of chunks, where a multiprocessor holds one block: 227 KB less ours
 constexpr int kHalfBytes = 113'000;             // where it holds two
 static_assert(kMostChunks <= 32 && 2 * kMostChunks * kChunkBytes >= kBlockBytes, "every chunk has its bit and barrier");

@@ -23,7 +23,7 @@ def _softmax(z_ptr, V, BLOCK: tl.constexpr):
         z = tl.load(z_ptr + columns, mask=columns < V, other=float("-inf"))
         new = tl.maximum(largest, z)
         unit = tl.where(new == float("-inf"), 0.0, new)
-        total = total * tl.exp(tl.where(largest == float("-inf"), 0.0, largest) - unit) + tl.exp(z - unit)
+        total = total * tl.exp(largest - unit) + tl.exp(z - unit)  # at first 0 * e^-inf
         largest = new
     top = tl.max(largest, 0)
     unit = tl.where(largest == float("-inf"), 0.0, largest)

@@ -27,7 +27,7 @@ def forward_config(columns: int, lanes: int, rule: Rule, difference: bool = Fals
     three blocks of 256 threads; 96 hold those, and keep five blocks of 128; of a given difference 112, and four."""
     mixture = rule.relative in (jsd, skew_kl, skew_reverse_kl)
     block, options = logit_config(columns, lanes, 1024 if mixture else 2048)
-    registers = 80 if not mixture else 112 if difference else 96
+    registers = 112 if mixture else 96 if rule.centred else 80
     return block, options | ({"maxnreg": registers} if lanes == 32 else {})
 
 

@@ -74,7 +74,7 @@ def _origin(
     top = top_s + top_t if EQUAL == 2 else top_s
     p, q, delta, gap = _column(top, top_t, d, largest, inv_sum, log_sum, log_ratio, ref, own_max, own_log, inv_s, inv_t)
     by_scores = tl.abs(d) < 1e6
-    zero = delta * 0.0
+    zero = tl.full((), 0.0, tl.float32)
     own, other, log_own, curve = 1.0, 0.0, 0.0, 1.0
     if MIXTURE is not None:
         zero = tl.where(delta == delta, tl.minimum(tl.maximum(delta, 0.0), 60.0), delta)
