@@ -165,7 +165,7 @@ def _largest(logits: Tensor, k: int, temperature: float) -> dict[str, Tensor]:
     device has it."""
     wide = torch.float32 if logits.device.type == "mps" else torch.float64
     found = []
-    for rows in logits.split(max(1, _BLOCK // logits.shape[-1])):
+    for rows in torch.split(logits, max(1, _BLOCK // logits.shape[-1])):
         indices = rows.topk(k).indices
         z = (rows.to(wide) - rows.amax(-1, keepdim=True)) / temperature
         known = z.gather(-1, indices)

@@ -137,9 +137,9 @@ class Writer:
         kept = {}
         for name, x in example.items():
             if tuple(x.shape) != index.shape(name, tokens):
-                columns = "" if name == files.TAIL else f" {index.width}"
+                width = "" if name == files.TAIL else f" {index.width}"
                 raise ValueError(
-                    f"{_NAME}.add: {name} has shape {tuple(x.shape)}, expected (tokens,{columns})"
+                    f"{_NAME}.add: {name} has shape {tuple(x.shape)}, expected (tokens,{width})"
                     + (" of one example" if x.dim() == 3 else "")
                 )
             dtype = index.torch_dtype(name)
