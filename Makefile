@@ -11,6 +11,9 @@ BIN := $(VENV)/bin
 OUT ?= runs/demo
 # What pip shall add when it installs torch, such as the index of CPU builds.
 TORCH_ARGS ?=
+# The CUDA kernels are a third of the build: where there is a GPU, or with CUDA=ON.
+CUDA ?= $(if $(shell command -v nvidia-smi),ON,OFF)
+BUILD := -C cmake.define.FASTDISTIL_CUDA=$(CUDA)
 
 SOURCES := pyproject.toml constraints.txt $(shell find csrc kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name CMakeLists.txt)
 
@@ -30,12 +33,12 @@ $(VENV)/.torch: constraints.txt | $(BIN)/python
 
 $(VENV)/.demo: $(SOURCES) | $(VENV)/.torch
 	@echo 'Installing fastdistil and building its kernels ...'
-	@$(BIN)/pip install -v -c constraints.txt -e '.[demo]' 2>&1 | $(PROGRESS)
+	@$(BIN)/pip install -v -c constraints.txt $(BUILD) -e '.[demo]' 2>&1 | $(PROGRESS)
 	@touch $@
 
 $(VENV)/.test: $(SOURCES) | $(VENV)/.torch
 	@echo 'Installing fastdistil with its test tools and building its kernels ...'
-	@$(BIN)/pip install -v -c constraints.txt -e '.[test]' 2>&1 | $(PROGRESS)
+	@$(BIN)/pip install -v -c constraints.txt $(BUILD) -e '.[test]' 2>&1 | $(PROGRESS)
 	@touch $@ $(VENV)/.demo
 
 $(VENV)/.lint: pyproject.toml | $(VENV)/.test

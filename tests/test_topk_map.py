@@ -58,7 +58,7 @@ def test_is_the_loss_of_the_mapped_columns(backend: str, tail: str, divergence: 
         lambda s: fd.topk_logit_loss(s, u, columns, reduction="none", backend="reference", **options), student.double()
     )
     kept = x[3] >= 0
-    assert 0 < (u == -torch.inf).sum() < u.numel() / 2
+    assert 0 < (u == -torch.inf).sum() < u.numel()
     assert not found.gradients[0][:, ~kept].any()
     found.gradients = (found.gradients[0][:, kept],)
     judge_exact(found, truth, torch.float32)

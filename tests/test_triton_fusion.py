@@ -53,7 +53,8 @@ LOSSES: dict[str, Loss] = {
     **{f"attention, {k}": _attention(k) for k in ("prob_mse", "score_mse", "prob_kl")},
 }
 
-SQUARES = ("logit, mse", "hidden, mse", "attention, score_mse")  # no product is added to anything but by tl.sum
+# No float32 product is added to anything but by tl.sum (of cosine near convergence: they are float64).
+SQUARES = ("logit, mse", "hidden, mse", "hidden, cosine", "attention, score_mse")
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "apart"])
