@@ -523,7 +523,7 @@ STRATEGIES = {
 
 
 # Kinds of cases that are known to be wrong and not mended yet, with one case of each in tests/data/open_cases.jsonl.
-# `make test` leaves them out, `make fuzz` draws and counts them (docs/numerics.md).
+# `make judge` leaves them out, `make fuzz` draws and counts them (docs/numerics.md).
 OPEN_KINDS: dict[str, list[tuple[str, Callable[[Any], bool]]]] = {
     "logit": [
         (

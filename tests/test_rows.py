@@ -72,16 +72,19 @@ def judge_some(
     assert not failures, f"{len(failures)} of {count} cases:\n" + "\n".join(failures)
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("loss", rows.CASES)
 def test_every_loss(loss: str) -> None:
     judge_some(loss, 300, available("reference", "cpu"))
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("loss", rows.CASES)
 def test_triton(loss: str) -> None:
     judge_some(loss, 10, available("triton"), SMALL)
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("line", [x for x in LINES if not rows.is_open(rows.from_line(x))])
 def test_kept_cases(line: str) -> None:
     """Every case that ever failed."""
@@ -89,6 +92,7 @@ def test_kept_cases(line: str) -> None:
     check(case, available("reference", "cpu", *(["triton"] if rows.size(case) <= SMALL else [])))
 
 
+@pytest.mark.drawn
 def test_open_kinds() -> None:
     """Each kind that is left out has a case on record, which is of that kind and wrong on this machine or another."""
     cases = [rows.from_line(line) for line in OPEN]
