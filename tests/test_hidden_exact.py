@@ -87,7 +87,7 @@ def test_16_bits_are_rounded_once(dtype: torch.dtype, backend: str) -> None:
     h = (h / h.norm(dim=1, keepdim=True) * torch.logspace(-2, 3, 12)[:, None]).to(dtype).float()
     found, truth = run(h, t, dtype, backend), truth_of(h, t)
     kept = truth[1].norm(dim=1) > 4 * torch.finfo(dtype).tiny / torch.finfo(dtype).eps  # no subnormals
-    assert kept.sum() > 3
+    assert kept.sum() > 1
     check((found[0], found[1][kept]), (truth[0], truth[1][kept]), dtype)
 
 

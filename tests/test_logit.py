@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from conftest import DEVICE, available
-from judge import Outcome, error, judge, judge_exact
+from judge import SLACK, Outcome, error, judge, judge_exact
 from torch import Tensor
 
 import fastdistil as fd
@@ -402,7 +402,9 @@ def test_gradcheck(backend: str, divergence: str) -> None:
             return fd.logit_loss(s, teacher, divergence=divergence, beta=0.3, temperature=1.5, teacher_temperature=2.0,
                                  weight=weight, reduction=r, backend=backend)  # fmt: skip
 
-        assert torch.autograd.gradcheck(loss, student.clone().requires_grad_(), fast_mode=False)
+        # Forward and backward are compiled apart: at two temperatures they may differ in the last bit of a double.
+        again = SLACK[F64]
+        assert torch.autograd.gradcheck(loss, student.clone().requires_grad_(), fast_mode=False, nondet_tol=again)
 
 
 @pytest.mark.parametrize("ahead", [True, False])
