@@ -124,7 +124,7 @@ void finish(const RowTerms<Compute<E>>& row, bool near, const Block<E>& block, i
     finish_block<Rule, false, kGradient>(row, block, n, factor, gradient, value, centre);
 }
 
-// Not inlined: forward and backward must round alike, and the compiler fuses multiplications and additions at will.
+// Not inlined: one copy for forward and backward, which should round alike.
 template <class Rule, bool kGradient, class E>
 __attribute__((noinline)) void pass(const Row<E>& row, Block<E>& block, Mixture<Compute<E>> mixture, Compute<E> factor,
                                     E* gradient, double& value, double& centre, const Label<E>* label = nullptr) {
