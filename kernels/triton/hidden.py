@@ -164,8 +164,9 @@ def hidden_fwd_kernel(
         z, h, t = _load_pair(z_ptr, t_ptr, bias_ptr, columns, inside, HAS_BIAS, GELU)
         if KIND == "mse":
             r = h - t
-            d = r * (2.0 / size)
-            value += tl.sum(r * d, 0)  # twice the mean, which may be within a range that the sum is not
+            d = r * (1.0 / size)
+            value += tl.sum(r * d, 0)  # the mean may be within a range that the sum is not
+            d *= 2.0
         elif KIND == "cosine":
             if wide:
                 wide_w = (h.to(tl.float64) * wide_part - t.to(tl.float64)) * wide_inverse_t
@@ -188,8 +189,6 @@ def hidden_fwd_kernel(
             if KIND != "cosine":  # which has the scale in it
                 d *= scale
             tl.store(dz_ptr + columns, d, mask=inside)
-    if KIND == "mse":
-        value *= 0.5
     if KIND == "cosine":
         value = tl.where(cos > 0, value / (1.0 + tl.maximum(cos, 0.0)), 1.0 - cos)
     tl.store(rows_ptr + at, tl.where(scale != 0, value * scale, 0.0))
