@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from conftest import DEVICE, available
-from judge import SLACK, Outcome, error, judge, judge_exact
+from judge import Outcome, error, judge, judge_exact
 from torch import Tensor
 
 import fastdistil as fd
