@@ -21,7 +21,7 @@ SOURCES := pyproject.toml constraints.txt $(shell find csrc kernels -name '*.cpp
 PROGRESS = tee $(VENV)/install.log | { grep --line-buffered -E '^ *(\[[0-9]+/[0-9]+\]|-- fastdistil|Successfully|ERROR|error)' || true; }
 
 help:
-	@sed -n '2,4s/^# *//p' $(MAKEFILE_LIST); echo '  make lint    ruff, mypy and clang-format'; echo '  make bench   the CPU benchmarks into runs/bench'; echo '  make versions  the tests with other versions of torch, triton and transformers'; echo '  make fuzz      drawn cases against the truth, into docs/numerics.md'
+	@sed -n '2,4s/^# *//p' $(MAKEFILE_LIST); echo '  make lint    ruff, mypy and clang-format'; echo '  make bench   the CPU benchmarks into runs/bench'; echo '  make aot       every kernel compiled for every GPU: no spill'; echo '  make versions  the tests with other versions of torch, triton and transformers'; echo '  make fuzz      drawn cases against the truth, into docs/numerics.md'
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -66,6 +66,10 @@ judge: $(VENV)/.test
 fuzz: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py $(LOSS) --cases $(or $(CASES),20000)
 
+# Every Triton kernel and CUDA source for every GPU; `make test` compiles for one of each vendor. TARGETS: some of them.
+aot: $(VENV)/.test
+	FASTDISTIL_AOT_TARGETS="$(or $(TARGETS),sm_80 sm_89 sm_90a sm_100a sm_120a gfx942 gfx950)" $(BIN)/python -m pytest -n auto --maxprocesses 4 tests/test_aot.py
+
 # NAMES: some of the environments of tests/versions.py. One of them brings a CUDA build of torch, 6 GB.
 versions: $(VENV)/.test
 	$(BIN)/python tests/versions.py $(NAMES)
@@ -76,4 +80,4 @@ bench: $(VENV)/.test
 clean:
 	rm -rf build dist runs
 
-.PHONY: help demo test lint judge fuzz versions bench clean
+.PHONY: help demo test lint judge fuzz aot versions bench clean

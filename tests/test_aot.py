@@ -1,9 +1,14 @@
-"""Every Triton kernel and CUDA source, compiled for GPUs that need not be here."""
+"""Every Triton kernel and CUDA source, compiled for GPUs that need not be here.
+
+`make test` compiles for one architecture of each vendor, and of the CUDA sources the kernels nearest to the registers'
+limit. FASTDISTIL_AOT_TARGETS, which `make aot` and `make versions` set, names the targets, for which all is compiled.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,19 +17,22 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+EVERYTHING = "FASTDISTIL_AOT_TARGETS" in os.environ
+TARGETS = os.environ.get("FASTDISTIL_AOT_TARGETS", "sm_90a gfx942").split()
+# Those of the CUDA kernels' build (csrc/CMakeLists.txt).
+ARCHITECTURES = [target for target in ("sm_80", "sm_90a") if target in TARGETS]
 
 
 @pytest.mark.aot
 @pytest.mark.timeout(1200)
 def test_triton_kernels_compile_for_every_target_without_spills() -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    targets = os.environ.get("FASTDISTIL_AOT_TARGETS", "sm_80 sm_90a gfx942").split()  # `make versions` names more
-    command = [sys.executable, ROOT / "tests/aot.py", *targets]
+    command = [sys.executable, ROOT / "tests/aot.py", *TARGETS]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-4000:]
     records = [json.loads(line) for line in result.stdout.splitlines()]
     assert {r["case"].split(":")[0] for r in records} >= {"logit", "hidden", "attention", "sparse"}
-    assert {r["target"] for r in records} == set(targets)
+    assert {r["target"] for r in records} == set(TARGETS)
     problems = [f"{r['case']} on {r['target']}: {p}" for r in records for p in _problems(r)]
     assert not problems, "\n".join(problems)
 
@@ -44,13 +52,39 @@ def _problems(record: dict) -> list[str]:
     return found
 
 
+# Element types whose kernels `make test` compiles for a simple rule alone, `make aot` for all: their twins' registers run
+# out first. On sm_90a logit.cu's float64 kernels stand at the limit of 128, the others' worst, mse, at 109; in
+# logit_cluster.cu each rule takes as many for one type as for the other, 98 of 128 at most.
+FEW = {
+    "logit.cu": (("float", "__nv_bfloat16", "__half"), "!Rule::softmax"),
+    "logit_cluster.cu": (("float", "__half"), "std::is_same_v<Rule, ForwardKL>"),
+}
+
+
+def _with_few_twins(source: Path) -> str:
+    text = source.read_text()
+    types, rule = FEW.get(source.name, ((), ""))
+    for name in types:
+        text, count = re.subn(
+            rf"((?:return|done =) launch<Rule, {name}>\(.*?\);)", rf"{{ if constexpr ({rule}) \1 }}", text
+        )
+        assert count == 1, f"{source.name} launches {name} in {count} places, expected one"
+    return text
+
+
 @pytest.mark.aot
+@pytest.mark.timeout(1200)
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("source", sorted((ROOT / "kernels/cuda").glob("*.cu")), ids=lambda path: path.name)
 def test_cuda_sources_compile_without_spills(source: Path, arch: str, tmp_path: Path) -> None:
+    compiled = source
+    if not EVERYTHING:
+        compiled = tmp_path / source.name
+        compiled.write_text(_with_few_twins(source))
     command = ["nvcc", f"-arch={arch}", "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xptxas=-v", "-cubin"]
-    result = subprocess.run([*command, source, "-o", tmp_path / "k.cubin"], capture_output=True, text=True)
+    command += [f"-I{source.parent}", compiled, "-o", tmp_path / "k.cubin"]
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-4000:]
     spills = [line for line in result.stderr.splitlines() if "spill" in line and "0 bytes spill stores" not in line]
     assert "registers" in result.stderr
