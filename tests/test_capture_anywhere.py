@@ -15,10 +15,10 @@ from fastdistil.models.capture import capture
 transformers = pytest.importorskip("transformers")
 
 
-def _decoder(family: str) -> torch.nn.Module:
+def _decoder(family: str, blocks: int = 3) -> torch.nn.Module:
     """Grouped-query attention on half as many key heads; ModernBERT with its local layers."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, **SIZES}
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": blocks, "num_attention_heads": 4, **SIZES}
     if family == "modernbert":
         config = transformers.ModernBertConfig(**sizes, pad_token_id=0, local_attention=4)
     else:
