@@ -17,18 +17,15 @@ inline namespace FD_ISA {
 namespace {
 
 // The student's own maximum and ln of sum(exp(a - maximum)): where a column lies too far from the teacher's.
-template <class E>
-void own_softmax(Row<E>& row, Block<E>& block) {
-  using T = Compute<E>;
+template <class T>
+void own_softmax(Row<T>& row, Block<T>& block) {
   LogSum<T> own;
   for_blocks(row, block, [&](int64_t, int n, int) { own.add(block.a, n, row.tempering.inv_student); });
   row.stats.own_max = own.max, row.stats.own_log = static_cast<T>(std::log(own.sum));
 }
 
-template <bool kNearBlock, class E>
-void add_block(const Block<E>& block, int n, const Tempering<Compute<E>>& tempering,
-               Masses<Compute<E>, double>& masses) {
-  using T = Compute<E>;
+template <bool kNearBlock, class T>
+void add_block(const Block<T>& block, int n, const Tempering<T>& tempering, Masses<T, double>& masses) {
   const Unit<T> unit = masses.unit();
   const T inv_student = tempering.inv_student, inv_teacher = tempering.inv_teacher;
   const T *a = block.a, *b = block.b, *d = block.d;
@@ -44,9 +41,8 @@ void add_block(const Block<E>& block, int n, const Tempering<Compute<E>>& temper
 }
 
 // The masses of the whole row, and whether every column lies near its teacher's; kTop: the student's largest logit too.
-template <bool kTop, class E>
-bool add_row(Row<E>& row, Block<E>& block, Masses<Compute<E>, double>& masses) {
-  using T = Compute<E>;
+template <bool kTop, class T>
+bool add_row(Row<T>& row, Block<T>& block, Masses<T, double>& masses) {
   bool near = true;
   T top = -INFINITY;
   if (kTop) row.stats.top_student = row.stats.top_teacher = -INFINITY;
@@ -55,7 +51,7 @@ bool add_row(Row<E>& row, Block<E>& block, Masses<Compute<E>, double>& masses) {
       const T own = block_max(block.a, n);
       if (own > top) {
         const int at = place_of(block.a, n, own);
-        row.stats.top_student = row.tempering.given ? to_compute(row.student[begin + at]) : own;
+        row.stats.top_student = row.tempering.given ? row.student[begin + at] : own;
         row.stats.top_teacher = block.b[at], top = own;
       }
     }
@@ -72,11 +68,10 @@ bool add_row(Row<E>& row, Block<E>& block, Masses<Compute<E>, double>& masses) {
 }
 
 // First pass: the teacher's maximum and sum, and D = log1p(X/S). A `part` of a row may have no teacher mass.
-template <bool kCentred, class E>
-void statistics(Row<E>& row, Block<E>& block, bool part) {
-  using T = Compute<E>;
+template <bool kCentred, class T>
+void statistics(Row<T>& row, Block<T>& block, bool part) {
   const auto column_at = [&row](int64_t i) {
-    return Scores<T>{to_compute(row.student[i]), row.tempering.given ? T(0) : to_compute(row.teacher[i]), T(0)};
+    return Scores<T>{row.student[i], row.tempering.given ? T(0) : row.teacher[i], T(0)};
   };
   guess_shift(row.tempering, column_at(row.columns / 4), column_at(row.columns / 2), column_at(row.columns / 4 * 3));
   Masses<T, double> masses;
@@ -97,11 +92,8 @@ void statistics(Row<E>& row, Block<E>& block, bool part) {
     own_softmax(row, block);
 }
 
-// G: E, or what is computed in.
-template <class Rule, bool kNearBlock, bool kGradient, class E, class G>
-void finish_block(RowTerms<Compute<E>> row, const Block<E>& block, int n, Compute<E> factor, G* gradient, double& value,
-                  double& centre) {
-  using T = Compute<E>;
+template <class Rule, bool kNearBlock, bool kGradient, class T>
+void finish_block(RowTerms<T> row, const Block<T>& block, int n, T factor, T* gradient, double& value, double& centre) {
   const T *a = block.a, *b = block.b, *d = block.d;
   T v = 0, f = 0;
 #pragma omp simd reduction(+ : v, f)
@@ -109,15 +101,15 @@ void finish_block(RowTerms<Compute<E>> row, const Block<E>& block, int n, Comput
     const Result<T> r = result<Rule, kNearBlock>(Scores<T>{a[i], b[i], d[i]}, row);
     v += r.value;
     if constexpr (Rule::centred) f += r.centre;
-    if constexpr (kGradient) gradient[i] = from_compute<G>(factor * r.gradient);
+    if constexpr (kGradient) gradient[i] = factor * r.gradient;
   }
   value += v;
   centre += f;
 }
 
-template <class Rule, bool kGradient, class E, class G>
-void finish(const RowTerms<Compute<E>>& row, bool near, const Block<E>& block, int n, Compute<E> factor, G* gradient,
-            double& value, double& centre) {
+template <class Rule, bool kGradient, class T>
+void finish(const RowTerms<T>& row, bool near, const Block<T>& block, int n, T factor, T* gradient, double& value,
+            double& centre) {
   if (near && block.near)
     finish_block<Rule, true, kGradient>(row, block, n, factor, gradient, value, centre);
   else
@@ -125,32 +117,30 @@ void finish(const RowTerms<Compute<E>>& row, bool near, const Block<E>& block, i
 }
 
 // Not inlined: one copy for forward and backward, which should round alike.
-template <class Rule, bool kGradient, class E>
-__attribute__((noinline)) void pass(const Row<E>& row, Block<E>& block, Mixture<Compute<E>> mixture, Compute<E> factor,
-                                    E* gradient, double& value, double& centre, const Label<E>* label = nullptr) {
+template <class Rule, bool kGradient, class T>
+__attribute__((noinline)) void pass(const Row<T>& row, Block<T>& block, Mixture<T> mixture, T factor,
+                                    Gradient<T> gradient, double& value, double& centre,
+                                    const Label<T>* label = nullptr) {
   const bool near = Rule::softmax && near_row(row.stats);
-  const RowTerms<Compute<E>> terms = row_terms<Rule>(row.stats, row.tempering, mixture);
+  const RowTerms<T> terms = row_terms<Rule>(row.stats, row.tempering, mixture);
   for_blocks(row, block, [&](int64_t begin, int padded, int n) {
-    if constexpr (kGradient) {
-      if (label) {
-        finish<Rule, true>(terms, near, block, padded, factor, block.staged, value, centre);
-        return label->add(block.a, begin, n, block.staged, block.staged, gradient + begin);
-      }
-    }
-    E* out = !kGradient ? nullptr : padded == n ? gradient + begin : block.tail;
+    const bool staged = label || padded != n || !gradient.in_place();
+    T* out = !kGradient ? nullptr : staged ? block.staged : gradient.template as<T>() + begin;
     finish<Rule, kGradient>(terms, near, block, padded, factor, out, value, centre);
-    if (kGradient && padded != n) std::copy(out, out + n, gradient + begin);
+    if (!kGradient || !staged) return;
+    if (label) label->add(block.a, begin, n, out);
+    gradient.store(begin, out, n);
   });
 }
 
-template <class Rule, class E>
+template <class Rule, class T>
 class Kernel {
-  using T = Compute<E>;
   const LogitArgs& args_;
   const LabelArgs& labels_;
   const Mixture<T> mixture_;
   const Tempering<T> tempering_;
   const T value_factor_;
+  const int64_t item_;  // bytes of a logit
 
  public:
   Kernel(const LogitArgs& args, const LabelArgs& labels)
@@ -158,36 +148,37 @@ class Kernel {
         labels_(labels),
         mixture_(mixture_of<T>(args.beta)),
         tempering_(tempering_of<T>(args.student_temperature, args.teacher_temperature, args.difference)),
-        value_factor_(static_cast<T>(args.value_factor)) {}
+        value_factor_(static_cast<T>(args.value_factor)),
+        item_(bytes_of(args.dtype)) {}
 
   T scale(int64_t r) const { return static_cast<const T*>(args_.row_scale)[r]; }
   T dloss(int64_t r) const { return args_.dloss ? static_cast<const T*>(args_.dloss)[r] : T(1); }
   // A gradient that is there already: a factor costs it one rounding more, which a float has to spare.
-  static constexpr bool kScales = std::is_same_v<E, T>;
-
   bool keeps(int64_t r) const {
     if (!args_.keep_unit) return false;
     const T factor = dloss(r);
     if (factor == T(1) || scale(r) == 0) return true;
-    if constexpr (kScales) {
-      E* g = gradient(r);
-      for (int64_t i = 0; i < args_.columns; ++i) g[i] *= factor;
-    }
-    return kScales;
+    const Gradient<T> g = gradient(r);
+    if (!g.in_place()) return false;
+    T* values = g.template as<T>();
+    for (int64_t i = 0; i < args_.columns; ++i) values[i] *= factor;
+    return true;
   }
   T* stats(int64_t r) const { return static_cast<T*>(args_.stats) + r * kStats; }
-  E* gradient(int64_t r) const {
-    return args_.gradient ? static_cast<E*>(args_.gradient) + r * args_.gradient_stride : nullptr;
+  Gradient<T> gradient(int64_t r) const {
+    if (!args_.gradient) return none();
+    return {static_cast<char*>(args_.gradient) + r * args_.gradient_stride * item_, args_.dtype};
   }
+  Gradient<T> none() const { return {nullptr, args_.dtype}; }
   // d loss / d student logit = (d loss / d tempered logit) / T_s
   T gradient_factor(int64_t r) const {
     return static_cast<T>(scale(r) * dloss(r) * args_.value_factor / args_.student_temperature);
   }
 
-  Row<E> row(int64_t r) const {
-    Row<E> row{};
-    row.student = static_cast<const E*>(args_.student) + r * args_.student_stride;
-    row.teacher = static_cast<const E*>(args_.teacher) + r * args_.teacher_stride;
+  Row<T> row(int64_t r) const {
+    Row<T> row{};
+    row.student = {static_cast<const char*>(args_.student) + r * args_.student_stride * item_, args_.dtype};
+    row.teacher = {static_cast<const char*>(args_.teacher) + r * args_.teacher_stride * item_, args_.dtype};
     row.columns = args_.columns;
     row.tempering = tempering_;
     row.stats.inv_sum = static_cast<T>(1.0 / args_.columns);  // what MeanSquare divides by; a softmax overwrites it
@@ -198,35 +189,36 @@ class Kernel {
     if (args_.loss) static_cast<T*>(args_.loss)[r] = T(0);
     if (args_.loss)
       for (int i = 0; i < kStats; ++i) stats(r)[i] = T(0);
-    if (E* g = with_gradient ? gradient(r) : nullptr)
-      for (int64_t i = 0; i < args_.columns; ++i) g[i] = E{};
+    if (with_gradient && args_.gradient) gradient(r).zero(args_.columns);
   }
 
   bool labelled(int64_t r) const { return labels_.labels && static_cast<const T*>(labels_.label_scale)[r] != T(0); }
-  Label<E> label(int64_t r, const Row<E>& row, Block<E>& block) const {
+  Label<T> label(int64_t r, const Row<T>& row, Block<T>& block) const {
     const T scale = static_cast<const T*>(labels_.label_scale)[r];
     return {row, static_cast<const int64_t*>(labels_.labels)[r], scale, block};
   }
   // A row of scale 0 that has a label.
-  void label_alone(int64_t r, Block<E>& block) const {
-    const Row<E> row = this->row(r);
-    const Label<E> label = this->label(r, row, block);
+  void label_alone(int64_t r, Block<T>& block) const {
+    const Row<T> row = this->row(r);
+    const Label<T> label = this->label(r, row, block);
     static_cast<T*>(args_.loss)[r] = label.value();
     for (int64_t begin = 0; args_.gradient && begin < row.columns; begin += kBlock) {
       const int n = static_cast<int>(std::min<int64_t>(row.columns - begin, kBlock));
       const T* logits = own_logits(row, begin, n, block);
-      label.add(logits, begin, n, nullptr, block.staged, gradient(r) + begin);
+      std::fill_n(block.staged, n, T(0));
+      label.add(logits, begin, n, block.staged);
+      gradient(r).store(begin, block.staged, n);
     }
   }
 
-  void take(int64_t r, Row<E>& row) const {
+  void take(int64_t r, Row<T>& row) const {
     const T* s = stats(r);
     row.stats = {s[kMax],    s[kInvSum], s[kLogRatio],   s[kCentre],    s[kReference],
                  s[kOwnMax], s[kOwnLog], s[kTopStudent], s[kTopTeacher]};
     row.tempering.shift_to(s[kShift], s[kShiftTeacher]);
   }
 
-  void put(int64_t r, const Row<E>& row, T loss) const {
+  void put(int64_t r, const Row<T>& row, T loss) const {
     T* s = stats(r);
     s[kMax] = row.stats.max, s[kInvSum] = row.stats.inv_sum, s[kShift] = row.tempering.student;
     s[kLogRatio] = row.stats.log_ratio, s[kCentre] = row.stats.centre, s[kReference] = row.stats.reference;
@@ -236,11 +228,11 @@ class Kernel {
     static_cast<T*>(args_.loss)[r] = loss;
   }
 
-  void forward(int64_t r, Block<E>& block) const {
-    Row<E> row = this->row(r);
-    std::optional<Label<E>> own;  // first: it brings the student's row into the cache
+  void forward(int64_t r, Block<T>& block) const {
+    Row<T> row = this->row(r);
+    std::optional<Label<T>> own;  // first: it brings the student's row into the cache
     if (labelled(r)) own = label(r, row, block);
-    const Label<E>* label = own ? &*own : nullptr;
+    const Label<T>* label = own ? &*own : nullptr;
     block.whole = false;
     if (args_.phase == Phase::value) {
       take(r, row);
@@ -249,18 +241,19 @@ class Kernel {
     }
     if (args_.phase == Phase::statistics) return put(r, row, T(0));
     double value = 0, centre = 0, ignored = 0;
-    E* g = Rule::centred && args_.phase == Phase::value ? nullptr : gradient(r);  // the centre is a part of it yet
+    // The centre of a part is not the row's yet.
+    const Gradient<T> g = Rule::centred && args_.phase == Phase::value ? none() : gradient(r);
     if (g && !Rule::centred)
       pass<Rule, true>(row, block, mixture_, gradient_factor(r), g, value, centre, label);
     else
-      pass<Rule, false>(row, block, mixture_, T(0), static_cast<E*>(nullptr), value, centre);
+      pass<Rule, false>(row, block, mixture_, T(0), none(), value, centre);
     row.stats.centre = static_cast<T>(centre);
     if (g && Rule::centred) pass<Rule, true>(row, block, mixture_, gradient_factor(r), g, ignored, ignored, label);
     put(r, row, static_cast<T>(value * value_factor_ * scale(r)) + (label ? label->value() : T(0)));
   }
 
-  void backward(int64_t r, Block<E>& block) const {
-    Row<E> row = this->row(r);
+  void backward(int64_t r, Block<T>& block) const {
+    Row<T> row = this->row(r);
     block.whole = false;
     take(r, row);
     double ignored = 0;
@@ -268,15 +261,15 @@ class Kernel {
   }
 };
 
-template <class Rule, class E>
+template <class Rule, class T>
 void run(const LogitArgs& args, const LabelArgs& labels, int threads) {
-  const Kernel<Rule, E> kernel(args, labels);
+  const Kernel<Rule, T> kernel(args, labels);
   // A share of rows worth about 16 blocks: narrow rows would cost more in scheduling than in work.
   const int64_t share = 1 + 16 * kBlock / (args.columns + 1);
   if (args.rows <= share) threads = 1;
 #pragma omp parallel num_threads(threads)
   {
-    Block<E> block;
+    Block<T> block;
 #pragma omp for schedule(dynamic, share)
     for (int64_t r = 0; r < args.rows; ++r) {
       if (kernel.keeps(r)) continue;
@@ -296,16 +289,7 @@ void run(const LogitArgs& args, const LabelArgs& labels, int threads) {
 void logit(const LogitArgs& args, const LabelArgs& labels, int threads) {
   with_rule(static_cast<Divergence>(args.divergence), [&](auto rule) {
     using Rule = decltype(rule);
-    switch (args.dtype) {
-      case DType::f32:
-        return run<Rule, float>(args, labels, threads);
-      case DType::bf16:
-        return run<Rule, bf16>(args, labels, threads);
-      case DType::f16:
-        return run<Rule, f16>(args, labels, threads);
-      case DType::f64:
-        return run<Rule, double>(args, labels, threads);
-    }
+    args.dtype == DType::f64 ? run<Rule, double>(args, labels, threads) : run<Rule, float>(args, labels, threads);
   });
 }
 

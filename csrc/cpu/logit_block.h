@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "../rules/logit_args.h"
 #include "../rules/pair.h"
 #include "elements.h"
 
@@ -13,31 +14,79 @@ namespace {
 constexpr int kBlock = 512;  // columns: five float blocks stay in L1
 constexpr int kLanes = 16;   // floats of the widest vector: blocks are padded to a multiple, so that no loop has a tail
 
-template <class E>
+// A row of logits, or of their gradient, in a dtype that is known at run time alone: a kernel for each would compile
+// for minutes, and conversion into a buffer in the L1 cache costs next to nothing.
+template <class T, class Data>
+struct Line {
+  Data* data;  // void, const or not
+  DType dtype;
+
+  bool in_place() const { return dtype == DType::f32 || dtype == DType::f64; }
+
+  // action(pointer to the elements as what they are)
+  template <class Action>
+  auto with_type(Action&& action) const {
+    if constexpr (std::is_same_v<T, float>) {
+      if (dtype == DType::bf16) return action(as<bf16>());
+      if (dtype == DType::f16) return action(as<f16>());
+    }
+    return action(as<T>());
+  }
+
+  template <class E>
+  auto as() const {
+    return static_cast<std::conditional_t<std::is_const_v<Data>, const E, E>*>(data);
+  }
+};
+
+template <class T>
+struct Logits : Line<T, const void> {
+  T operator[](int64_t i) const {
+    return this->with_type([i](const auto* z) -> T { return to_compute(z[i]); });
+  }
+
+  // n of them: where they lie, or in the buffer.
+  const T* load(int64_t begin, int n, T* buffer) const {
+    return this->with_type([=](const auto* z) -> const T* { return load_block(z + begin, buffer, n); });
+  }
+};
+
+template <class T>
+struct Gradient : Line<T, void> {
+  explicit operator bool() const { return this->data != nullptr; }
+
+  void store(int64_t begin, const T* from, int n) const {
+    this->with_type([=](auto* g) {
+      for (int i = 0; i < n; ++i) g[begin + i] = from_compute<std::remove_pointer_t<decltype(g)>>(from[i]);
+    });
+  }
+
+  void zero(int64_t columns) const {
+    this->with_type([=](auto* g) { std::fill_n(g, columns, std::remove_pointer_t<decltype(g)>{}); });
+  }
+};
+
+template <class T>
 struct Row {
-  using T = Compute<E>;
-  const E* student;
-  const E* teacher;
+  Logits<T> student, teacher;
   int64_t columns;
   Tempering<T> tempering;
   RowStats<T> stats;
 };
 
-template <class E>
+template <class T>
 struct Block {
-  using T = Compute<E>;
   const T *a, *b;  // logits of student and teacher as they are: where they lie, or in the buffers
   T d[kBlock];     // their scores' differences
   T student[kBlock], teacher[kBlock];
-  E tail[kBlock];      // a padded block's gradient
-  T staged[kBlock];    // a gradient to which something is added before it is rounded
+  T staged[kBlock];    // a gradient that is not written where it belongs
   bool near;           // every |d| is small
   bool whole = false;  // what is loaded is all of the row that is worked on
 
   // Returns how many columns there are now; those behind the row's end have no mass on either side.
-  int load(const Row<E>& row, int64_t begin, int n) {
-    a = load_block(row.student + begin, student, n);
-    b = load_block(row.teacher + begin, teacher, n);
+  int load(const Row<T>& row, int64_t begin, int n) {
+    a = row.student.load(begin, n, student);
+    b = row.teacher.load(begin, n, teacher);
     const int padded = pad(n, row.tempering.given);
     switch (form_of(row.tempering)) {
       case Form::plain:
@@ -92,20 +141,19 @@ struct Block {
 };
 
 // The student's logits as they are, n of them: where they lie, or in one of the block's buffers.
-template <class E>
-const Compute<E>* own_logits(const Row<E>& row, int64_t begin, int n, Block<E>& block) {
-  using T = Compute<E>;
-  const T* own = load_block(row.student + begin, block.student, n);
+template <class T>
+const T* own_logits(const Row<T>& row, int64_t begin, int n, Block<T>& block) {
+  const T* own = row.student.load(begin, n, block.student);
   if (!row.tempering.given) return own;
-  const T* teacher = load_block(row.teacher + begin, block.teacher, n);
+  const T* teacher = row.teacher.load(begin, n, block.teacher);
 #pragma omp simd
   for (int i = 0; i < n; ++i) block.student[i] = teacher[i] + own[i];
   return block.student;
 }
 
 // action(begin, padded columns, columns); a row of one block is loaded once.
-template <class E, class Action>
-void for_blocks(const Row<E>& row, Block<E>& block, Action&& action) {
+template <class T, class Action>
+void for_blocks(const Row<T>& row, Block<T>& block, Action&& action) {
   for (int64_t begin = 0; begin < row.columns; begin += kBlock) {
     const int n = static_cast<int>(row.columns - begin < kBlock ? row.columns - begin : kBlock);
     const int padded = block.whole ? (n + kLanes - 1) / kLanes * kLanes : block.load(row, begin, n);

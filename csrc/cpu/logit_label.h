@@ -8,14 +8,13 @@ inline namespace FD_ISA {
 namespace {
 
 // The cross entropy of a row with its label, times `scale`.
-template <class E>
+template <class T>
 class Label {
-  using T = Compute<E>;
   int64_t column_;
   T max_, factor_, scale_, value_;  // the largest logit, scale / sum of exp(z - max)
 
  public:
-  Label(const Row<E>& row, int64_t column, T scale, Block<E>& block) : column_(column), scale_(scale) {
+  Label(const Row<T>& row, int64_t column, T scale, Block<T>& block) : column_(column), scale_(scale) {
     LogSum<T> found;
     for (int64_t begin = 0; begin < row.columns; begin += kBlock) {
       const int n = static_cast<int>(std::min<int64_t>(row.columns - begin, kBlock));
@@ -27,12 +26,11 @@ class Label {
 
   T value() const { return value_; }
 
-  // gradient (n,) of the columns from `begin` on, plus `other` unless that is null; `sum` may be `other`.
-  void add(const T* logits, int64_t begin, int n, const T* other, T* sum, E* gradient) const {
+  // Adds the gradient of the n columns from `begin` on.
+  void add(const T* logits, int64_t begin, int n, T* sum) const {
 #pragma omp simd
-    for (int i = 0; i < n; ++i) sum[i] = (other ? other[i] : T(0)) + factor_ * math::exp_nonpositive(logits[i] - max_);
+    for (int i = 0; i < n; ++i) sum[i] += factor_ * math::exp_nonpositive(logits[i] - max_);
     if (column_ >= begin && column_ < begin + n) sum[column_ - begin] -= scale_;
-    for (int i = 0; i < n; ++i) gradient[i] = from_compute<E>(sum[i]);
   }
 };
 

@@ -6,6 +6,7 @@
 namespace fastdistil {
 
 enum class DType : int { f32, bf16, f16, f64 };
+constexpr int64_t bytes_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
 // Columns of the per-row statistics that the forward leaves for the backward.
 enum LogitStat : int {
