@@ -90,10 +90,10 @@ struct Block {
     const int padded = pad(n, row.tempering.given);
     switch (form_of(row.tempering)) {
       case Form::plain:
-        near = subtract<Form::plain>(row.tempering, padded);
+        near = subtract<Form::plain, true>(row.tempering, padded) || subtract<Form::plain>(row.tempering, padded);
         break;
       case Form::shifted:
-        near = subtract<Form::shifted>(row.tempering, padded);
+        near = subtract<Form::shifted, true>(row.tempering, padded) || subtract<Form::shifted>(row.tempering, padded);
         break;
       case Form::tempered:
         near = subtract<Form::tempered>(row.tempering, padded);
@@ -126,13 +126,13 @@ struct Block {
     a = student;
   }
 
-  template <Form kForm>
+  template <Form kForm, bool kFinite = false>
   bool subtract(const Tempering<T>& row, int n) {
     const T *zs = a, *zt = b;
     int far = 0;
 #pragma omp simd reduction(| : far)
     for (int i = 0; i < n; ++i) {
-      const T x = score_difference<kForm>(zs[i], zt[i], row);
+      const T x = score_difference<kForm, kFinite>(zs[i], zt[i], row);
       d[i] = x;
       far |= !(math::magnitude(x) <= T(kNear));
     }

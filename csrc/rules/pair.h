@@ -50,16 +50,17 @@ FD_FUNCTION Form form_of(const Tempering<T>& row) {
   return !row.equal ? Form::tempered : row.shift != 0 ? Form::shifted : Form::plain;
 }
 
-// Of every form the rounding is that of the result's own size. Where both sides are -inf it is 0.
-template <Form kForm, class T>
+// Of every form the rounding is that of the result's own size. Where both sides are -inf it is 0; kFinite: where a side
+// is infinite it may be anything that is not near, infinite or NaN.
+template <Form kForm, bool kFinite = false, class T>
 FD_FUNCTION T score_difference(T s, T t, const Tempering<T>& row) {
   if (kForm == Form::given) return (s - static_cast<T>(row.shift)) * row.inv_student;
-  if (kForm == Form::plain) return (s == t ? T(0) : s - t) * row.inv_student;
-  const bool absent = s == T(-INFINITY) && t == T(-INFINITY);
+  if (kForm == Form::plain) return (!kFinite && s == t ? T(0) : s - t) * row.inv_student;
+  const bool absent = !kFinite && s == T(-INFINITY) && t == T(-INFINITY);
   if (kForm == Form::shifted) {
     const T x = s - t, back = x - s;
     const T error = (s - (x - back)) - (t + back);  // s - t - x exactly, NaN where x is infinite
-    const T d = (x - static_cast<T>(row.shift)) + (error == error ? error : T(0));
+    const T d = (x - static_cast<T>(row.shift)) + (kFinite || error == error ? error : T(0));
     return absent ? T(0) : d * row.inv_student;
   }
   return absent ? T(0) : static_cast<T>((s * row.wide_student - t * row.wide_teacher) - row.shift);
