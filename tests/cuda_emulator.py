@@ -41,6 +41,15 @@ def translate(source: str) -> str:
     return re.sub(r"(\w+(?:<[\w, ]+>)?)<<<(.+?)>>>\(", wrapped, source)
 
 
+def launching_less(source: str, types: tuple[str, ...], rule: str) -> str:
+    """A file of kernels for rows of logits that has, for each of these element types, the rules alone of which the
+    C++ condition holds: compiling the others takes most of the time."""
+    for name in types:
+        source, count = re.subn(rf"((?:return|done =) launch<Rule, {name}>\(.*?\);)", rf"{{ if constexpr ({rule}) \1 }}", source)  # fmt: skip
+        assert count == 1, f"{name} is launched in {count} places, expected one"
+    return source
+
+
 def included(name: str, texts: dict[str, str]) -> dict[str, str]:
     """Those of the texts that one includes, directly or not."""
     found, names = dict[str, str](), [name]

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from cuda_emulator import launching_less
 
 ROOT = Path(__file__).parent.parent
 EVERYTHING = "FASTDISTIL_AOT_TARGETS" in os.environ
@@ -61,17 +61,6 @@ FEW = {
 }
 
 
-def _with_few_twins(source: Path) -> str:
-    text = source.read_text()
-    types, rule = FEW.get(source.name, ((), ""))
-    for name in types:
-        text, count = re.subn(
-            rf"((?:return|done =) launch<Rule, {name}>\(.*?\);)", rf"{{ if constexpr ({rule}) \1 }}", text
-        )
-        assert count == 1, f"{source.name} launches {name} in {count} places, expected one"
-    return text
-
-
 @pytest.mark.aot
 @pytest.mark.timeout(1200)
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
@@ -81,7 +70,7 @@ def test_cuda_sources_compile_without_spills(source: Path, arch: str, tmp_path: 
     compiled = source
     if not EVERYTHING:
         compiled = tmp_path / source.name
-        compiled.write_text(_with_few_twins(source))
+        compiled.write_text(launching_less(source.read_text(), *FEW.get(source.name, ((), ""))))
     command = ["nvcc", f"-arch={arch}", "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xptxas=-v", "-cubin"]
     command += [f"-I{source.parent}", compiled, "-o", tmp_path / "k.cubin"]
     result = subprocess.run(command, capture_output=True, text=True)
