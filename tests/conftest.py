@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -51,8 +52,10 @@ LONG = ("test_aot", "test_cuda_host", "test_demo", "test_package", "test_linear_
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the tests of modules that use DEVICE. On a GPU they run first, for they are the ones that prove it; else the
-    longest files do."""
+    """Leaves out what `pairs` says. Marks the tests of modules that use DEVICE. On a GPU they run first, for they are the
+    ones that prove it; else the longest files do."""
+    if interpreting():
+        items[:] = [item for item in items if _taken(item)]
     for item in items:
         if getattr(getattr(item, "module", None), "DEVICE", None) is not None:
             item.add_marker(pytest.mark.device)
@@ -60,6 +63,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         items.sort(key=lambda item: item.get_closest_marker("device") is None)  # stable: else in their order
     else:
         items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
+def _taken(item: pytest.Item) -> bool:
+    """False for combinations that `pairs` leaves out. With n no more than the values of each of three parameters, every
+    pair of values is met, which is what shows a fault: hardly one needs three."""
+    marker = item.get_closest_marker("pairs")
+    if marker is None:
+        return True
+    params: dict[str, Any] = item.callspec.params  # type: ignore[attr-defined]
+    if params.get("backend", "triton") != "triton":
+        return True
+    count, *wanted = marker.args
+    total = 0
+    for names, values, *_ in (mark.args for mark in item.iter_markers("parametrize")):
+        names = [names] if isinstance(names, str) else names
+        if names[0] in wanted:
+            rows = [value if len(names) > 1 else (value,) for value in values]
+            same = [all(params[n] is x for n, x in zip(names, row, strict=True)) for row in rows]
+            total += same.index(True)
+    return bool(total % count == 0)
 
 
 def available(*names: str) -> list[str]:

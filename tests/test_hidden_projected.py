@@ -83,6 +83,7 @@ def test_against_textbook(kind: str, shared: bool, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.usefixtures("three_rows_a_chunk", "low_products")
+@pytest.mark.pairs(2, "kind", "shared", "dtype")
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
@@ -118,6 +119,7 @@ def test_near_convergence(kind: str, noise: float) -> None:
 
 
 @pytest.mark.usefixtures("three_rows_a_chunk")
+@pytest.mark.pairs(2, "kind", "reduction", "shared", "masked")
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -94,6 +94,7 @@ def outcome(function: Any, inputs: list[Tensor], factor: float = 1.0) -> Outcome
     return Outcome(value.detach(), torch.autograd.grad(value, inputs, torch.full_like(value, factor)))
 
 
+@pytest.mark.pairs(3, "divergence", "shape", "dtype")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -119,7 +120,7 @@ def test_against_textbook(backend: str, divergence: str, shape: Any, dtype: torc
 def test_16_bit_heads_near_convergence(backend: str, divergence: str) -> None:
     """KL about 1e-3, where logits of 16 bits are 8 to 140% off: within 0.5% after the gradients' rounding (judge_exact)
     and 0.1% before, which reduction in float32 shows."""
-    rows, size, columns = 256, 256, 32_000
+    rows, size, columns = 64, 256, 16_000
     teacher_hidden = torch.randn(rows, size, device=DEVICE).bfloat16()
     teacher_weight = (0.1 * torch.randn(columns, size, device=DEVICE)).bfloat16()
     hidden = (teacher_hidden + 0.03 * torch.randn_like(teacher_hidden)).bfloat16()
@@ -134,7 +135,7 @@ def test_16_bit_heads_near_convergence(backend: str, divergence: str) -> None:
     constants = pack((DIVERGENCES.index(divergence), 0.5, 1.0, 1.0, 1.0), (1.0, 0.0, 1.0, 0.0))
     terms = (scale, None, None, None, constants, False)
     heads = (*inputs, None, teacher_hidden, teacher_weight, None)
-    _, _, *kept, _ = linear_logit_total(*heads, *terms, 1 << 22, backend, True, "", [True, True, False])
+    _, _, *kept, _ = linear_logit_total(*heads, *terms, 1 << 21, backend, True, "", [True, True, False])
     for gradient, wanted in zip(kept, truth.gradients, strict=True):
         assert gradient.dtype == torch.float32 and error(gradient, wanted) <= 1e-3
 

@@ -84,6 +84,7 @@ KINDS = {
 }
 
 
+@pytest.mark.pairs(3, "divergence", "kind", "dtype")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -102,6 +103,7 @@ def test_against_textbook(backend: str, divergence: str, kind: Any, dtype: torch
         assert not found.gradients[0][:, x["vocab_map"] < 0].any()
 
 
+@pytest.mark.pairs(2, "columns", "divergence", "dtype")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])  # the second is centred: one pass more
 @pytest.mark.parametrize("columns", [16, 700, 4321])

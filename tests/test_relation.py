@@ -48,6 +48,7 @@ def _truth(shape: Any, kind: str, teacher: Tensor, mask: Tensor | None) -> Any:
     return lambda x: textbook(*[_heads(x, count)] * 2, *[_heads(teacher, count)] * 2, kind, mask, causal)
 
 
+@pytest.mark.pairs(3, "kind", "shape", "dtype")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("kind", KINDS)

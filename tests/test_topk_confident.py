@@ -53,6 +53,7 @@ def compare(backend: str, tail: str, divergence: str, inputs: tuple[Tensor, Tens
     judge_exact(found, truth, torch.float32)
 
 
+@pytest.mark.pairs(2, "tail", "std", "top")
 @pytest.mark.parametrize("top", TEACHERS)
 @pytest.mark.parametrize("std", [1.0, 20.0])
 @pytest.mark.parametrize(("tail", "divergence"), CASES)
