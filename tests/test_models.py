@@ -3,6 +3,7 @@
 import e5s1
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForTokenClassification, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -106,3 +107,41 @@ def test_student_keeps_the_geometry_and_loads_again(parsed, unigram, tmp_path):
     assert batch.input_ids.tolist() == small([TEXT, "ana"], return_tensors="pt", padding=True).input_ids.tolist()
     assert torch.equal(loaded(**batch).logits, student(**batch).logits)
     assert loaded.config.id2label == {0: "A", 1: "B"}
+
+
+POSITIONS = {"XLMRoberta": (514, 512), "Camembert": (514, 512), "Nystromformer": (512, 512), "Bert": (512, 512)}
+
+
+@pytest.mark.parametrize("family", POSITIONS)
+def test_the_compact_student_has_its_teachers_positions(family):
+    """The sum of the three embeddings is the teacher's in another basis, token by token; XLM-R's positions begin at 2."""
+    rows, count = POSITIONS[family]
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=40, max_position_embeddings=rows, pad_token_id=1, type_vocab_size=1, initializer_range=1.0, **sizes
+    )
+    made = transformers.AutoModelForTokenClassification.from_config(config)
+    before = torch.get_rng_state()
+    student = compact_student(made, torch.arange(40), pad_token_id=1, hidden_size=16, layers=1, heads=2, labels=["A"])
+    assert made.training and student.config.max_position_embeddings == count
+    torch.set_rng_state(before)
+    again = compact_student(
+        made.eval(), torch.arange(40), pad_token_id=1, hidden_size=16, layers=1, heads=2, labels=["A"]
+    )
+    assert torch.equal(again.classifier.weight, student.classifier.weight), "the teacher's mode changed the draw"
+    ids = torch.randint(2, 40, (1, count))
+    sums = []
+    for model in (made, student):
+        embeddings = model.base_model.embeddings
+        embeddings.LayerNorm.register_forward_pre_hook(lambda _, inputs: sums.append(inputs[0][0].detach()))
+        embeddings(input_ids=ids)
+    for i in (0, 1, 255, count - 1):
+        ours, theirs = ((x - x[i]).norm(dim=-1) for x in (sums[1], sums[0]))
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_the_compact_student_refuses_other_embeddings():
+    config = transformers.DistilBertConfig(vocab_size=9, dim=8, n_layers=1, n_heads=1, hidden_dim=8)
+    made = transformers.DistilBertModel(config)
+    with pytest.raises(TypeError, match=r"teacher is DistilBertModel, which has no embeddings.token_type_embeddings"):
+        compact_student(made, torch.arange(9), pad_token_id=0, labels=["A"])

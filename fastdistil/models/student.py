@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertForTokenClassification, BertModel
+from transformers import BertConfig, BertForTokenClassification
 
 from fastdistil.models.capture import base_model, block_list
 
@@ -34,8 +34,42 @@ def svd_basis(table: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return mean.float(), (basis * signs).float()
 
 
+def _first_position(embeddings: nn.Module) -> int:
+    """The row of the position table that the first token gets: 0 in BERT, pad_token_id + 1 in RoBERTa and XLM-R.
+
+    Asked of the module itself: families differ, and neither a class nor a padding row tells.
+    """
+    tables: Any = embeddings
+    seen: list[int] = []
+    training = embeddings.training
+    hook = tables.position_embeddings.register_forward_pre_hook(lambda _, inputs: seen.append(int(inputs[0].min())))
+    words = tables.word_embeddings
+    token = next(i for i in range(words.num_embeddings) if i not in (0, words.padding_idx))  # padding has no position
+    embeddings.eval()  # dropout would draw from the generator that the student is drawn from
+    try:
+        with torch.no_grad():
+            embeddings(input_ids=torch.full((1, 1), token, device=words.weight.device))
+    finally:
+        hook.remove()
+        embeddings.train(training)
+    return seen[0]
+
+
+def _embeddings(teacher: nn.Module) -> Any:
+    """The module of a BERT-like teacher's three tables. Raises TypeError where it has not all of them."""
+    base = base_model(teacher, "compact_student")
+    found: Any = getattr(base, "embeddings", None)
+    for table in ("word_embeddings", "position_embeddings", "token_type_embeddings"):
+        if not isinstance(getattr(found, table, None), nn.Embedding):
+            raise TypeError(
+                f"compact_student: teacher is {type(teacher).__name__}, which has no embeddings.{table}, expected a "
+                "model with embeddings like BERT's or XLM-R's"
+            )
+    return found
+
+
 def compact_student(
-    teacher: BertModel,
+    teacher: nn.Module,
     rows: Tensor,
     *,
     pad_token_id: int,
@@ -48,11 +82,17 @@ def compact_student(
 ) -> BertForTokenClassification:
     """A BERT of `layers` blocks of width `hidden_size` over the teacher's vocabulary rows `rows` (V_s,) int64.
 
-    Word, position and type embeddings are the teacher's in the basis of `svd_basis` over the kept word rows; blocks and
-    head are drawn from torch's generator. float32, CPU, train mode. `pad_token_id` counts in the new ids.
+    `teacher` is any model with BERT's three embedding tables (BERT, RoBERTa, XLM-R, ...), with or without a head. Word,
+    position and type embeddings are the teacher's in the basis of `svd_basis` over the kept word rows; blocks and head
+    are drawn from torch's generator. float32, CPU, train mode. `pad_token_id` counts in the new ids. The student's
+    positions count from 0: of XLM-R's 514 rows it has the 512 that tokens get.
+
+    Raises TypeError for a teacher without one of the tables.
     Source: Mukherjee & Awadallah 2020 (XtremeDistil) for the embeddings, Turc et al. 2019 for the sizes.
     """
-    teacher_embeddings = teacher.embeddings
+    teacher_embeddings = _embeddings(teacher)
+    positions = teacher_embeddings.position_embeddings.weight[_first_position(teacher_embeddings) :]
+    types = teacher_embeddings.token_type_embeddings.weight
     table = teacher_embeddings.word_embeddings.weight.detach()[rows]  # (V_s, D_t)
     mean, basis = svd_basis(table, hidden_size)
     config = BertConfig(
@@ -61,8 +101,8 @@ def compact_student(
         num_hidden_layers=layers,
         num_attention_heads=heads,
         intermediate_size=ffn_size,
-        max_position_embeddings=teacher.config.max_position_embeddings,
-        type_vocab_size=teacher.config.type_vocab_size,
+        max_position_embeddings=len(positions),
+        type_vocab_size=len(types),
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout,
         pad_token_id=pad_token_id,
@@ -73,8 +113,8 @@ def compact_student(
     embeddings = student.bert.embeddings
     with torch.no_grad():
         embeddings.word_embeddings.weight.copy_((table - mean) @ basis)
-        embeddings.position_embeddings.weight.copy_(teacher_embeddings.position_embeddings.weight @ basis)
-        embeddings.token_type_embeddings.weight.copy_((teacher_embeddings.token_type_embeddings.weight + mean) @ basis)
+        embeddings.position_embeddings.weight.copy_(positions @ basis)
+        embeddings.token_type_embeddings.weight.copy_((types + mean) @ basis)
     return student
 
 
