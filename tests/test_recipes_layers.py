@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -45,6 +46,71 @@ def test_a_student_of_the_teachers_blocks(kind: str) -> None:
     assert student(_batch([1])["input_ids"])[0].shape == (1, 12, 32)
     whole = with_blocks(teacher, range(4))
     assert torch.equal(whole(_batch([1])["input_ids"])[0], teacher(_batch([1])["input_ids"])[0])
+
+
+SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "vocab_size": 50, "pad_token_id": 0}
+SIZES |= {"bos_token_id": 1, "eos_token_id": 2}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "head_dim": 8}
+PER_BLOCK = {  # configurations that say something block by block, and the blocks to keep
+    "ModernBert": ({"num_hidden_layers": 6, "local_attention": 4, "cls_token_id": 1, "sep_token_id": 2}, [0, 3, 5]),
+    "SmolLM3": ({"num_hidden_layers": 8, "num_key_value_heads": 2}, [1, 3, 5, 7]),
+    "Qwen3Moe": ({"num_hidden_layers": 4, "num_key_value_heads": 2, "mlp_only_layers": [1], **EXPERTS}, [1, 3]),
+    "Qwen2Moe": ({"num_hidden_layers": 4, "num_key_value_heads": 2, "decoder_sparse_step": 2, **EXPERTS}, [1, 2]),
+    "GPTNeo": ({"num_layers": 4, "attention_types": [[["global", "local"], 2]], "window_size": 4}, [1, 3]),
+}
+
+
+@pytest.mark.parametrize("family", PER_BLOCK)
+def test_a_student_loads_as_it_was_saved(family: str, tmp_path: Path) -> None:
+    options, blocks = PER_BLOCK[family]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**{**SIZES, **options})
+    teacher = transformers.AutoModel.from_config(config).eval()
+    drawn = torch.get_rng_state()
+    student = with_blocks(teacher, blocks).eval()
+    assert torch.equal(torch.get_rng_state(), drawn) and teacher.config.num_hidden_layers == config.num_hidden_layers
+    student.save_pretrained(tmp_path)
+    loaded, info = type(student).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    ids = torch.randint(3, 50, (2, 12))
+    assert torch.equal(loaded.eval()(ids)[0], student(ids)[0])
+
+
+UNNAMED = {
+    "ModernBert": (PER_BLOCK["ModernBert"][0], r"block 1 at place 0.* a ModernBertModel .*attn_norm is Identity, not LayerNorm"),
+    "GPT2": ({"n_layer": 4, "scale_attn_by_inverse_layer_idx": True}, r"block 1 at place 0.* a GPT2Model .*attn.scaling is"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", UNNAMED)
+def test_blocks_that_no_configuration_names_are_refused(family: str) -> None:
+    options, message = UNNAMED[family]
+    config = getattr(transformers, f"{family}Config")(**{**SIZES, **options})
+    with pytest.raises(ValueError, match=f"with_blocks: blocks has the teacher's {message}"):
+        with_blocks(transformers.AutoModel.from_config(config), [1, 3])
+
+
+DROPOUTS = {
+    "Bert": {"num_hidden_layers": 2, "hidden_dropout_prob": 0.5, "attention_probs_dropout_prob": 0.5},
+    "ModernBert": {"num_hidden_layers": 2, "attention_dropout": 0.5, "mlp_dropout": 0.5, "embedding_dropout": 0.5,
+                   "cls_token_id": 1, "sep_token_id": 2},
+    "GPT2": {"n_layer": 2, "resid_pdrop": 0.5, "attn_pdrop": 0.5, "embd_pdrop": 0.5},
+    "OPT": {"num_hidden_layers": 2, "ffn_dim": 16, "word_embed_proj_dim": 16, "dropout": 0.5, "attention_dropout": 0.5},
+    "DistilBert": {"n_layers": 2, "n_heads": 2, "dim": 16, "hidden_dim": 16, "dropout": 0.5, "attention_dropout": 0.5},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", DROPOUTS)
+def test_bistils_student_has_no_dropout_and_gets_none_by_saving(family: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**{**SIZES, **DROPOUTS[family]})
+    teacher = transformers.AutoModel.from_config(config).train()
+    student = bistil.student(teacher, 1)
+    ids = torch.randint(3, 50, (2, 12))
+    assert not torch.equal(teacher(ids)[0], teacher(ids)[0]), "the teacher has lost its dropout"
+    student.save_pretrained(tmp_path)
+    for model in (student, type(student).from_pretrained(tmp_path).train()):
+        assert torch.equal(model(ids)[0], model(ids)[0])
 
 
 @pytest.mark.parametrize("recipe", ["lightmbert", "bistil"])
@@ -91,6 +157,8 @@ def test_bad_calls() -> None:
         with_blocks(teacher, [0, 4])
     with pytest.raises(ValueError, match=r"with_blocks: blocks is empty"):
         with_blocks(teacher, [])
+    with pytest.raises(ValueError, match=r"with_blocks: blocks is \[1, 1\], expected each block once"):
+        with_blocks(teacher, [1, 1])
     with pytest.raises(
         ValueError, match=r"bistil.student: reduction is 3, expected a divisor of the teacher's 4 blocks"
     ):

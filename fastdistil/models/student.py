@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertForTokenClassification
 
+from fastdistil.models.block_config import check_rebuilds, cut_config
 from fastdistil.models.capture import base_model, block_list
 
 
@@ -121,16 +122,22 @@ def compact_student(
 def with_blocks(teacher: nn.Module, blocks: Iterable[int]) -> nn.Module:
     """A copy of `teacher` with some of its blocks alone, in this order; everything else is copied as it is.
 
-    `teacher` is a transformers model with one list of blocks, with or without a head; `blocks` counts them from 0.
-    Raises TypeError or ValueError for a model that is none, and ValueError for a block that it does not have.
+    `teacher` is a transformers model with one list of blocks, with or without a head; `blocks` counts them from 0. What
+    its configuration says block by block (layer_types, mlp_only_layers, ...) is cut, too: the student loads as it was
+    saved. Raises TypeError or ValueError for a model that is none, and ValueError for a block that it does not have or
+    that comes twice, and for blocks that a configuration cannot name, such as ModernBERT's without the first one, which
+    has no attention norm.
     """
-    base, chosen = base_model(teacher, "with_blocks"), list(blocks)
+    base: Any = base_model(teacher, "with_blocks")
+    chosen = list(blocks)
     found = block_list(base, "with_blocks")
     for block in chosen:
         if not 0 <= block < len(found):
             raise ValueError(f"with_blocks: blocks holds {block}, expected 0 to {len(found) - 1}")
     if not chosen:
         raise ValueError("with_blocks: blocks is empty, expected at least one")
+    if len(set(chosen)) < len(chosen):
+        raise ValueError(f"with_blocks: blocks is {chosen}, expected each block once")
     kept = {id(found[block]) for block in chosen}
     # What is left out is never copied: it goes into the copy's memory as nothing.
     student = copy.deepcopy(teacher, {id(block): None for block in found if id(block) not in kept})
@@ -138,12 +145,39 @@ def with_blocks(teacher: nn.Module, blocks: Iterable[int]) -> nn.Module:
     copies: Any = student.get_submodule(path)
     parent, _, name = path.rpartition(".")
     setattr(student.get_submodule(parent), name, nn.ModuleList([copies[block] for block in chosen]))
-    config: Any = base_model(student, "with_blocks").config
-    config.num_hidden_layers = len(chosen)
-    if getattr(config, "layer_types", None) is not None:
-        config.layer_types = [config.layer_types[block] for block in chosen]
+    student_base: Any = base_model(student, "with_blocks")
+    cut_config(student_base.config, chosen, len(found))
+    check_rebuilds(base, base.config, student_base.config, chosen, "with_blocks")
     for index, block_copy in enumerate(student.get_submodule(path).children()):
         for module in cast("Iterable[Any]", block_copy.modules()):
-            if hasattr(module, "layer_idx"):  # where a decoder's block keeps its keys and values
-                module.layer_idx = index
+            for number in ("layer_idx", "layer_id"):  # where a decoder's block keeps its keys and values
+                if hasattr(module, number):
+                    setattr(module, number, index)
     return student
+
+
+def without_dropout(model: nn.Module) -> None:
+    """Set every dropout of `model` to 0 in place: modules, plain attributes, and the configuration, from which some
+    models read it while they run and all of them when they are loaded."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+    holders = [*model.modules(), *_configs(model)]
+    for holder in holders:
+        for name, value in list(vars(holder).items()):
+            if "drop" in name and isinstance(value, (int, float)) and not isinstance(value, bool):
+                setattr(holder, name, 0.0)
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """The transformers configurations in a model, each once, those inside of another one included."""
+    from transformers import PreTrainedConfig
+
+    found: dict[int, Any] = {}
+    waiting = [getattr(module, "config", None) for module in model.modules()]
+    while waiting:
+        config = waiting.pop()
+        if isinstance(config, PreTrainedConfig) and id(config) not in found:
+            found[id(config)] = config
+            waiting.extend(vars(config).values())
+    return list(found.values())

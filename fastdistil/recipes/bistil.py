@@ -13,17 +13,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
-from fastdistil.models.student import with_blocks
+from fastdistil.models.student import with_blocks, without_dropout
 from fastdistil.recipes.layers import LayerPair
 from fastdistil.train import Options
 
 
 def student(teacher: Any, reduction: int = 2) -> Any:
-    """Block j is the teacher's block (j + 1) reduction - 1, embeddings are the teacher's, without dropout.
+    """Block j is the teacher's block (j + 1) reduction - 1, embeddings are the teacher's, without dropout,
+    also when it is saved and loaded again.
 
-    Raises ValueError where `reduction` does not divide the teacher's number of blocks.
+    Raises ValueError where `reduction` does not divide the teacher's number of blocks, and `with_blocks`' errors.
     """
     count = teacher.config.num_hidden_layers
     if reduction < 1 or count % reduction:
@@ -31,9 +30,7 @@ def student(teacher: Any, reduction: int = 2) -> Any:
             f"bistil.student: reduction is {reduction}, expected a divisor of the teacher's {count} blocks"
         )
     made = with_blocks(teacher, range(reduction - 1, count, reduction))
-    for module in made.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+    without_dropout(made)
     return made
 
 
