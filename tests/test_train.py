@@ -231,6 +231,26 @@ def test_stages_freeze_and_learn():
         set_trainable(student, ["encoder"])
 
 
+def test_what_came_frozen_stays_frozen():
+    student = Tagger()
+    student.embed.weight.requires_grad_(False)
+    before = student.embed.weight.clone()
+    pair = Pair("labels", lambda out: out.logits, "labels", cross_entropy, "words")
+    data, options = [[i, (i + 3) % 10, 0] for i in range(10)], Options(2, lr=0.1, batch_size=5)
+    only_bias = Stage("bias", [pair], data, options, frozen=("head.weight",))
+    run_stages(student, [only_bias, Stage("head", [pair], data, options)], tagging)
+    assert torch.equal(student.embed.weight, before)
+    assert [p.requires_grad for p in student.parameters()] == [False, True, True]
+    run_stages(student, [Stage("all", [pair], data, options, trained=("embed",))], tagging)
+    assert not torch.equal(student.embed.weight, before)
+    wrong = Stage("wrong", [pair], data, options, frozen=("head",), trained=("weight",))
+    with pytest.raises(ValueError, match="head.weight is in frozen by 'head' and in trained by 'weight', expected one"):
+        run_stages(student, [wrong], tagging)
+    with pytest.raises(ValueError, match="trained holds 'encoder', which is part of no parameter's name"):
+        set_trainable(student, [], ["encoder"])
+    assert [p.requires_grad for p in student.parameters()] == [False, True, True]
+
+
 def test_pair_objective_divides_and_counts():
     student = Tagger()
     batch = tagging([[1, 2, 0], [5, 9, 7]])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,13 +39,18 @@ class Pair:
 
 @dataclass(frozen=True)
 class Stage:
-    """Pairs whose sum is minimised, on which `examples` of the data, with which options, training which parameters."""
+    """Pairs whose sum is minimised, on which `examples` of the data, with which options, training which parameters.
+
+    `frozen` and `trained` hold parts of parameters' names: those do not train in this stage, or do although they came
+    frozen. All others train where their requires_grad said so before the first stage.
+    """
 
     name: str
     pairs: Sequence[Pair]
     examples: Sequence[Any]
     options: Options
     frozen: tuple[str, ...] = ()
+    trained: tuple[str, ...] = ()
 
 
 class PairObjective(nn.Module):
@@ -74,18 +80,42 @@ class PairObjective(nn.Module):
         return {pair.name: batch[pair.weight].sum() for pair in self.pairs}
 
 
-def set_trainable(student: nn.Module, frozen: Iterable[str]) -> None:
-    """requires_grad False for parameters whose name holds one of `frozen`, True for all others.
+def set_trainable(student: nn.Module, frozen: Iterable[str], trained: Iterable[str] = ()) -> None:
+    """requires_grad False for parameters whose name holds one of `frozen`, True for one of `trained`; others keep it.
 
-    Raises ValueError where an entry of `frozen` matches no parameter: a misspelt name would train silently.
+    Raises ValueError where an entry matches no parameter, as a misspelt name would train silently, and where a
+    parameter matches both.
     """
-    names = [name for name, _ in student.named_parameters()]
-    parts = tuple(frozen)
-    for part in parts:
-        if not any(part in name for name in names):
-            raise ValueError(f"set_trainable: frozen holds {part!r}, which is part of no parameter's name")
-    for name, parameter in student.named_parameters():
-        parameter.requires_grad_(not any(part in name for part in parts))
+    parameters = dict(student.named_parameters())
+    wanted: dict[str, tuple[bool, str]] = {}
+    for argument, parts, value in (("frozen", tuple(frozen), False), ("trained", tuple(trained), True)):
+        for part in parts:
+            names = [name for name in parameters if part in name]
+            if not names:
+                raise ValueError(f"set_trainable: {argument} holds {part!r}, which is part of no parameter's name")
+            for name in names:
+                before, other = wanted.setdefault(name, (value, part))
+                if before is not value:
+                    raise ValueError(
+                        f"set_trainable: {name} is in frozen by {other!r} and in trained by {part!r}, expected one"
+                    )
+    for name, (value, _) in wanted.items():
+        parameters[name].requires_grad_(value)
+
+
+@contextmanager
+def _kept_trainable(student: nn.Module) -> Iterator[Callable[[], None]]:
+    """A function that gives every parameter the requires_grad that it has now; called at the end as well."""
+    before = [(parameter, parameter.requires_grad) for parameter in student.parameters()]
+
+    def restore() -> None:
+        for parameter, value in before:
+            parameter.requires_grad_(value)
+
+    try:
+        yield restore
+    finally:
+        restore()
 
 
 def cross_entropy(student: Tensor, labels: Tensor, weight: Tensor, items: Tensor) -> Tensor:
@@ -106,19 +136,22 @@ def run_stages(
     """Train `student` in place through `stages`, one after the other; returns the losses of every step by stage.
 
     `collate` makes a batch from a list of a stage's examples. With `out`, each stage keeps its checkpoint in a folder
-    there, and a second call after an interruption continues where the first one was. Errors as `train.train`.
+    there, and a second call after an interruption continues where the first one was. What is frozen before stays frozen
+    unless a stage names it in `trained`; behind the stages, and behind an error, requires_grad is what it was. Errors
+    as `train.train` and `set_trainable`.
     """
     history = {}
-    for index, stage in enumerate(stages):
-        set_trainable(student, stage.frozen)
-        history[stage.name] = train(
-            PairObjective(student, stage.pairs),
-            stage.examples,
-            collate,
-            stage.options,
-            optimizer=optimizer,
-            out=None if out is None else out / f"{index}-{stage.name}",
-            name=f"{name}: {stage.name}",
-        )
-    set_trainable(student, ())
+    with _kept_trainable(student) as restore:
+        for index, stage in enumerate(stages):
+            restore()
+            set_trainable(student, stage.frozen, stage.trained)
+            history[stage.name] = train(
+                PairObjective(student, stage.pairs),
+                stage.examples,
+                collate,
+                stage.options,
+                optimizer=optimizer,
+                out=None if out is None else out / f"{index}-{stage.name}",
+                name=f"{name}: {stage.name}",
+            )
     return history
