@@ -49,7 +49,8 @@ class Options:
     """One stage's optimisation. A step is one update from `accumulate` micro-batches of `batch_size` on each process.
 
     `lr` falls to zero by `schedule` ("cosine", "linear" or "constant") after `warmup` steps of linear rise. Parameters
-    of one dimension or less (biases, LayerNorm) get no weight decay. `precision` is accelerate's mixed_precision.
+    of one dimension or less (biases, LayerNorm) get no weight decay. The norm of all gradients is cut to
+    `max_grad_norm`, None for none. `precision` is accelerate's mixed_precision.
     """
 
     steps: int
@@ -59,7 +60,7 @@ class Options:
     warmup: int = 20
     schedule: str = "cosine"
     weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
+    max_grad_norm: float | None = 1.0
     seed: int = 0
     save_every: int = 100
     precision: str = "no"
@@ -68,6 +69,8 @@ class Options:
         for field in ("steps", "batch_size", "accumulate", "save_every"):
             if getattr(self, field) < 1:
                 raise ValueError(f"Options: {field} is {getattr(self, field)}, expected at least 1")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ValueError(f"Options: max_grad_norm is {self.max_grad_norm}, expected more than 0, or None for none")
         if self.schedule not in ("cosine", "linear", "constant"):
             raise ValueError(f"Options: schedule is {self.schedule!r}, expected 'cosine', 'linear' or 'constant'")
 
@@ -164,6 +167,24 @@ def adamw(module: nn.Module, options: Options) -> torch.optim.Optimizer:
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=options.lr)
 
 
+def _check_in_backward(updates: torch.optim.Optimizer, options: Options, processes: int) -> None:
+    """An optimizer that uses up each gradient inside of the backward leaves none for what needs all of them later."""
+    if not getattr(updates, "step_in_backward", False):
+        return
+    if options.max_grad_norm is not None:
+        against = f"options has max_grad_norm = {options.max_grad_norm}, expected None"
+    elif options.accumulate > 1:
+        against = f"options has accumulate = {options.accumulate}, expected 1"
+    elif options.precision == "fp16":
+        against = "options has precision = 'fp16', which scales gradients, expected 'no' or 'bf16'"
+    elif processes > 1:
+        against = f"{processes} processes run, whose gradients are not added up before, expected 1"
+    else:
+        return
+    name = type(updates).__name__
+    raise ValueError(f"train: optimizer is {name} with step_in_backward=True, which frees each gradient; {against}")
+
+
 def _step(module: nn.Module, group: list[Batch], counts: list[Mapping[str, Tensor]], accelerator: Accelerator) -> Any:
     """Gradients of one step, added up over the group's micro-batches; returns {term: mean over all processes}."""
     totals = {name: accelerator.reduce(torch.stack([c[name].float() for c in counts]).sum()) for name in counts[0]}
@@ -196,8 +217,9 @@ def train(
     from the newest one; after the last step it only restores the trained weights. Returns the loss of every step from
     the first: {"step", "lr", one entry a term}.
 
-    Raises ValueError where `data` is empty, nothing trains, or `out` holds a checkpoint of other options, and
-    KeyboardInterrupt after Ctrl-C, once the current step is saved.
+    Raises ValueError where `data` is empty, nothing trains, `optimizer` steps inside of the backward under options that
+    need all gradients, or `out` holds a checkpoint of other options, and KeyboardInterrupt after Ctrl-C, once the
+    current step is saved.
     """
     if len(data) == 0:
         raise ValueError("train: data is empty")
@@ -205,6 +227,7 @@ def train(
         raise ValueError("train: objective has no parameter that requires grad")
     accelerator = Accelerator(mixed_precision=options.precision)
     updates = optimizer(objective, options)
+    _check_in_backward(updates, options, accelerator.num_processes)
     scheduler = LambdaLR(updates, options.lr_factor)
     torch.manual_seed(options.seed)  # dropout; after a resume the checkpoint's generators replace it
     module, updates = accelerator.prepare(objective, updates)
@@ -225,7 +248,8 @@ def train(
             picked = [batch_indices(options.seed, len(data), options.batch_size, k) for k in micro]
             group = [send_to_device(collate([data[i] for i in rows]), accelerator.device) for rows in picked]
             losses = _step(module, group, [counted.counts(batch) for batch in group], accelerator)
-            accelerator.clip_grad_norm_(module.parameters(), options.max_grad_norm)
+            if options.max_grad_norm is not None:
+                accelerator.clip_grad_norm_(module.parameters(), options.max_grad_norm)
             record = {"step": float(step), "lr": float(scheduler.get_last_lr()[0])}
             updates.step()
             scheduler.step()

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from fastdistil.recipes.pairs import Pair, PairObjective, Stage, cross_entropy, run_stages, set_trainable
+from fastdistil.sparse import SparseAdamW
 from fastdistil.train import Options, batch_indices, train
 
 
@@ -79,6 +80,7 @@ def test_learning_rate():
     [
         ({"steps": 0}, "Options: steps is 0, expected at least 1"),
         ({"steps": 1, "accumulate": 0}, "Options: accumulate is 0"),
+        ({"steps": 1, "max_grad_norm": 0.0}, "Options: max_grad_norm is 0.0, expected more than 0, or None for none"),
         ({"steps": 1, "schedule": "step"}, "Options: schedule is 'step', expected 'cosine'"),
     ],
 )
@@ -95,6 +97,26 @@ def test_bad_calls(tmp_path):
     train(Squares(), examples(), collate, Options(2), out=tmp_path)
     with pytest.raises(ValueError, match=r"step-2 was written with lr = 0.001, this run has 0.5"):
         train(Squares(), examples(), collate, Options(2, lr=0.5), out=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({}, "options has max_grad_norm = 1.0, expected None"),
+        ({"accumulate": 2}, "options has accumulate = 2, expected 1"),
+    ],
+)
+def test_steps_in_the_backward_refuse_what_needs_all_gradients(kwargs, message):
+    def optimizer(module, options):
+        return SparseAdamW(module, {"layer.weight": torch.tensor([1], dtype=torch.int32)}, step_in_backward=True)
+
+    wrong = Options(2, max_grad_norm=None, **kwargs) if kwargs else Options(2)
+    with pytest.raises(ValueError, match=f"optimizer is SparseAdamW with step_in_backward=True, .*; {message}"):
+        train(Squares(), examples(), collate, wrong, optimizer=optimizer)
+    module = Squares()
+    before = module.layer.weight.detach().clone()
+    train(module, examples(), collate, Options(2, max_grad_norm=None), optimizer=optimizer)
+    assert (module.layer.weight != before).flatten().tolist() == [False, True, False, False]
 
 
 def test_finished_stage_only_restores(tmp_path):

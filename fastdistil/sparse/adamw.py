@@ -126,6 +126,11 @@ class SparseAdamW(torch.optim.Optimizer):
             for param in self._place:
                 self._add_hook(param)
 
+    @property
+    def step_in_backward(self) -> bool:
+        """Whether gradients are used and freed inside of the backward, so that nobody else sees them."""
+        return self._in_backward
+
     def remove_hooks(self) -> None:
         """End `step_in_backward`: gradients stay where they are until `step()`."""
         for hook in self._hooks:
