@@ -10,10 +10,7 @@ Stop it at any moment and call it again: it continues from its newest checkpoint
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +26,8 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
+
+from fastdistil.checkpoints import Checkpoints
 
 Example = TypeVar("Example")
 Batch = Mapping[str, Tensor]
@@ -117,42 +116,6 @@ def _interrupts() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-class _Checkpoints:
-    """Folders `step-N` under `out`, complete or absent: written under another name, then renamed."""
-
-    def __init__(self, out: Path, accelerator: Accelerator, fingerprint: dict[str, Any]) -> None:
-        self.out, self.accelerator, self.fingerprint = out, accelerator, fingerprint
-
-    def save(self, step: int, history: list[dict[str, float]]) -> None:
-        final, partial = self.out / f"step-{step}", self.out / f"partial-{step}"
-        self.accelerator.save_state(str(partial))  # weights, optimizer, scheduler, and each process's generators
-        if self.accelerator.is_main_process:
-            state = {"step": step, "run": self.fingerprint, "history": history}
-            (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
-            if not final.exists():
-                os.rename(partial, final)
-            for old in self.out.iterdir():
-                if old != final and old.name.startswith(("step-", "partial-")):
-                    shutil.rmtree(old)
-        self.accelerator.wait_for_everyone()
-
-    def load(self) -> tuple[int, list[dict[str, float]]]:
-        """Restore the newest checkpoint: (steps done, history), or (0, []) where there is none."""
-        found = [int(path.name.removeprefix("step-")) for path in self.out.glob("step-*")]
-        if not found:
-            return 0, []
-        newest = self.out / f"step-{max(found)}"
-        state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
-        for key, value in self.fingerprint.items():
-            if state["run"].get(key) != value:
-                raise ValueError(
-                    f"train: {newest} was written with {key} = {state['run'].get(key)!r}, this run has {value!r}; "
-                    "choose another folder or delete this one"
-                )
-        self.accelerator.load_state(str(newest))
-        return int(state["step"]), list(state["history"])
-
-
 OptimizerFactory = Callable[[nn.Module, Options], torch.optim.Optimizer]
 """(objective, options) -> the optimizer of its parameters, lr = options.lr; the loop makes and steps the schedule."""
 
@@ -236,7 +199,7 @@ def train(
     checkpoints = None
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        checkpoints = _Checkpoints(out, accelerator, {**asdict(options), "examples": len(data)})
+        checkpoints = Checkpoints(out, accelerator, {**asdict(options), "examples": len(data)})
         start, history = checkpoints.load()
     counted: Any = objective
     module.train()

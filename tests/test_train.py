@@ -1,5 +1,6 @@
 """The loop: accumulation by item counts, schedules, exact resume after kill -9, Ctrl-C."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fastdistil.recipes.pairs import Pair, PairObjective, Stage, cross_entropy, run_stages, set_trainable
@@ -125,6 +127,59 @@ def test_finished_stage_only_restores(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["step-7"]
     assert train(again, examples(), collate, Options(7, save_every=3), out=tmp_path) == history
     assert torch.equal(first.layer.weight, again.layer.weight)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["compiled first", "compiled second"])
+@pytest.mark.parametrize("whole", [True, False], ids=["the objective", "a part"])
+def test_a_checkpoint_loads_with_and_without_compile(tmp_path, first, whole):
+    def made(compiled):
+        module = Squares()
+        if compiled and not whole:
+            module.layer = torch.compile(module.layer, backend="eager")
+        return torch.compile(module, backend="eager") if compiled and whole else module
+
+    options = Options(4, save_every=2)
+    train(made(first), examples(), collate, options, out=tmp_path)
+    assert set(load_file(tmp_path / "step-4" / "model.safetensors")) == {"layer.weight", "layer.bias"}
+    again = made(not first)
+    train(again, examples(), collate, options, out=tmp_path)
+    other = Squares()
+    train(other, examples(), collate, options)
+    assert all(torch.equal(x, y) for x, y in zip(again.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
+def test_a_checkpoint_with_an_earlier_versions_names_loads(tmp_path, prefix):
+    module, again = Squares(), Squares()
+    train(module, examples(), collate, Options(2), out=tmp_path)
+    path = tmp_path / "step-2" / "model.safetensors"
+    save_file({prefix + name: x for name, x in load_file(path).items()}, path)
+    edit_state(tmp_path / "step-2", lambda state: state.pop("files"))
+    train(again, examples(), collate, Options(2), out=tmp_path)
+    assert torch.equal(module.layer.weight, again.layer.weight)
+
+
+def edit_state(folder, change):
+    state = json.loads((folder / "state.json").read_text())
+    change(state)
+    (folder / "state.json").write_text(json.dumps(state))
+
+
+def test_a_checkpoint_that_is_not_whole_is_an_error(tmp_path):
+    train(Squares(), examples(), collate, Options(2), out=tmp_path)
+    folder = tmp_path / "step-2"
+    other = Squares()
+    other.bias = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"holds another module's weights: .* has no \[\], the file no \['bias.bias'"):
+        train(other, examples(), collate, Options(2), out=tmp_path)
+    generators = folder / "random_states_0.pkl"
+    kept = generators.read_bytes()
+    generators.write_bytes(kept[:-1])
+    with pytest.raises(ValueError, match=r"random_states_0.pkl has \d+ bytes, expected"):
+        train(Squares(), examples(), collate, Options(2), out=tmp_path)
+    generators.unlink()
+    with pytest.raises(FileNotFoundError, match="random_states_0.pkl is missing, expected it in a complete checkpoint"):
+        train(Squares(), examples(), collate, Options(2), out=tmp_path)
 
 
 # Dropout makes the generator's state matter; print after every step so that the parent can kill in the middle.

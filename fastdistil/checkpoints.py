@@ -1,0 +1,152 @@
+"""Checkpoints of the loop (train.py): folders `step-N` that are complete or absent, whatever happens meanwhile."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+STATE, WEIGHTS = "state.json", "model.safetensors"
+
+
+class Checkpoints:
+    """Folders `step-N` under `out`: every process writes into `partial-N`, then the main one renames it.
+
+    Weights are kept under the names of the bare module, so that a compiled or parallel one loads them as well.
+    `fingerprint` holds what a run must agree on with the one that it continues.
+    """
+
+    def __init__(self, out: Path, accelerator: Accelerator, fingerprint: dict[str, Any]) -> None:
+        self.out, self.accelerator, self.fingerprint = out, accelerator, fingerprint
+        accelerator.register_save_state_pre_hook(_save_bare_names)
+        accelerator.register_load_state_pre_hook(_load_bare_names)
+
+    def save(self, step: int, history: list[dict[str, float]]) -> None:
+        final, partial = self.out / f"step-{step}", self.out / f"partial-{step}"
+        if self.accelerator.is_main_process and partial.exists():
+            shutil.rmtree(partial)  # of a run that was killed, perhaps one of more processes
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(partial))  # weights, optimizer, scheduler, and each process's generators
+        self.accelerator.wait_for_everyone()  # a rename before would leave the others' files behind
+        if self.accelerator.is_main_process:
+            files = {str(x.relative_to(partial)): x.stat().st_size for x in partial.rglob("*") if x.is_file()}
+            state = {"step": step, "run": self.fingerprint, "files": files, "history": history}
+            (partial / STATE).write_text(json.dumps(state), encoding="utf-8")
+            if not final.exists():
+                os.rename(partial, final)
+            for old in self.out.iterdir():
+                if old != final and old.name.startswith(("step-", "partial-")):
+                    shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    def load(self) -> tuple[int, list[dict[str, float]]]:
+        """Restore the newest checkpoint: (steps done, history), or (0, []) where there is none.
+
+        Raises ValueError where it is another run's or processes find different ones, FileNotFoundError where a file is
+        missing.
+        """
+        found = [int(path.name.removeprefix("step-")) for path in self.out.glob("step-*")]
+        newest = max(found, default=0)
+        self._check_common(newest)
+        if not found:
+            return 0, []
+        folder = self.out / f"step-{newest}"
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        self._check_run(folder, state)
+        self._check_files(folder, state)
+        self.accelerator.load_state(str(folder))
+        return int(state["step"]), list(state["history"])
+
+    def _check_common(self, newest: int) -> None:
+        if self.accelerator.num_processes == 1:
+            return
+        steps = self.accelerator.gather(torch.tensor([newest], device=self.accelerator.device)).tolist()
+        if len(set(steps)) > 1:
+            raise ValueError(
+                f"train: out is {self.out}, where the processes find checkpoints of steps {steps}, expected one folder "
+                "that all of them see"
+            )
+
+    def _check_run(self, folder: Path, state: Mapping[str, Any]) -> None:
+        run = state["run"]
+        for key, value in self.fingerprint.items():
+            # Earlier versions knew less of a run.
+            if (key in run or "files" in state) and run.get(key) != value:
+                raise ValueError(
+                    f"train: {folder} was written with {key} = {run.get(key)!r}, this run has {value!r}; "
+                    "choose another folder or delete this one"
+                )
+
+    def _check_files(self, folder: Path, state: Mapping[str, Any]) -> None:
+        """accelerate goes on without a process's generators, which would be another run."""
+        sizes: dict[str, int | None] = dict(state.get("files", {}))
+        sizes.setdefault(f"random_states_{self.accelerator.process_index}.pkl", None)
+        for name, size in sizes.items():
+            path = folder / name
+            if not path.is_file():
+                raise FileNotFoundError(f"train: {path} is missing, expected it in a complete checkpoint")
+            if size is not None and path.stat().st_size != size:
+                raise ValueError(f"train: {path} has {path.stat().st_size} bytes, expected {size}")
+
+
+def bare_names(names: Iterable[str], parallel: bool = False) -> dict[str, str]:
+    """{name: name without what torch.compile and, where `parallel`, data parallelism put around the module}."""
+    found = {}
+    for name in names:
+        parts = [part for part in name.split(".") if part != "_orig_mod"]
+        found[name] = ".".join(parts[1:] if parallel and parts[0] == "module" else parts)
+    return found
+
+
+def _is_parallel(module: nn.Module) -> bool:
+    return isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel))
+
+
+def _save_bare_names(models: list[nn.Module], weights: list[Mapping[str, Any]], folder: str) -> None:
+    """accelerate's hook before a save: `weights` is what it is going to write, empty where it wrote shards itself."""
+    for index, (module, state) in enumerate(zip(models, weights, strict=False)):
+        names = bare_names(state, _is_parallel(module))
+        weights[index] = OrderedDict((names[name], value) for name, value in state.items())  # ordered: ties are cut
+
+
+def _load_bare_names(models: list[nn.Module], folder: str) -> None:
+    """accelerate's hook before a load: takes the one module over, where its weights are in one safetensors file."""
+    from safetensors.torch import load_file
+
+    path = Path(folder) / WEIGHTS
+    if len(models) != 1 or not path.is_file():
+        return
+    module = models.pop()
+    own = module.state_dict()
+    targets = {bare: name for name, bare in bare_names(own, _is_parallel(module)).items()}
+    saved = load_file(path)
+    # Earlier versions wrote the names as the run had them, with what was around its module.
+    parallel = not saved.keys() <= targets.keys() and all(name.startswith("module.") for name in saved)
+    sources = bare_names(saved, parallel)
+    tensors = {targets.get(bare, bare): saved[name] for name, bare in sources.items()}
+    _check_names(path, own, tensors)
+    module.load_state_dict(tensors, strict=False)
+
+
+def _check_names(path: Path, own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Of tied tensors the file holds one."""
+    held = {_place(own[name]) for name in found if name in own}
+    missing = sorted(name for name, x in own.items() if name not in found and _place(x) not in held)
+    foreign = sorted(name for name in found if name not in own)
+    if missing or foreign:
+        raise ValueError(
+            f"train: {path} holds another module's weights: the objective has no {foreign[:4]}, the file no "
+            f"{missing[:4]}"
+        )
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.device, tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape)
