@@ -2,7 +2,7 @@
 
 One JSON line a kernel, configuration and target: registers, spilled bytes, shared memory, assembler warnings, loads of
 16 bytes. It runs in a process of its own, because a kernel decorated under TRITON_INTERPRET cannot be compiled.
-Targets are its arguments, all that the compiler knows by default.
+Targets are its arguments, all that the compiler knows by default; --no-twins leaves out what `make test` does.
 """
 
 from __future__ import annotations
@@ -46,14 +46,19 @@ def assembler(arch: int) -> str:
     return str(nvidia.get_ptxas(arch).path)
 
 
-def cases(targets: Sequence[str]) -> list[tuple[str, int, str]]:
+def cases(targets: Sequence[str], twins: bool = True) -> list[tuple[str, int, str]]:
     """Module, index and target of each case that a kernel file declares in `aot_cases()` (all targets by default). Those
-    that a case names stand for their vendor's others too."""
+    that a case names stand for their vendor's others too. Without `twins`, float16's are left out where the kernel has a
+    case in bfloat16: the same instructions but for the conversion."""
     found = []
     for module in pkgutil.iter_modules(kernels.__path__):
         name = f"fastdistil.kernels.triton.{module.name}"
         declared = getattr(importlib.import_module(name), "aot_cases", list)()
+        low = {case["name"].split("-")[0] for case in declared if "bf16" in case["name"].split("-")}
         for i, case in enumerate(declared):
+            kernel, *options = case["name"].split("-")
+            if not twins and kernel in low and "fp16" in options:
+                continue
             vendors = {arch[:2] for arch in case.get("targets", TARGETS)}
             found += [(name, i, arch) for arch in targets if arch[:2] in vendors]
     return found
@@ -124,7 +129,8 @@ def run(job: tuple[str, int, str]) -> dict[str, Any]:
 
 def main() -> None:
     triton.knobs.nvidia.dump_ptxas_log = True
-    jobs = cases(sys.argv[1:] or [*TARGETS])
+    named = [name for name in sys.argv[1:] if name != "--no-twins"]
+    jobs = cases(named or [*TARGETS], twins="--no-twins" not in sys.argv)
     with ProcessPoolExecutor(2) as pool:
         for record in pool.map(run, jobs, chunksize=4):
             print(json.dumps(record), flush=True)

@@ -48,7 +48,15 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 # Files that take minutes, or whose one test does: begun last, they would leave the other workers idle.
-LONG = ("test_aot", "test_cuda_host", "test_demo", "test_package", "test_linear_logit", "test_logit", "test_bench")
+LONG = (
+    "test_aot",
+    "test_cuda_host",
+    "test_linear_logit",
+    "test_logit",
+    "test_attention_contract",
+    "test_topk_confident",
+)
+LONG += ("test_capture_compile", "test_logit_terms", "test_package", "test_vocab_parallel", "test_demo", "test_bench")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
