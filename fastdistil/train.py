@@ -11,8 +11,10 @@ Stop it at any moment and call it again: it continues from its newest checkpoint
 from __future__ import annotations
 
 import math
+import os
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -22,7 +24,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
+from accelerate.utils import DistributedDataParallelKwargs, send_to_device
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
@@ -130,6 +132,31 @@ def adamw(module: nn.Module, options: Options) -> torch.optim.Optimizer:
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=options.lr)
 
 
+def _accelerator(options: Options) -> Accelerator:
+    """Raises ValueError where several processes were started that would train on their own, into one folder."""
+    # Parameters that a step does not reach would make the next step wait for their gradients for ever.
+    parallel = DistributedDataParallelKwargs(find_unused_parameters=True)
+    accelerator = Accelerator(mixed_precision=options.precision, kwargs_handlers=[parallel])
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world != str(accelerator.num_processes):
+        raise ValueError(
+            f"train: WORLD_SIZE is {world} in the environment, accelerate runs {accelerator.num_processes} process: on "
+            "CPUs set ACCELERATE_USE_CPU=true beside torchrun, or start with `accelerate launch`"
+        )
+    return accelerator
+
+
+def _name_unreached(module: nn.Module) -> None:
+    """Say which parameters got no gradient in a step, as those of a pooler beside losses of layers."""
+    names = [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None]
+    if names:
+        shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+        warnings.warn(
+            f"train: no term reaches {len(names)} parameters in the first step ({shown}): they stay as they are",
+            stacklevel=3,
+        )
+
+
 def _check_in_backward(updates: torch.optim.Optimizer, options: Options, processes: int) -> None:
     """An optimizer that uses up each gradient inside of the backward leaves none for what needs all of them later."""
     if not getattr(updates, "step_in_backward", False):
@@ -181,16 +208,18 @@ def train(
     the first: {"step", "lr", one entry a term}.
 
     Raises ValueError where `data` is empty, nothing trains, `optimizer` steps inside of the backward under options that
-    need all gradients, or `out` holds a checkpoint of other options, and KeyboardInterrupt after Ctrl-C, once the
-    current step is saved.
+    need all gradients, `out` holds a checkpoint of other options, or processes were started of which accelerate knows
+    nothing, and KeyboardInterrupt after Ctrl-C, once the current step is saved. Warns of parameters that require grad
+    and get none in the first step.
     """
     if len(data) == 0:
         raise ValueError("train: data is empty")
     if not any(p.requires_grad for p in objective.parameters()):
         raise ValueError("train: objective has no parameter that requires grad")
-    accelerator = Accelerator(mixed_precision=options.precision)
+    accelerator = _accelerator(options)
     updates = optimizer(objective, options)
     _check_in_backward(updates, options, accelerator.num_processes)
+    gradients_stay = not getattr(updates, "step_in_backward", False)
     scheduler = LambdaLR(updates, options.lr_factor)
     torch.manual_seed(options.seed)  # dropout; after a resume the checkpoint's generators replace it
     module, updates = accelerator.prepare(objective, updates)
@@ -211,6 +240,8 @@ def train(
             picked = [batch_indices(options.seed, len(data), options.batch_size, k) for k in micro]
             group = [send_to_device(collate([data[i] for i in rows]), accelerator.device) for rows in picked]
             losses = _step(module, group, [counted.counts(batch) for batch in group], accelerator)
+            if step == start and accelerator.is_main_process and gradients_stay:
+                _name_unreached(objective)
             if options.max_grad_norm is not None:
                 accelerator.clip_grad_norm_(module.parameters(), options.max_grad_norm)
             record = {"step": float(step), "lr": float(scheduler.get_last_lr()[0])}

@@ -1,0 +1,80 @@
+"""The loop in two processes: one checkpoint of both, parameters that no term reaches, the same result as one process."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_train import Squares, collate, examples
+from torch import nn
+
+from fastdistil.train import Options, train
+
+
+class Headless(Squares):
+    """With a layer that no term reaches, as a pooler or the head beside losses of layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pooler = nn.Linear(3, 3)
+
+
+def _process(rank: int, out: str, port: int) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+    os.environ |= {"MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    torch.set_num_threads(1)
+    from accelerate import Accelerator
+
+    save = Accelerator.save_state
+
+    def late(self: Any, folder: str) -> Any:
+        if rank == 1:
+            time.sleep(0.3)  # the main process is done long before
+        return save(self, folder)
+
+    Accelerator.save_state = late
+    options, folder = Options(4, lr=0.1, batch_size=4, save_every=2), Path(out)
+    module = Headless()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        history = train(module, examples(), collate, options, out=folder / "run")
+    said = [str(x.message) for x in caught if "no term" in str(x.message)]
+    again = Headless()
+    assert train(again, examples(), collate, options, out=folder / "run") == history
+    assert torch.equal(again.layer.weight, module.layer.weight)
+    torch.save({"said": said, "history": history}, folder / f"result-{rank}.pt")
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_process, (str(tmp_path), port), nprocs=2)
+    first, second = (torch.load(tmp_path / f"result-{rank}.pt") for rank in (0, 1))
+    assert [len(first["said"]), len(second["said"])] == [1, 0]
+    assert "pooler.weight, pooler.bias" in first["said"][0]
+    names = {path.name for path in (tmp_path / "run" / "step-4").iterdir()}
+    assert {"random_states_0.pkl", "random_states_1.pkl"} <= names
+    alone = Headless()
+    with pytest.warns(UserWarning, match="no term reaches 2 parameters"):
+        history = train(alone, examples(), collate, Options(4, lr=0.1, batch_size=8))
+    assert [x["squares"] for x in first["history"]] == pytest.approx([x["squares"] for x in history], rel=1e-5)
+    weights = load_file(tmp_path / "run" / "step-4" / "model.safetensors")
+    torch.testing.assert_close(weights, dict(alone.state_dict()), rtol=1e-5, atol=1e-6)
+
+
+def test_processes_that_accelerate_does_not_join_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(
+        ValueError, match=r"WORLD_SIZE is 2 in the environment, accelerate runs 1 process: .*ACCELERATE_USE_CPU=true"
+    ):
+        train(Squares(), examples(), collate, Options(1))
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    train(Squares(), examples(), collate, Options(1))
