@@ -67,17 +67,55 @@ bool add_row(Row<T>& row, Block<T>& block, Masses<T, double>& masses) {
   return near;
 }
 
+// Of a row of which some columns are not on both sides: shifts to that of some columns which most others agree with.
+template <class T, class At>
+void guess_among_many(Tempering<T>& row, int64_t columns, At&& column_at) {
+  constexpr int64_t kMost = 16;
+  const int n = static_cast<int>(std::min(columns, kMost));
+  T d[kMost];
+  for (int i = 0; i < n; ++i) {
+    const Scores<T> c = column_at(columns * i / n);
+    d[i] = static_cast<T>(row.difference(c.a, c.b));
+  }
+  int best = -1, most = 1;
+  for (int i = 0; i < n; ++i) {
+    if (!usable(d[i])) continue;
+    int alike = 0;
+    for (int j = 0; j < n; ++j) alike += math::magnitude(d[j] - d[i]) <= math::magnitude(d[i]) / T(8);
+    if (alike > most) best = i, most = alike;
+  }
+  if (best < 0) return;
+  const Scores<T> c = column_at(columns * best / n);
+  row.shift_to(c.a, c.b);
+}
+
+// Shifts to the teacher's largest column that both sides have; false where there is none.
+template <class T>
+bool shift_to_common(Row<T>& row) {
+  T student = 0, largest = -INFINITY;
+  for (int64_t i = 0; i < row.columns; ++i) {
+    const T s = row.student[i], t = row.tempering.given ? T(0) : row.teacher[i];
+    if (t > largest && usable(static_cast<T>(row.tempering.difference(s, t)))) student = s, largest = t;
+  }
+  if (largest == T(-INFINITY)) return false;
+  row.tempering.shift_to(student, largest);
+  return true;
+}
+
 // First pass: the teacher's maximum and sum, and D = log1p(X/S). A `part` of a row may have no teacher mass.
 template <bool kCentred, class T>
 void statistics(Row<T>& row, Block<T>& block, bool part) {
   const auto column_at = [&row](int64_t i) {
     return Scores<T>{row.student[i], row.tempering.given ? T(0) : row.teacher[i], T(0)};
   };
-  guess_shift(row.tempering, column_at(row.columns / 4), column_at(row.columns / 2), column_at(row.columns / 4 * 3));
+  if (!guess_shift(row.tempering, column_at(row.columns / 4), column_at(row.columns / 2),
+                   column_at(row.columns / 4 * 3)))
+    guess_among_many(row.tempering, row.columns, column_at);
   Masses<T, double> masses;
   bool near = add_row<kCentred>(row, block, masses);
-  if (misplaced(masses)) {
-    row.tempering.shift_to(masses.own, masses.max);
+  const bool again = misplaced(masses);
+  if (again) row.tempering.shift_to(masses.own, masses.max);
+  if (again || (masses.lost && row.tempering.shift == 0 && shift_to_common(row))) {
     masses = {};
     block.whole = false;
     near = add_row<kCentred>(row, block, masses);

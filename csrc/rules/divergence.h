@@ -18,9 +18,12 @@
 namespace fastdistil {
 inline namespace FD_ISA {
 
+//
+// A student may be 60 above its teacher at its largest column and 80 below it elsewhere: `beyond` is how far -turn lies
+// beyond what an exponential holds. 0 in blocks of columns that are near each other.
 template <class T>
 struct Column {
-  T p, q, delta, gap, excess, turn;
+  T p, q, delta, gap, excess, turn, beyond;
 };
 
 template <class T>
@@ -39,8 +42,9 @@ FD_FUNCTION Mixture<T> mixture_of(double beta) {
   return {static_cast<T>(beta), static_cast<T>(1.0 - beta)};
 }
 
-// Where slopes are 0, given by a delta. For a mixture m = own p + other q with u = m/p and x = q/p = e^-delta there,
-// and E = expm1(-turn): u = u_there (share_own + share_other e^-turn) = u_there (1 + share_other E).
+// Where slopes are 0, given by a delta (log_ratio itself of rules without a mixture). For a mixture m = own p + other q
+// with u = m/p and x = q/p = e^-delta there, and E = expm1(-turn): u = u_there (share_own + share_other e^-turn) =
+// u_there (1 + share_other E).
 template <class T>
 struct Origin {
   T share_own, share_other, log_ratio, other_over_mixture;  // of m; ln u; x / u^2
@@ -56,11 +60,8 @@ FD_FUNCTION Origin<T> origin_of(T own, T other, T delta) {
   return {own / u, other * x.whole / u, math::log_both(other * x.less_one, u).value, x.whole / (u * u)};
 }
 
-// log(p/q) is infinite where one side is 0; a finite stand-in keeps gradients free of NaN.
-template <class T>
-FD_FUNCTION T finite(T delta) {
-  return math::clamp(delta, T(-1e4), T(1e4));
-}
+// The largest |log(p/q)| that counts in a gradient.
+constexpr double kLargestSlope = 1e4;
 
 struct ForwardKL {  // KL(q || p)
   static constexpr bool centred = false, mixture = false, softmax = true;
@@ -73,8 +74,10 @@ struct ForwardKL {  // KL(q || p)
 struct ReverseKL {  // KL(p || q)
   static constexpr bool centred = true, mixture = false, softmax = true;
   template <class T>
-  static FD_FUNCTION Share<T> share(Column<T> c, Mixture<T>, Origin<T>) {
-    return {math::excess(c.p, -c.gap, -c.delta), finite(c.turn)};
+  static FD_FUNCTION Share<T> share(Column<T> c, Mixture<T>, Origin<T> origin) {
+    // log(p/q) is infinite where one side is 0; a finite stand-in keeps gradients free of NaN.
+    const T turn = math::clamp(c.turn, -T(kLargestSlope) - origin.log_ratio, T(kLargestSlope) - origin.log_ratio);
+    return {math::excess(c.p, -c.gap, -c.delta), turn};
   }
 };
 
@@ -88,7 +91,8 @@ struct JensenShannon {  // beta KL(q || m) + (1-beta) KL(p || m), m = beta q + (
   static FD_FUNCTION Share<T> share(Column<T> c, Mixture<T> mix, Origin<T> origin) {
     const math::Growth<T> back = math::growth(-c.turn), forth = math::growth(c.delta);
     const T turned =
-        math::log_both(origin.share_other * back.less_one, origin.share_own + origin.share_other * back.whole).value;
+        math::log_both(origin.share_other * back.less_one, origin.share_own + origin.share_other * back.whole).value +
+        c.beyond;
     const T m_over_p = origin.log_ratio + turned;
     const T m_over_q = math::log_both(mix.rest * forth.less_one, mix.beta + mix.rest * forth.whole).value;
     const T value = mix.beta * math::excess(c.q, mix.rest * c.gap, m_over_q) +
@@ -124,11 +128,12 @@ struct SkewReverseKL {  // KL(p || m), m = beta p + (1-beta) q
     const math::Growth<T> back = math::growth(-c.turn);
     const T y = origin.share_other * back.less_one, u = origin.share_own + origin.share_other * back.whole;
     const math::Log<T> log = math::log_both(y, u);
+    const T whole_log = log.value + c.beyond;
     const T bounded = u < T(1e-30) ? T(1e-30) : u, v = y / bounded;
     // -beta p/m - ln(m/p): share_own v - ln u, where u is near 1 as a sum of two terms
     const T slope =
-        math::magnitude(y) <= T(0.25) ? -log.excess - origin.share_other * v : origin.share_own * v - finite(log.value);
-    return {math::excess(c.p, -mix.rest * c.gap, origin.log_ratio + log.value), slope};
+        math::magnitude(y) <= T(0.25) ? -log.excess - origin.share_other * v : origin.share_own * v - whole_log;
+    return {math::excess(c.p, -mix.rest * c.gap, origin.log_ratio + whole_log), slope};
   }
 };
 
@@ -136,7 +141,8 @@ struct TotalVariation {  // 1/2 sum |p - q|
   static constexpr bool centred = true, mixture = false, softmax = true;
   template <class T>
   static FD_FUNCTION Share<T> share(Column<T> c, Mixture<T>, Origin<T>) {
-    const T sign = c.gap > T(0) ? T(0.5) : (c.gap < T(0) ? T(-0.5) : T(0));
+    // Of delta, which does not underflow as the gap of two small probabilities does.
+    const T sign = c.delta > T(0) ? T(0.5) : (c.delta < T(0) ? T(-0.5) : T(0));
     return {T(0.5) * math::magnitude(c.gap), sign};
   }
 };

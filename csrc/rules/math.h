@@ -133,29 +133,29 @@ FD_FUNCTION float expm1(float x) {
 
 FD_FUNCTION double expm1(double x) { return ::expm1(clamp(x, -700.0, 700.0)); }
 
-// e^x - 1 and e^x - 1 - x with full relative precision, for |x| < 80: callers know that it is.
+// e^x - 1, e^x - 1 - x and e^x with full relative precision, for |x| < 80: callers know that it is.
 template <class T>
 struct Expm1 {
-  T value, excess;
+  T value, excess, whole;
 };
 
 FD_FUNCTION Expm1<float> bounded_expm1(float x) {
 #if defined(__CUDA_ARCH__)
   const bool small = magnitude(x) <= kHalfLn2;
-  const float excess = x * x * excess_series(x), value = exp_approx(x) - 1.0f;
-  return {small ? x + excess : value, small ? excess : value - x};
+  const float excess = x * x * excess_series(x), whole = exp_approx(x), value = whole - 1.0f;
+  return {small ? x + excess : value, small ? excess : value - x, whole};
 #else
   float n, r, power;
   reduce(x, n, r, power);
-  const float excess = r * r * excess_series(r);
-  const float value = (power - 1.0f) + power * (r + excess);
-  return {value, n == 0.0f ? excess : value - x};
+  const float excess = r * r * excess_series(r), rest = power * (r + excess);
+  const float value = (power - 1.0f) + rest;
+  return {value, n == 0.0f ? excess : value - x, power + rest};
 #endif
 }
 
 FD_FUNCTION Expm1<double> bounded_expm1(double x) {
   const double value = ::expm1(x);
-  return {value, magnitude(x) <= kHalfLn2 ? x * x * excess_series(x) : value - x};
+  return {value, magnitude(x) <= kHalfLn2 ? x * x * excess_series(x) : value - x, ::exp(x)};
 }
 
 // e^x - 1 and e^x, each with full relative precision; x is taken as 88 beyond (700 for doubles).
@@ -163,6 +163,12 @@ template <class T>
 struct Growth {
   T less_one, whole;
 };
+
+// How far x lies beyond that, which a logarithm of what grows has to add again; 0 stays 0 times anything.
+template <class T>
+FD_FUNCTION T beyond_growth(T x) {
+  return clamp(x - T(sizeof(T) == sizeof(float) ? kExpMax : 700.0f), T(0), T(1e4));
+}
 
 FD_FUNCTION Growth<float> growth(float x) {
   x = clamp(x, kExpMin, kExpMax);

@@ -80,15 +80,21 @@ FD_FUNCTION bool usable(T d) {
   return math::magnitude(d) < T(1e6);
 }
 
-// The first guess at a shift: the second of three columns, if another one agrees with it. misplaced() tells whether it
-// was good.
+// The first guess at a shift: one of three columns that another one agrees with, so that no single column spoils it.
+// misplaced() tells whether it was good. False where none was found and one of them is not on both sides.
 template <class T>
-FD_FUNCTION void guess_shift(Tempering<T>& row, Scores<T> first, Scores<T> second, Scores<T> third) {
-  const T middle = static_cast<T>(row.difference(second.a, second.b)), near = math::magnitude(middle) / T(8);
-  const T before = static_cast<T>(row.difference(first.a, first.b)) - middle;
-  const T behind = static_cast<T>(row.difference(third.a, third.b)) - middle;
-  if (usable(middle) && (math::magnitude(before) <= near || math::magnitude(behind) <= near))
+FD_FUNCTION bool guess_shift(Tempering<T>& row, Scores<T> first, Scores<T> second, Scores<T> third) {
+  const T before = static_cast<T>(row.difference(first.a, first.b));
+  const T middle = static_cast<T>(row.difference(second.a, second.b));
+  const T behind = static_cast<T>(row.difference(third.a, third.b));
+  const auto agree = [](T x, T y) { return usable(x) && math::magnitude(x - y) <= math::magnitude(x) / T(8); };
+  if (agree(middle, before) || agree(middle, behind))
     row.shift_to(second.a, second.b);
+  else if (agree(before, behind))
+    row.shift_to(first.a, first.b);
+  else
+    return usable(before) && usable(middle) && usable(behind);
+  return true;
 }
 
 // Up to this |d| (and |r|, and |D|) one expm1 serves both sides: beyond, q may underflow where p does not.
@@ -124,6 +130,7 @@ template <class T, class Accumulator>
 struct Masses {
   T max = -INFINITY, own = -INFINITY, reference = 0;  // of the teacher's largest column: b, a and d
   Accumulator sum = 0, difference = 0;
+  bool lost = false;  // a largest column had no difference to measure against
 
   FD_FUNCTION Unit<T> unit() const {
     return {max > T(-INFINITY) ? max : T(0), own > T(-INFINITY) ? own : T(0), reference};
@@ -145,6 +152,7 @@ struct Masses {
   FD_FUNCTION void raise(Scores<T> c, const Tempering<T>& row) {
     if (c.b > max) {
       const bool comparable = usable(c.d);  // else d = 0 is what is measured against
+      lost = lost || !comparable;
       const T shift = static_cast<T>(row.shift);
       const T level = row.equal ? c.b + shift : (c.b * row.inv_teacher + shift) / row.inv_student;
       move(c.b, comparable ? c.a : level, comparable ? c.d : T(0), row.inv_student, row.inv_teacher);
@@ -200,6 +208,7 @@ struct RowTerms {
   Origin<T> origin;
   T by_scores;          // 1: turn is d - turn_zero, 0: delta - turn_zero; a bool keeps loops from vectorising
   T turn_zero, anchor;  // anchor: the slope at the student's largest column
+  T top_student, top_teacher, top_delta;  // the logits there, and their delta
 };
 
 template <bool kNearBlock, class T>
@@ -210,7 +219,8 @@ FD_FUNCTION Column<T> column(Scores<T> c, const RowTerms<T>& terms) {
   if (kNearBlock) {
     const math::Expm1<T> e = math::bounded_expm1(near);
     const T gap = q * e.value;
-    return {q + gap, q, near, gap, q * e.excess, (terms.by_scores > T(0) ? c.d : near) - terms.turn_zero};
+    // Not q + gap: far below its teacher, p would be what is left of two numbers that cancel.
+    return {q * e.whole, q, near, gap, q * e.excess, (terms.by_scores > T(0) ? c.d : near) - terms.turn_zero, T(0)};
   }
   const bool is_near = math::magnitude(near) <= T(1);
   const T log_p = (c.a - row.own_max) * terms.inv_student - row.own_log, log_q = log_weight - terms.log_sum;
@@ -220,14 +230,25 @@ FD_FUNCTION Column<T> column(Scores<T> c, const RowTerms<T>& terms) {
   const T delta = is_near || by_difference ? near : log_p - log_q;
   const T difference = q * math::expm1(is_near ? near : T(0)), own = math::exp(log_p);
   const T gap = is_near ? difference : own - q, p = is_near ? q + difference : own;
-  return {p, q, delta, gap, math::excess(q, gap, delta), (terms.by_scores > T(0) ? c.d : delta) - terms.turn_zero};
+  // Of the three forms of a difference from the top's delta, that with the smallest terms (top_delta's own error is the
+  // origin's too).
+  const T from_top = (c.a - terms.top_student) * terms.inv_student,
+          other = (c.b - terms.top_teacher) * terms.inv_teacher;
+  const T size_d = math::magnitude(c.d) + math::magnitude(terms.turn_zero);
+  const T size_top = math::magnitude(from_top) + math::magnitude(other);
+  const T size_delta = math::magnitude(log_p) + math::magnitude(log_q);
+  const T by_logits = size_top <= size_delta ? from_top - other : delta - terms.top_delta;
+  const T by_scores = size_d <= size_top && (is_near || size_d <= size_delta) ? c.d - terms.turn_zero : by_logits;
+  const T turn = terms.by_scores > T(0) ? by_scores : delta - terms.turn_zero;
+  return {p, q, delta, gap, math::excess(q, gap, delta), turn, math::beyond_growth(-turn)};
 }
 
 // Slopes relative to that at the student's largest column (divergence.h). Of a mixture, only where the student has more
 // of it than its teacher: elsewhere that column is none of those whose slopes are alike.
 template <class Rule, class T>
 FD_FUNCTION RowTerms<T> row_terms(RowStats<T> stats, const Tempering<T>& tempering, Mixture<T> mixture) {
-  RowTerms<T> terms{stats, tempering.inv_student, tempering.inv_teacher, T(0), mixture, {}, T(0), T(0), T(0)};
+  RowTerms<T> terms{
+      stats, tempering.inv_student, tempering.inv_teacher, T(0), mixture, {}, T(0), T(0), T(0), T(0), T(0), T(0)};
   const double log_sum = -::log(static_cast<double>(stats.inv_sum));
   terms.log_sum = static_cast<T>(log_sum);
   // Where the rows lie far apart, D is the difference of their logarithms after all.
@@ -245,9 +266,12 @@ FD_FUNCTION RowTerms<T> row_terms(RowStats<T> stats, const Tempering<T>& temperi
       terms.origin = Rule::origin(mixture, zero);
     } else {
       terms.by_scores = usable(top.d) ? T(1) : T(0);
+      terms.origin.log_ratio = terms.by_scores > T(0) ? c.delta : T(0);
     }
     terms.turn_zero = terms.by_scores > T(0) ? top.d : zero;
+    terms.top_student = top.a, terms.top_teacher = top.b, terms.top_delta = c.delta;
     c.turn = terms.by_scores > T(0) ? T(0) : c.delta - zero;
+    c.beyond = T(0);
     terms.anchor = Rule::share(c, mixture, terms.origin).slope;
   }
   return terms;
@@ -256,7 +280,7 @@ FD_FUNCTION RowTerms<T> row_terms(RowStats<T> stats, const Tempering<T>& temperi
 template <class Rule, bool kNearBlock, class T>
 FD_FUNCTION Column<T> rule_column(Scores<T> c, const RowTerms<T>& row) {
   if (Rule::softmax) return column<kNearBlock>(c, row);
-  return {T(0), row.stats.inv_sum, c.d, T(0), T(0), T(0)};
+  return {T(0), row.stats.inv_sum, c.d, T(0), T(0), T(0), T(0)};
 }
 
 template <class T>

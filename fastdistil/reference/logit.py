@@ -16,6 +16,7 @@ from typing_extensions import Unpack
 from fastdistil.ops.logit_rule import DIVERGENCES, PHASE_ALL, LogitRule
 from fastdistil.reference.exact import LARGEST_EXACT, expm1_minus_x, log_mass_ratio, usable_reference
 
+LARGEST_SLOPE = 1e4  # log(p/q) in a gradient
 FARTHEST_ORIGIN = 60.0  # a delta up to which slopes are taken from the student's largest column, rules/divergence.h
 
 
@@ -72,7 +73,7 @@ def _shares(
     if name == "forward_kl":
         return _excess(q, gap, delta), gap
     if name == "reverse_kl":
-        return _excess(p, -gap, -delta), turn.clamp(-1e4, 1e4)
+        return _excess(p, -gap, -delta), turn
     if name == "tvd":
         return 0.5 * gap.abs(), 0.5 * gap.sign()
     m_over_q = _log(rest * torch.expm1(forth), beta + rest * torch.exp(forth))
@@ -147,6 +148,9 @@ def pair_rows(name: str, beta: float, a: Tensor, b: Tensor, d: Tensor) -> tuple[
     zero = torch.zeros_like(delta_top) if name == "reverse_kl" else delta_top.clamp(0.0, FARTHEST_ORIGIN)
     by_scores = (d_top.abs() < 1e6) & ((zero == delta_top) | (name == "reverse_kl"))
     turn = torch.where(by_scores, d - d_top, delta - zero)
+    if name == "reverse_kl":  # log(p/q) is infinite where one side is 0
+        level = torch.where(by_scores, delta_top, 0.0)
+        turn = turn.clamp(-LARGEST_SLOPE - level, LARGEST_SLOPE - level)
     value, slope = _shares(name, beta, p, q, delta, gap, turn, zero)
     if name == "forward_kl":
         return value.sum(-1), slope

@@ -89,6 +89,7 @@ __device__ Part<Compute<E>> masses_of(const E* student, const E* teacher, int64_
   });
   own.max = masses.max, own.own = masses.own, own.reference = masses.reference;
   own.sum = masses.sum, own.difference = masses.difference;
+  if (masses.lost) own.far = T(2);
   return merge_block(own, tempering);
 }
 
@@ -99,8 +100,7 @@ __device__ RowStats<Compute<E>> statistics(const E* student, const E* teacher, i
   guess_row_shift(tempering, student, teacher, columns);
   Part<T> all = masses_of(student, teacher, columns, tempering);
   // The same for every thread of the block, here and below.
-  if (misplaced(Masses<T, double>{all.max, all.own, all.reference, all.sum, all.difference})) {
-    tempering.shift_to(all.own, all.max);
+  if (shift_again<kTop>(all, tempering)) {
     all = masses_of(student, teacher, columns, tempering);
   }
   RowStats<T> stats{};

@@ -75,14 +75,14 @@ class Worker {
     });
     own.max = masses.max, own.own = masses.own, own.reference = masses.reference;
     own.sum = masses.sum, own.difference = masses.difference;
+    if (masses.lost) own.far = 2.0f;
     return exchange(own);
   }
 
   __device__ void statistics(const Row<E>& row, int64_t r) {
     Part<float> all = masses_of<true>(row);
     // The same for every thread of the cluster, here and below.
-    if (misplaced(Masses<float, double>{all.max, all.own, all.reference, all.sum, all.difference})) {
-      tempering_.shift_to(all.own, all.max);
+    if (shift_again<Rule::centred>(all, tempering_)) {
       all = masses_of<false>(row);
     }
     if (!Rule::centred) all.top_student = all.top_teacher = 0;

@@ -78,6 +78,21 @@ __device__ Part<T> merge(Part<T> own, const Tempering<T>& row, Reduce&& reduce) 
   return all;
 }
 
+// Whether the row is to be read again, with another shift: the teacher's largest column's or, where a largest column
+// had no difference, the student's (of rules with kTop, which know it).
+template <bool kTop, class T>
+__device__ bool shift_again(const Part<T>& all, Tempering<T>& row) {
+  if (misplaced(Masses<T, double>{all.max, all.own, all.reference, all.sum, all.difference})) {
+    row.shift_to(all.own, all.max);
+    return true;
+  }
+  if (!kTop || all.far != T(2) || row.shift != 0 ||
+      !usable(static_cast<T>(row.difference(all.top_student, all.top_teacher))))
+    return false;
+  row.shift_to(all.top_student, all.top_teacher);
+  return true;
+}
+
 // The student's own softmax so far.
 template <class T>
 struct OwnSum {

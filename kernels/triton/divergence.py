@@ -5,7 +5,8 @@ delta = log p - log q and gap = p - q (both exact) and returns the columns' shar
 A direct rule's gradient in the tempered student logit is its slope; a centred rule's is p (slope - sum(p slope)).
 
 rest is 1 - beta, formed in float64. A mixture's slopes are relative to an origin (`origin`), of which own, other,
-log_ratio and scale tell; turn is the delta less the origin's. At delta 0 they are the two weights, 0 and 1.
+log_ratio and scale tell (of rules without a mixture log_ratio is the origin's delta); turn is the delta less the
+origin's. At delta 0 they are the two weights, 0 and 1.
 """
 
 from __future__ import annotations
@@ -21,6 +22,12 @@ from fastdistil.kernels.triton.numerics import excess, growth, log_both
 def _bounded(delta):
     """Finite even where one side is 0, so that e^delta stays below float32's largest number."""
     return tl.minimum(tl.maximum(delta, -80.0), 80.0)
+
+
+@triton.jit
+def _beyond(turn):
+    """How far -turn lies beyond that, which a logarithm of what grows has to add again."""
+    return tl.minimum(tl.maximum(-turn - 80.0, 0.0), 1e4)
 
 
 @triton.jit
@@ -40,7 +47,7 @@ def forward_kl(p, q, delta, gap, turn, beta, rest, own, other, log_ratio, scale)
 
 @triton.jit
 def reverse_kl(p, q, delta, gap, turn, beta, rest, own, other, log_ratio, scale):
-    return excess(p, -gap, -delta), tl.minimum(tl.maximum(turn, -1e4), 1e4)
+    return excess(p, -gap, -delta), tl.minimum(tl.maximum(turn, -1e4 - log_ratio), 1e4 - log_ratio)
 
 
 @triton.jit
@@ -49,6 +56,7 @@ def jsd(p, q, delta, gap, turn, beta, rest, own, other, log_ratio, scale):
     m_over_q, _ = log_both(rest * forth, beta + rest * whole)
     back, whole = growth(_bounded(-turn))
     turned, _ = log_both(other * back, own + other * whole)
+    turned += _beyond(turn)
     value = beta * excess(q, rest * gap, m_over_q) + rest * excess(p, -beta * gap, log_ratio + turned)
     return value, -rest * turned
 
@@ -67,16 +75,17 @@ def skew_reverse_kl(p, q, delta, gap, turn, beta, rest, own, other, log_ratio, s
     y = other * back
     u = own + other * whole
     log, log_excess = log_both(y, u)
+    log += _beyond(turn)
     v = y / tl.maximum(u, 1e-30)
     # -beta p/m - ln(m/p): own v - ln u, where u is near 1 as a sum of two terms of one sign
     near = -log_excess - other * v
-    slope = tl.where(tl.abs(y) <= 0.25, near, own * v - tl.maximum(log, -1e4))
+    slope = tl.where(tl.abs(y) <= 0.25, near, own * v - log)
     return excess(p, -rest * gap, log_ratio + log), slope
 
 
 @triton.jit
 def tvd(p, q, delta, gap, turn, beta, rest, own, other, log_ratio, scale):
-    return 0.5 * tl.abs(gap), tl.where(gap > 0.0, 0.5, tl.where(gap < 0.0, -0.5, 0.0))
+    return 0.5 * tl.abs(gap), tl.where(delta > 0.0, 0.5, tl.where(delta < 0.0, -0.5, 0.0))
 
 
 @triton.jit

@@ -101,7 +101,8 @@ def hidden_fwd_kernel(
         middle = _difference_at(z_ptr, t_ptr, bias_ptr, size // 2, end > 0, HAS_BIAS, GELU)
         before = _difference_at(z_ptr, t_ptr, bias_ptr, size // 4, end > 0, HAS_BIAS, GELU)
         behind = _difference_at(z_ptr, t_ptr, bias_ptr, size // 4 * 3, end > 0, HAS_BIAS, GELU)
-        offset = tl.where(_agreed(before, middle, behind), middle, 0.0)
+        second, first = _agreed(before, middle, behind)
+        offset = tl.where(second, middle, tl.where(first, before, 0.0))
         nothing = tl.full((), 0.0, tl.float32)
         infinite = nothing - float("inf")
         max_b, own, ref, mass_b, excess = infinite, infinite, nothing, nothing, nothing

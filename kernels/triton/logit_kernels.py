@@ -34,8 +34,8 @@ def _column(
 @triton.jit
 def _tile(
     s_ptr, t_ptr, g_ptr, columns, exists, live, factor, largest, inv_sum, log_sum, shift, shift_t, log_ratio, centre,
-    ref, own_max, own_log, inv_s, inv_t, low_s, low_t, beta, rest, by_scores, zero, anchor, own, other, log_own, curve,
-    label, label_max, label_factor, label_share,
+    ref, own_max, own_log, inv_s, inv_t, low_s, low_t, beta, rest, by_scores, zero, top_a, top_b, anchor, own, other,
+    log_own, curve, label, label_max, label_factor, label_share,
     RULE: tl.constexpr, CENTRED: tl.constexpr, SOFTMAX: tl.constexpr, EQUAL: tl.constexpr, WRITE: tl.constexpr,
     LABELS: tl.constexpr,
 ):  # fmt: skip
@@ -47,7 +47,12 @@ def _tile(
         p, q, delta, gap = _column(a, b, d, largest, inv_sum, log_sum, log_ratio, ref, own_max, own_log, inv_s, inv_t)
     else:
         p, q, delta, gap = a, inv_sum, d, d
-    turn = tl.where(by_scores, d, delta) - zero if CENTRED else delta
+    turn = delta
+    if CENTRED:
+        # Of the two forms of a difference from the top's, that with the smaller terms.
+        from_top, teacher = (a - top_a) * inv_s, (b - top_b) * inv_t
+        by_d = tl.abs(d) + tl.abs(zero) <= tl.abs(from_top) + tl.abs(teacher)
+        turn = tl.where(by_scores, tl.where(by_d, d - zero, from_top - teacher), delta - zero)
     value, slope = RULE(p, q, delta, gap, turn, beta, rest, own, other, log_own, curve)
     p, value, slope = tl.where(mask, p, 0.0), tl.where(mask, value, 0.0), tl.where(mask, slope, 0.0)
     if CENTRED:
@@ -83,6 +88,8 @@ def _origin(
             own, other, log_own, curve = origin(beta, rest, zero)
         else:
             own, other, log_own, curve = origin(rest, beta, zero)
+    else:
+        log_own = tl.where(by_scores, delta, 0.0)
     turn = tl.where(by_scores, 0.0, delta - zero)
     _, anchor = RULE(p, q, delta, gap, turn, beta, rest, own, other, log_own, curve)
     return by_scores, tl.where(by_scores, d, zero), anchor, own, other, log_own, curve
@@ -105,6 +112,7 @@ def _pass(
         # A slope may be a number where the teacher's row is none.
         own_log = tl.where((largest != largest) | (inv_sum != inv_sum), float("nan"), own_log)
     by_scores, zero, anchor, own, other, log_own, curve = False, 0.0, 0.0, 1.0, 0.0, 0.0, 1.0
+    top_a = top_s + top_t if EQUAL == 2 else top_s
     if CENTRED:
         by_scores, zero, anchor, own, other, log_own, curve = _origin(
             top_s, top_t, largest, inv_sum, log_sum, shift, shift_t, log_ratio, ref, own_max, own_log, inv_s, inv_t,
@@ -115,8 +123,8 @@ def _pass(
     value, slopes = _tile(
         student_ptr + row * student_stride, teacher_ptr + row * teacher_stride, gradient_ptr + row * gradient_stride,
         columns, exists, live, factor, largest, inv_sum, log_sum, shift, shift_t, log_ratio, centre, ref, own_max,
-        own_log, inv_s, inv_t, low_s, low_t, beta, rest, by_scores, zero, anchor, own, other, log_own, curve, label,
-        label_max, label_factor, label_share, RULE, CENTRED, SOFTMAX, EQUAL, WRITE, LABELS,
+        own_log, inv_s, inv_t, low_s, low_t, beta, rest, by_scores, zero, top_a, top_t, anchor, own, other, log_own,
+        curve, label, label_max, label_factor, label_share, RULE, CENTRED, SOFTMAX, EQUAL, WRITE, LABELS,
     )  # fmt: skip
     s_body = _body(student_ptr, row, student_stride, VEC)
     t_body = _body(teacher_ptr, row, teacher_stride, VEC)
@@ -126,7 +134,7 @@ def _pass(
         v, f = _tile(
             s_body, t_body, g_body, begin + lanes, begin + lanes < body, live, factor, largest, inv_sum, log_sum,
             shift, shift_t, log_ratio, centre, ref, own_max, own_log, inv_s, inv_t, low_s, low_t, beta, rest, by_scores,
-            zero, anchor, own, other, log_own, curve, label - head, label_max, label_factor, label_share,
+            zero, top_a, top_t, anchor, own, other, log_own, curve, label - head, label_max, label_factor, label_share,
             RULE, CENTRED, SOFTMAX, EQUAL, WRITE, LABELS,
         )  # fmt: skip
         value += v

@@ -28,12 +28,14 @@ def _difference(s, t):
 
 @triton.jit
 def _tempered(z, shift, inv, inv_low):
-    """(z - shift) / T as an exact product and the small rest; inv + inv_low is 1 / T with twice the digits."""
+    """(z - shift) / T: an exact product, 2^-12 of it, 2^-24 of it; inv + inv_low is 1 / T with twice the digits."""
     x, error = _difference(z, shift)
     high, low = _split(x)
     inv_high, inv_rest = _split(inv)
-    inv_middle, inv_last = _split(inv_rest + inv_low)
-    return high * inv_high, (high * inv_middle + low * inv_high) + ((low * inv_middle + x * inv_last) + error * inv)
+    beyond, inv_beyond = _difference(inv_rest, -inv_low)
+    inv_middle, inv_last = _split(beyond)
+    middle, left = _difference(high * inv_middle, -(low * inv_high))
+    return high * inv_high, middle, (low * inv_middle + x * (inv_last + inv_beyond)) + (error * inv + left)
 
 
 @triton.jit
@@ -49,10 +51,12 @@ def _scores(s, t, inv_s, inv_t, low_s, low_t, shift, shift_t, EQUAL: tl.constexp
         x, error = _difference(s, t)
         d = ((x - shift) + tl.where(error == error, error, 0.0)) * inv_s  # NaN where x is infinite
     else:
-        a, rest_a = _tempered(s, shift, inv_s, low_s)
-        b, rest_b = _tempered(t, shift_t, inv_t, low_t)
+        a, middle_a, rest_a = _tempered(s, shift, inv_s, low_s)
+        b, middle_b, rest_b = _tempered(t, shift_t, inv_t, low_t)
         x, error = _difference(a, b)
-        fine = x + (error + (rest_a - rest_b))
+        middle, middle_error = _difference(middle_a, middle_b)
+        x, left = _difference(x, -middle)
+        fine = x + ((left + error) + (middle_error + (rest_a - rest_b)))
         rough = (s - shift) * inv_s - (t - shift_t) * inv_t
         d = tl.where(tl.abs(fine) < float("inf"), fine, rough)
     return tl.where((s == float("-inf")) & (t == float("-inf")), 0.0, d)
@@ -69,7 +73,7 @@ def _load(s_ptr, t_ptr, columns, mask, inv_s, inv_t, low_s, low_t, shift, shift_
 
 @triton.jit
 def _guess(s_ptr, t_ptr, V, live, inv_s, inv_t, EQUAL: tl.constexpr):
-    """The shift that two of three columns agree about, else 0 (rules/pair.h: guess_shift)."""
+    """The column of a shift that two of three agree about, else 0 (rules/pair.h: guess_shift)."""
     place = V // 4
     s0 = tl.load(s_ptr + place, mask=live, other=0.0).to(tl.float32)
     t0 = tl.load(t_ptr + place, mask=live, other=0.0).to(tl.float32)
@@ -81,11 +85,13 @@ def _guess(s_ptr, t_ptr, V, live, inv_s, inv_t, EQUAL: tl.constexpr):
         t0 = tl.full((), 0.0, tl.float32)
         t1 = t0
         t2 = t0
-    agree = _agreed(s0 * inv_s - t0 * inv_t, s1 * inv_s - t1 * inv_t, s2 * inv_s - t2 * inv_t)
+    second, first = _agreed(s0 * inv_s - t0 * inv_t, s1 * inv_s - t1 * inv_t, s2 * inv_s - t2 * inv_t)
+    s = tl.where(second, s1, tl.where(first, s0, 0.0))
+    t = tl.where(second, t1, tl.where(first, t0, 0.0))
     if EQUAL:
-        return tl.where(agree, s1 - t1, 0.0), tl.full((), 0.0, tl.float32)
+        return s - t, tl.full((), 0.0, tl.float32)
     else:
-        return tl.where(agree, s1, 0.0), tl.where(agree, t1, 0.0)
+        return s, t
 
 
 @triton.jit
@@ -103,8 +109,8 @@ def _move(largest, own, ref, total, difference, to, to_own, to_ref, inv_s, inv_t
 @triton.jit
 def _add_masses(a, b, d, inv_s, inv_t, shift, shift_t, largest, own, ref, total, difference):
     """One more tile in S = sum e^(b-m) and X = sum e^(b-m) expm1(d - ref), where m, own and ref are b, a and d of the
-    teacher's largest column so far (ref 0 where d is of no use): else a confident teacher's own column, nearly all of
-    X, would cancel later."""
+    teacher's largest column so far (1e-30, which moves no difference, where d is of no use): else a confident
+    teacher's own column, nearly all of X, would cancel later."""
     top = tl.max(b, 0)
     if (top > largest) | (largest == float("-inf")):
         at_top = tl.max(tl.where(b == top, d, float("-inf")), 0)
@@ -112,7 +118,7 @@ def _add_masses(a, b, d, inv_s, inv_t, shift, shift_t, largest, own, ref, total,
         usable = tl.abs(at_top) <= 1e6
         level = shift + (top - shift_t) * inv_t / inv_s  # the student's logit at which d is 0
         to_own = tl.where(top == float("-inf"), tl.maximum(own, tl.max(a, 0)), tl.where(usable, own_top, level))
-        at_top = tl.where(usable & (top != float("-inf")), at_top, 0.0)
+        at_top = tl.where(top != float("-inf"), tl.where(usable, at_top, 1e-30), 0.0)
         total, difference = _move(largest, own, ref, total, difference, top, to_own, at_top, inv_s, inv_t)
         largest = top
         own = to_own
@@ -137,11 +143,18 @@ def _misplaced(ref, total, difference):
 
 
 @triton.jit
+def _unplaced(ref):
+    """Whether the student has no mass where its teacher is largest, so that nothing tells what the shift should be."""
+    return (ref > 0.0) & (ref < 1e-29)
+
+
+@triton.jit
 def _agreed(first, second, third):
-    """Whether another one of three differences agrees with the second (rules/pair.h: guess_shift)."""
+    """Whether another one of three differences agrees with the second; with the first (rules/pair.h: guess_shift)."""
     near = tl.abs(second) / 8.0
     agree = (tl.abs(first - second) <= near) | (tl.abs(third - second) <= near)
-    return agree & (tl.abs(second) < 1e6)
+    with_first = (tl.abs(third - first) <= tl.abs(first) / 8.0) & (tl.abs(first) < 1e6)
+    return agree & (tl.abs(second) < 1e6), with_first
 
 
 @triton.jit
@@ -209,7 +222,8 @@ def _statistics(
     PART: tl.constexpr, EQUAL: tl.constexpr, TOP: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """LogitStat but for the centre, in its order; a row that does not count is not read. Where the guessed shift left a
-    constant that costs the differences digits, the pass is done again with the teacher's largest column's. The
+    constant that costs the differences digits, the pass is done again with the teacher's largest column's, or the
+    student's, where the teacher's has no difference (with TOP, which knows it). The
     student's own softmax costs a pass of its own where the rows lie too far apart for D' or ref is large (its rounding
     would be p's), and in a PART of a row, which may have no teacher mass at all."""
     head, body = _layout(row, student_stride, V, VEC)
@@ -244,7 +258,15 @@ def _statistics(
         else:
             shift = tl.where(misplaced, own, shift)
             shift_t = tl.where(misplaced, largest, shift_t)
-        tries = tl.where(misplaced, 1, 2)
+        again = misplaced
+        if TOP:
+            apart = tl.abs((top_s if EQUAL == 2 else top_s - top_t) * inv_s)
+            unplaced = _unplaced(ref) & (shift == 0.0) & (shift_t == 0.0) & (apart < 1e6) & (tries == 0)
+            shift = tl.where(unplaced, top_s - top_t if EQUAL == 1 else top_s, shift)
+            if EQUAL == 0:
+                shift_t = tl.where(unplaced, top_t, shift_t)
+            again |= unplaced
+        tries = tl.where(again, 1, 2)
     ratio = difference / total
     near = (ratio > -0.9) & (ratio < 1e3)
     log_ratio = tl.where(near, log1p(tl.where(near, ratio, 0.0)), float("inf"))

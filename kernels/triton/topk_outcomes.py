@@ -129,6 +129,8 @@ def _origin(
             own, other, log_own, curve = origin(beta, rest, zero)
         else:
             own, other, log_own, curve = origin(rest, beta, zero)
+    else:
+        log_own = tl.where(by_scores, delta, 0.0)
     turn = tl.where(by_scores, 0.0, delta - zero)
     _, anchor = RULE(p, q, delta, gap, turn, beta, rest, own, other, log_own, curve)
     return by_scores, zero, anchor, own, other, log_own, curve
