@@ -79,7 +79,8 @@ void attention(const TensorView& student_q, const TensorView& student_k, const T
   args.causal = causal, args.student_scale = student_scale, args.teacher_scale = teacher_scale;
   if (query_heads == 0) return;
   py::gil_scoped_release release;
-  (low_rank ? fastdistil::cpu::attention_low_rank : fastdistil::cpu::attention)(args, threads < 1 ? 1 : threads);
+  threads = threads < 1 ? 1 : threads;
+  if (!low_rank || !fastdistil::cpu::attention_low_rank(args, threads)) fastdistil::cpu::attention(args, threads);
 }
 
 }  // namespace

@@ -241,10 +241,11 @@ class Kernel {
       const T scale = tokens.scale(head)[at];
       const AttentionRow<T> row{w_.b + r * shape_.stride, w_.c + (r - first) * shape_.stride, keys, scale_s_ * scale};
       const Spread<T> s = scores_ ? Spread<T>{} : exact_ || wide_ ? spread<false>(row) : spread<true>(row);
+      const bool narrow = square && shape_.student <= kNarrow && s.width > T(kNarrowSpread);
       T value = 0;
       if (scores_) {
         value = score_mse(row);
-      } else if (s.near) {
+      } else if (s.near && !narrow) {
         const AttentionRow<T> whole = in_whole_vectors(row);
         T* room = w_.a + (r - first) * shape_.stride;  // no far row's
         value = square ? near_prob_mse(whole, room, s.largest_b) : near_prob_kl(whole, s.largest_b);

@@ -3,12 +3,17 @@
 // X_s Y_s^T - X_t Y_t^T = [X_s - X_t, X_t] [Y_s, Y_s - Y_t]^T =: U W^T with X = scale * Q and Y = K, so that row i's
 // squared norm is U_i M U_i^T with M = W^T W, dX_s = 2 U M's first half, dY_s = 2 W (U^T X_s): time linear in S, and
 // nothing cancels as the student's factors near its teacher's. Where only the maps are alike (factors in another basis)
-// the two halves of U W^T cancel each other: then the head is done again in double. Factors of different sizes have no
+// the two halves of U W^T cancel each other: then the head is done again in double. So it is where a row's value is far
+// below that of rows in random directions: the keys' differences then have a vector in common, which this row hardly
+// sees, and which would leave it no digits. A square of a difference loses twice the digits of the difference: where
+// double has too few, the caller is told to take the tiles of attention.cpp. Factors of different sizes have no
 // difference: U = [X_s, X_t], W = [Y_s, -Y_t], in double from the beginning.
 //
 // Work, for one head size: 11 S d^2 multiply-adds a head (3 for M, whose symmetry is used in halves, 4 for U M, 2 each
 // for U^T Q_s and dK). The floor is 8: 2 each for half of M and of U^T U, of which U^T Q_s is a sum of columns, and 2
 // each for dQ and dK. It knows only the sum of the values, where U M gives each row its own.
+#include <atomic>
+
 #include "attention_heads.h"
 #include "attention_tiles.h"
 
@@ -48,10 +53,14 @@ template <class E, class T>
 class LowRank {
   static constexpr int64_t kColumns = kTileColumns<T>;
   static_assert(kBlock % kTileRows == 0);
+  // How many times smaller a value may be than what it is made of.
+  static constexpr double kCancelled = std::is_same_v<T, double> ? 1e10 : 16;
   const AttentionArgs& args_;
   const T scale_s_, scale_t_;
   Factors<T> f_;
-  double value_ = 0, halves_ = 0;  // of all rows: the squared norm of U_i W^T, and of its two halves by themselves
+  double value_ = 0, halves_ = 0;       // of all rows: the squared norm of U_i W^T, and of its two halves by themselves
+  T left_trace_ = 0, right_trace_ = 0;  // of M's halves, over the head size
+  bool lost_ = false;                   // some row's value is far below what its length lets expect
 
  public:
   LowRank(const AttentionArgs& args, T* memory)
@@ -62,7 +71,7 @@ class LowRank {
     f_.lay_out(memory);
   }
 
-  // Returns whether at most a few bits cancelled, of factors of one size.
+  // Returns whether every row has kept its digits.
   bool run(const Item& item) {
     Sequence<E> tokens(args_, item.sequence);
     const int64_t key_head = item.key_head;
@@ -80,7 +89,7 @@ class LowRank {
       added = true;
     }
     if (args_.dk) tokens.clear_dk(key_head, !added);
-    return !(16 * value_ < halves_);
+    return !lost_ && !(kCancelled * value_ < halves_);
   }
 
  private:
@@ -132,6 +141,9 @@ class LowRank {
     }
     for (int64_t i = f_.half; i < f_.width; ++i)
       for (int64_t j = 0; j < f_.half; ++j) *gram(i, j) = *gram(j, i);
+    left_trace_ = right_trace_ = 0;
+    for (int64_t i = 0; i < f_.half; ++i) left_trace_ += *gram(i, i) / static_cast<T>(f_.size);
+    for (int64_t i = f_.half; i < f_.width; ++i) right_trace_ += *gram(i, i) / static_cast<T>(f_.teacher);
   }
 
   T* gram(int64_t i, int64_t j) { return f_.gram + j / kColumns * kColumns * f_.width + i * kColumns + j % kColumns; }
@@ -190,6 +202,8 @@ class LowRank {
       const T value = dot(left + r * f_.stride, product, f_.width);
       value_ += value * scale;
       halves_ += (of_left[r] + (dot(right + r * f_.stride, product + f_.half, rest) - across[r])) * scale;
+      const T *u = left + r * f_.stride, *v = u + f_.half;
+      lost_ = lost_ || T(kCancelled) * value < dot(u, u, f_.half) * left_trace_ + dot(v, v, rest) * right_trace_;
       tokens.values(head)[at] = static_cast<Out>(value * scale);
       if (!args_.dq) continue;
       Out* dq = tokens.dq(head) + at * f_.size;
@@ -228,9 +242,10 @@ class Kernel {
   using T = Compute<E>;
   const AttentionArgs& args_;
   T* memory_;
+  std::atomic<bool>& kept_;
 
  public:
-  Kernel(const AttentionArgs& args, T* memory) : args_(args), memory_(memory) {}
+  Kernel(const AttentionArgs& args, T* memory, std::atomic<bool>& kept) : args_(args), memory_(memory), kept_(kept) {}
 
   static int64_t memory(const AttentionArgs& args) {
     const int64_t own = Factors<T>(args).lay_out(nullptr), again = Factors<double>(args).lay_out(nullptr);
@@ -240,19 +255,22 @@ class Kernel {
   void run(const Item& item, const Item&) {
     if constexpr (!std::is_same_v<T, double>)
       if (args_.student_q.size == args_.teacher_q.size && LowRank<E, T>(args_, memory_).run(item)) return;
-    LowRank<E, double>(args_, reinterpret_cast<double*>(memory_)).run(item);
+    const bool kept = LowRank<E, double>(args_, reinterpret_cast<double*>(memory_)).run(item);
+    if (!kept && !std::is_same_v<T, double>) kept_ = false;
   }
 };
 
 }  // namespace
 
-void attention_low_rank(const AttentionArgs& args, int threads) {
+bool attention_low_rank(const AttentionArgs& args, int threads) {
+  std::atomic<bool> kept{true};
   with_element(args.dtype, [&](auto element) {
     using E = decltype(element);
     using T = Compute<E>;
     const int64_t each = Kernel<E>::memory(args);
-    for_key_heads<T>(args, threads, each, [&](T* memory) { return Kernel<E>(args, memory); });
+    for_key_heads<T>(args, threads, each, [&](T* memory) { return Kernel<E>(args, memory, kept); });
   });
+  return kept;
 }
 
 }  // namespace FD_ISA

@@ -16,6 +16,12 @@ inline namespace FD_ISA {
 // Beyond this spread of c, e^c' has lost the weights of a row: there the plain softmaxes are the better ones.
 constexpr double kLargestSpread = 40;
 
+// In heads this narrow the terms of a query's gradient, a sum over keys, may cancel all at once: then the rounding of
+// small probabilities counts, and prob_mse takes those of a student that is further than this from its teacher from its
+// own scores, whose digits e^c' does not have.
+constexpr int64_t kNarrow = 4;
+constexpr double kNarrowSpread = 4;
+
 // A larger difference of scores carries more rounding than the plain difference of two probabilities.
 constexpr double kLargestExact = 16;
 

@@ -12,7 +12,7 @@ void logit(const LogitArgs&, const LabelArgs&, int);
 void hidden(const HiddenArgs&, int);
 void topk(const TopkArgs&, int);
 void attention(const AttentionArgs&, int);
-void attention_low_rank(const AttentionArgs&, int);
+bool attention_low_rank(const AttentionArgs&, int);
 }  // namespace avx512
 namespace avx2 {
 void cross_entropy(const CrossEntropyArgs&, int);
@@ -21,7 +21,7 @@ void logit(const LogitArgs&, const LabelArgs&, int);
 void hidden(const HiddenArgs&, int);
 void topk(const TopkArgs&, int);
 void attention(const AttentionArgs&, int);
-void attention_low_rank(const AttentionArgs&, int);
+bool attention_low_rank(const AttentionArgs&, int);
 }  // namespace avx2
 #endif
 namespace generic {
@@ -31,7 +31,7 @@ void logit(const LogitArgs&, const LabelArgs&, int);
 void hidden(const HiddenArgs&, int);
 void topk(const TopkArgs&, int);
 void attention(const AttentionArgs&, int);
-void attention_low_rank(const AttentionArgs&, int);
+bool attention_low_rank(const AttentionArgs&, int);
 }  // namespace generic
 
 namespace cpu {
@@ -45,7 +45,7 @@ struct Isa {
   void (*row_moments)(const RowMomentsArgs&, int);
   void (*topk)(const TopkArgs&, int);
   void (*attention)(const AttentionArgs&, int);
-  void (*attention_low_rank)(const AttentionArgs&, int);
+  bool (*attention_low_rank)(const AttentionArgs&, int);
 };
 
 // What this processor can run, the best first.
@@ -100,7 +100,7 @@ void topk(const TopkArgs& args, int threads) { chosen->topk(args, threads); }
 
 void attention(const AttentionArgs& args, int threads) { chosen->attention(args, threads); }
 
-void attention_low_rank(const AttentionArgs& args, int threads) { chosen->attention_low_rank(args, threads); }
+bool attention_low_rank(const AttentionArgs& args, int threads) { return chosen->attention_low_rank(args, threads); }
 
 }  // namespace cpu
 }  // namespace fastdistil

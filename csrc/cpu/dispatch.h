@@ -33,6 +33,6 @@ void topk(const TopkArgs& args, int threads);
 
 // Rows, and gradients where args.dq is set; the second for score_mse of equal head sizes without a causal mask.
 void attention(const AttentionArgs& args, int threads);
-void attention_low_rank(const AttentionArgs& args, int threads);
+bool attention_low_rank(const AttentionArgs& args, int threads);  // false: too few digits, call attention
 
 }  // namespace fastdistil::cpu

@@ -8,8 +8,9 @@ This saves memory, not time: on one CPU thread, 6 heads against 12 of size 64, i
 formula's speed at S 512, at 0.6 to 0.8 times at 128.
 
 On a CPU a block in which the difference of the means has lost its digits is done again in float64, and so are the ones
-behind it: that of different heads, as a difference of rounded probabilities, and that of factors in another basis. A
-GPU would have to be waited for. The reference computes in float64 from the beginning.
+behind it: that of different heads, as a difference of rounded probabilities, that of factors in another basis, and that
+at a key where some head is sharp. A GPU would have to be waited for. The reference computes in float64 from the
+beginning.
 """
 
 from __future__ import annotations
@@ -135,7 +136,7 @@ def _open_block(
     p, q = (torch.softmax((x[:, :, r] * scale) @ k.mT, -1) for x, k, scale in sides)
     mean, q = p.mean(1), q.mean(1)
     e = mean - q
-    if e.dtype != torch.float64 and not bool(reference.kept_digits(e, q)):
+    if e.dtype != torch.float64 and not bool(reference.kept_digits(e, q) & reference.kept_at_tops(p, e, q)):
         return None
     rows, dmean = reference.compare(kind, q, e, mean, row_scale)
     if dq is None or dk is None:

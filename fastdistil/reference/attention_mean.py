@@ -12,6 +12,7 @@ from fastdistil.reference.exact import expm1_minus_x, softmax_difference, throug
 
 # Where a difference is a smaller part of what it is a difference of, float32 has lost five bits of it and more.
 SMALLEST = 1 / 32
+SHARP = 0.75  # of a head's probability on one key
 
 
 class Keys(NamedTuple):
@@ -59,15 +60,25 @@ def means(
         # The two products may cancel each other: their squares in all directions at random, against that of their sum.
         size = (dx.square().sum(-1, keepdim=True) / dx.shape[-1]) @ keys.student.square().sum(-1, keepdim=True).mT
         part, whole = (x.masked_fill(~seen, 0.0).sum(-1) for x in (c.square(), size))
-        return Means(p, difference.q.mean(1), difference.p_minus_q.mean(1), _kept(part, whole))
+        q, e = difference.q.mean(1), difference.p_minus_q.mean(1)
+        return Means(p, q, e, _kept(part, whole) & kept_at_tops(p, e, q))
     q = b.masked_fill(~seen, float("-inf")).softmax(-1).masked_fill(~seen, 0.0).mean(1)
     e = p.mean(1) - q
-    return Means(p, q, e, kept_digits(e, q))
+    return Means(p, q, e, kept_digits(e, q) & kept_at_tops(p, e, q))
 
 
 def kept_digits(e: Tensor, q: Tensor) -> Tensor:
     """Whether the difference e of two rounded maps (B, R, S) is no small part of one, q, in any row."""
     return _kept(e.square().sum(-1), q.square().sum(-1))
+
+
+def kept_at_tops(p: Tensor, e: Tensor, q: Tensor) -> Tensor:
+    """Whether the difference e of the means (B, R, S) has its digits where heads p (B, H, R, S) are sharp: the gradient
+    there is made of the other slopes less that one. Different heads of the two sides may be sharp at one key, so that
+    the means agree there though no head agrees with its teacher's."""
+    largest, at = p.max(-1, keepdim=True)
+    there = [x[:, None].expand_as(p).gather(-1, at) for x in (e, q)]
+    return ~((largest > SHARP) & (there[0].abs() < SMALLEST * there[1]) & (there[0] != 0)).any()
 
 
 def _kept(part: Tensor, whole: Tensor) -> Tensor:
