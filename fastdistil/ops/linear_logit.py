@@ -17,7 +17,7 @@ from fastdistil.backends import choose
 from fastdistil.backends.memory import new_empty
 from fastdistil.ops import linear_mse, vocab_parallel
 from fastdistil.ops.gradients import hand_out, refuse_double_backward
-from fastdistil.ops.linear_difference import Difference, form_of
+from fastdistil.ops.linear_difference import NEAR, Difference, form_of
 from fastdistil.ops.logit_rule import DIVERGENCES, LogitRule
 from fastdistil.ops.logit_terms import TAKES_DIFFERENCES, Terms, run, unpack
 from fastdistil.ops.precision import with_exact_products
@@ -166,7 +166,8 @@ def _difference(
     student: Tensor, teacher: Tensor, heads: Heads, dtype: torch.dtype, rule: LogitRule, terms: Terms, group: str
 ) -> Difference | None:
     """What forms Z_s - Z_t where the student is so near that two products would lose it."""
-    if rule["student_temperature"] != rule["teacher_temperature"] or terms.caps[:2] != terms.caps[2:]:
+    far = abs(rule["student_temperature"] / rule["teacher_temperature"] - 1) > NEAR
+    if far or terms.caps[:2] != terms.caps[2:]:
         return None
     # A part of a vocabulary has no constant of its own, and a softcap or a mean square sees it.
     free = rule["divergence"] != DIVERGENCES.index("mse") and terms.student_softcap == 0 and not group

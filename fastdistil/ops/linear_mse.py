@@ -26,7 +26,7 @@ from fastdistil.ops.logit_rule import LogitRule
 
 # How much faster a GPU multiplies in the chunks' 16 bits than in float32 (data sheets, not a record).
 LOW_PRECISION_GAIN = 12.0
-# A squared difference this many times smaller than those of its two halves has lost too many of float32's digits.
+# A row's squared difference this many times smaller than those of its two halves has lost too many of float32's digits.
 CANCELLED = 16.0
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -112,7 +112,7 @@ def _compute(
     x_s = _rows(student, rule["student_temperature"], biased, dtype)
     x_t = _rows(teacher, rule["teacher_temperature"], biased, dtype)
     grams = _grams(heads, biased, dtype, block, frozen=not (wanted[1] or wanted[2]))
-    left, right = (x_s - x_t, x_t) if same else (x_s, -x_t)
+    left, right = _apart(student, teacher, x_t, rule, biased) if same else x_s, x_t if same else -x_t
     # U [W^T Y_s, W^T E]: (A_s - A_t) Y_s and (A_s - A_t) E for every row
     first, second = left @ grams.first, right @ grams.second
     halves = torch.linalg.vecdot(first, left) + torch.linalg.vecdot(second, right)
@@ -120,7 +120,7 @@ def _compute(
     second.addmm_(left, grams.mixed)
     values = torch.linalg.vecdot(first, left) + torch.linalg.vecdot(second, right)
     unit = (scale * (rule["value_factor"] / columns)).to(dtype)
-    if dtype != torch.float64 and CANCELLED * (values @ unit) < halves @ unit:
+    if dtype != torch.float64 and bool(((CANCELLED * values < halves) & (unit != 0)).any()):
         return None
     rows = (values * unit).to(scale.dtype)
     factor = (2 * unit)[:, None]
@@ -147,6 +147,16 @@ def _rows(hidden: Tensor, temperature: float, biased: bool, dtype: torch.dtype) 
     if biased:
         x = torch.cat((x, x.new_ones(len(x), 1)), 1)
     return x if temperature == 1 else x / temperature
+
+
+def _apart(student: Tensor, teacher: Tensor, x_t: Tensor, rule: LogitRule, biased: bool) -> Tensor:
+    """X_s - X_t, whose digits are those of h_s - h_t: the quotients' own rounding would be its."""
+    apart = student.to(x_t.dtype) - teacher.to(x_t.dtype)
+    if biased:
+        apart = torch.cat((apart, apart.new_zeros(len(apart), 1)), 1)
+    t_s, t_t = rule["student_temperature"], rule["teacher_temperature"]
+    apart = apart if t_s == 1 else apart / t_s
+    return apart if t_s == t_t else apart.add_(x_t, alpha=t_t / t_s - 1)
 
 
 def _block(heads: tuple[Head, Head], part: slice, biased: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -114,7 +114,9 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """Rows (N,) times their scales, and statistics (N, ROW_STATISTICS), (0, ROW_STATISTICS) where not asked for.
 
-    differences: the source writes differences; both sides have one temperature, logit scale and softcap.
+    differences: the source writes differences; both sides have one logit scale and softcap. Of two temperatures the
+    scores' difference Z_s/T_s - Z_t/T_t is ((Z_s - Z_t) + (1 - T_s/T_t) Z_t) / T_s, in which nothing is lost either:
+    the rows then get T_s/T_t Z_t for a teacher's logits, and one temperature.
 
     scale (N,) is float32 or float64; so are the buffers. group: the name of the process group over whose ranks the
     columns are split, in the order of their ranks, or ""; labels then count through all of them, and a map is this
@@ -124,6 +126,9 @@ def run(
     rows = torch.empty_like(scale)
     if count == 0:
         return rows, statistics
+    stretch = rule["student_temperature"] / rule["teacher_temperature"] if differences else 1.0
+    if stretch != 1:
+        rule = {**rule, "teacher_temperature": rule["student_temperature"]}
     ranks = vocab_parallel.Ranks(group, source.columns, device) if group else None
     if terms.vocab_map is not None and rule["divergence"] == DIVERGENCES.index("mse"):
         scale = scale * _per_partner(terms.vocab_map, ranks, dtype)
@@ -149,6 +154,9 @@ def run(
         source.fill(chunk, student, teacher)
         if differences:
             cap_difference(student, teacher, own if with_own else None, *terms.caps[:2])
+            if stretch != 1:
+                student.add_(teacher, alpha=1 - stretch)
+                teacher *= stretch
         else:
             cap(student, *terms.caps[:2])
             cap(teacher, *terms.caps[2:])
