@@ -148,7 +148,7 @@ def excess(found: Tensor, part: Part, backend: str = "") -> tuple[float, float]:
     extra = part.extra + (part.rounding if backend in KEEPS_ROUNDING else 0.0)
     allowed = relative * size + extra
     with np.errstate(divide="ignore", invalid="ignore"):
-        units = np.where(error == 0, 0.0, error / allowed)
+        units = np.where((error == 0) | np.isposinf(allowed), 0.0, error / allowed)
         plain = np.where((error <= extra) | (size == 0), 0.0, error / size)
     return (float(units.max()), float(plain.max())) if units.size else (0.0, 0.0)
 

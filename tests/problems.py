@@ -13,7 +13,7 @@ import rows
 import torch
 import truth
 from double_double import DD, NEVER
-from judge import ULP, Part
+from judge import SMALLEST_TRUTH, ULP, Part
 from rows import HiddenCase, LinearTopkCase, LogitCase, RelationCase, Rows, TopkCase, generator
 from torch import Tensor
 
@@ -23,7 +23,7 @@ Array = Any  # numpy.ndarray of float64
 
 # Temperatures this close are to be as exact as equal ones.
 NEARLY_EQUAL = 1e-4
-DRAWS = 4  # of the roundings that a case's condition is estimated with
+DRAWS = 8  # of the roundings that a case's condition is estimated with
 TWO_TEMPERATURES = ("logit", "linear")
 
 LARGEST = {"float64": 1e300, "float32": 1e30, "bfloat16": 1e30, "float16": 6e4}
@@ -240,6 +240,8 @@ def logit(case: LogitCase) -> Problem:
     x_s = exactly(s)
     a_, b_ = truth.tempered(x_s[:, place.at_s], t_s), truth.tempered(exactly(t)[:, place.at_t], t_t)
     found = terms(case, place, *truth.divergence(case.divergence, case.beta, a_, b_), truth.tempered(x_s, 1.0))
+    free = truth.infinite_by_underflow(case.divergence, case.beta, a_, b_) & (found.tiny > 0)
+    found.value_extra = np.where(free, np.inf, found.value_extra)
     gradient = Part.of_gradient(found.gradient, found.norm, found.tiny, case.student_dtype)
     gradient.extra = gradient.extra + found.extra
     value = value_of(found, case.reduction, place.columns_s)
@@ -313,6 +315,11 @@ def topk(case: TopkCase) -> Problem:
     gradient.extra = gradient.extra + found.extra
     if case.tail == "zero":  # a difference of two numbers, which float64 rounds
         found.value_extra = found.value_extra + 64 * ULP["float64"] * found.tiny
+    # The K + 1 scores are float64, the tail's a sum of exponentials: half a unit in the last place of each moves the log
+    # ratios, of which a value is the square.
+    step = 2 * ULP["float64"] * np.abs(np.where(np.isfinite(x_s), x_s, 0.0)).max(-1) / case.temperature
+    moved = step * (step + np.sqrt(2 * np.abs(found.value) / np.maximum(found.tiny, 1e-300)))
+    found.value_extra = found.value_extra + found.tiny * np.where(np.isfinite(moved), moved, 0.0)
     values, tail, indices = teacher.values, teacher.tail, torch.from_numpy(teacher.indices)
     if case.garbage:
         s, values = spoilt(s, place.w, rng), spoilt(values, place.w, rng)
@@ -578,8 +585,8 @@ def attention(case: Any) -> Problem:
         value_part.extra = value_part.extra + blind.sum()
 
     def through(left: Array, right: Array, scale: float) -> tuple[Array, Array]:
-        """left right, and the norm of its terms' rounding."""
-        return scale * (left @ right), scale * ULP["float32"] * (np.abs(left) @ np.abs(right))
+        """left right, and its terms' rounding: of the scores' gradient, which is a float32 number, and of the sum."""
+        return scale * (left @ right), 2 * scale * ULP["float32"] * (np.abs(left) @ np.abs(right))
 
     def carried(left: Array, right: Array, scale: float) -> Array:
         return scale * np.sqrt(left**2 @ right**2)
@@ -736,7 +743,7 @@ def linear(case: Any) -> Problem:
     found, slope = found_for(z_s, z_t)
     dz = found.gradient * slope
     # 16-bit states: the gradient in the logits is rounded once, before its products.
-    extra = (found.extra / math.sqrt(place.columns_s))[:, None] * slope
+    extra = (found.extra / math.sqrt(place.columns_s) + SMALLEST_TRUTH * found.tiny)[:, None] * slope
     if case.softcap:  # the capped logit is kept, whose half unit moves 1 - (z/c)^2 by that
         extra = extra + 2 * ULP["float32"] * case.logit_scale * np.abs(found.gradient)
     if case.student_dtype != "float32":

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -520,47 +519,3 @@ STRATEGIES = {
     "linear": linear_cases,
     "linear_topk": linear_topk_cases,
 }
-
-
-# Kinds of cases that are known to be wrong and not mended yet, with one case of each in tests/data/open_cases.jsonl.
-# `make judge` leaves them out, `make fuzz` draws and counts them (docs/numerics.md).
-OPEN_KINDS: dict[str, list[tuple[str, Callable[[Any], bool]]]] = {
-    "logit": [
-        (
-            "16-bit logits at temperatures that are nearly equal",
-            lambda c: c.student_dtype != "float32" and 0 < abs(c.teacher_temperature / c.temperature - 1) < 1e-3,
-        ),
-        (
-            "total variation of many columns, of which one may have p = q to the last digit, where the slope jumps",
-            lambda c: c.divergence == "tvd" and c.columns > 300,
-        ),
-    ],
-    "attention": [
-        (
-            "prob_mse of heads of one or two columns with an attention sink",
-            lambda c: c.form == "prob_mse" and c.student_width <= 2 and c.sink != "nobody",
-        ),
-        ("prob_mse of means over heads", lambda c: c.form == "prob_mse" and c.mean_of_heads),
-        (
-            "rows of score_mse whose keys have a vector in common",
-            lambda c: c.form == "score_mse" and c.reduction == "none" and max(c.student_common, c.teacher_common) > 0,
-        ),
-    ],
-    "relation": [
-        (
-            "prob_kl of 16-bit states with a vector in common, whose value is 0 to 31 digits",
-            lambda c: c.form == "prob_kl" and c.student_dtype != "float32" and c.student_common > 0,
-        )
-    ],
-    "linear": [
-        (
-            "temperatures that are nearly equal",
-            lambda c: 0 < abs(c.teacher_temperature / c.temperature - 1) < 1e-3,
-        )
-    ],
-    "linear_topk": [("a vocabulary of one column", lambda c: c.columns == 1)],
-}
-
-
-def is_open(case: Any) -> bool:
-    return any(kind(case) for _, kind in OPEN_KINDS.get(case.loss, ()))

@@ -118,7 +118,6 @@ def test_logits_as_on_other_backends(either: Emulator) -> None:
         test_logit.test_inplace_backward_overwrites_the_logits(HOST, divergence)
 
 
-@pytest.mark.drawn
 def test_rows_as_training_makes_them(either: Emulator) -> None:
     """Without labels, whose kernel is Triton's."""
     test_rows.judge_some("logit", 15, [HOST], 3000, every_isa=False, labels=False)

@@ -1,7 +1,7 @@
 """Every loss on rows as training makes them (tests/rows.py), judged row by row against tests/truth.py.
 
-A failing case prints one line; `python tests/fuzz.py --case 'LINE'` runs it again. `make fuzz` draws more of them and
-keeps those that fail in tests/data/cases.jsonl, which are tests from then on.
+A failing case prints one line; `python tests/fuzz.py --case 'LINE'` runs it again. `make judge` runs this file and
+the CUDA kernels' cases alone; `make fuzz` draws more of them and keeps those that fail in tests/data/cases.jsonl, which are tests from then on.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ from fastdistil import _C
 
 KEPT = Path(__file__).parent / "data/cases.jsonl"
 LINES = KEPT.read_text().splitlines()
-# One case of each of rows.OPEN_KINDS.
-OPEN = (Path(__file__).parent / "data/open_cases.jsonl").read_text().splitlines()
 EVERY = {"max_examples": 300, "database": None, "deadline": None, "derandomize": True, "print_blob": False}
 CHECKS = list(HealthCheck)
 SMALL = 300  # numbers: Triton's interpreter takes seconds for more
@@ -62,17 +60,15 @@ def judge_some(
         rows.STRATEGIES[loss]().filter(lambda case: rows.size(case) <= largest and (labels or not case.label_weight))
     )
     def judged(case: object) -> None:
-        if not rows.is_open(case):
-            try:
-                check(case, backends, every_isa)
-            except AssertionError as error:
-                failures.append(str(error))
+        try:
+            check(case, backends, every_isa)
+        except AssertionError as error:
+            failures.append(str(error))
 
     judged()
     assert not failures, f"{len(failures)} of {count} cases:\n" + "\n".join(failures)
 
 
-@pytest.mark.drawn
 @pytest.mark.parametrize("loss", rows.CASES)
 def test_every_loss(loss: str) -> None:
     judge_some(loss, 300, available("reference", "cpu"))
@@ -84,21 +80,11 @@ def test_triton(loss: str) -> None:
     judge_some(loss, 10, available("triton"), SMALL)
 
 
-@pytest.mark.drawn
-@pytest.mark.parametrize("line", [x for x in LINES if not rows.is_open(rows.from_line(x))])
+@pytest.mark.parametrize("line", LINES)
 def test_kept_cases(line: str) -> None:
     """Every case that ever failed."""
     case = rows.from_line(line)
     check(case, available("reference", "cpu", *(["triton"] if rows.size(case) <= SMALL else [])))
-
-
-@pytest.mark.drawn
-def test_open_kinds() -> None:
-    """Each kind that is left out has a case on record, which is of that kind and wrong on this machine or another."""
-    cases = [rows.from_line(line) for line in OPEN]
-    for loss, kinds in rows.OPEN_KINDS.items():
-        for name, kind in kinds:
-            assert any(case.loss == loss and kind(case) for case in cases), f"{loss}: {name}"
 
 
 # ---- the truth itself, against 50 digits

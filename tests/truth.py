@@ -19,6 +19,7 @@ Array = Any  # numpy.ndarray of float64
 
 # The bound of log(p / q) in gradients where the teacher's probability is 0 (docs/losses.md, section 1).
 LARGEST_SLOPE = 1e4
+SMALLEST_NORMAL = 2.0**-126  # of float32
 
 
 def log_softmax(x: DD) -> DD:
@@ -76,6 +77,19 @@ def of_log_probabilities(name: str, beta: float, lp: DD, lq: DD) -> tuple[Array,
     return value, (rest * p * (delta - own)).double()
 
 
+def infinite_by_underflow(name: str, beta: float, a: DD, b: DD) -> Array:
+    """Rows (...,) whose value is infinite only for the sake of probabilities below float32's smallest normal number,
+    which may be taken for 0: then it is the sum of the others."""
+    lp, lq = log_softmax(a), log_softmax(b)
+    if name == "reverse_kl" or (name == "skew_reverse_kl" and beta == 0):
+        there, absent = lp.hi, lq.hi <= NEVER
+    elif name == "forward_kl" or (name == "skew_kl" and beta == 0):
+        there, absent = lq.hi, lp.hi <= NEVER
+    else:
+        return np.zeros(lp.hi.shape[:-1], bool)
+    return ~(absent & (there >= math.log(SMALLEST_NORMAL))).any(-1) & (absent & (there > NEVER)).any(-1)
+
+
 def _centred(p: DD, slope: DD) -> Array:
     return (p * (slope - (p * slope).sum(keepdims=True))).double()
 
@@ -126,8 +140,13 @@ def topk(
         scattered.hi[np.broadcast_to(every, at.shape)[there], at[there]] = share.hi[there]
         scattered.lo[np.broadcast_to(every, at.shape)[there], at[there]] = share.lo[there]
         return value, (gradient - scattered).double()
-    p_rest = D.where(chosen, 0.0, p).sum(keepdims=True)
-    outcomes_p = D.where_last(D.where(there, lp[every, at], NEVER), D.log(p_rest))
+    # The logarithm of the others' sum, which itself may underflow.
+    others = D.where(chosen, NEVER, lp)
+    largest = D.where(others.max().hi <= NEVER, 0.0, others.max())
+    above = D.exp(others - largest)
+    some = above.hi.max(-1, keepdims=True) > 0
+    lp_rest = D.where(some, D.log(D.where(some, above.sum(keepdims=True), 1.0)) + largest, NEVER)
+    outcomes_p = D.where_last(D.where(there, lp[every, at], NEVER), lp_rest)
     # From the logarithms themselves: a probability may be too small for any number.
     log_rest = D.log(rest)
     if given is not None:
@@ -135,7 +154,7 @@ def topk(
     known = D.where_last(D.where(there, np.where(there, u, 0.0), NEVER), log_rest[:, None])
     lq = D.where(known.hi <= NEVER, NEVER, known - D.log(kept.sum() + rest)[:, None])
     value, slope = of_log_probabilities(name, beta, outcomes_p, lq)
-    share = p.double() / np.where(p_rest.hi > 0, p_rest.double(), 1.0)
+    share = D.exp(D.where(chosen | ~some, NEVER, lp - lp_rest)).double()
     gradient = np.where(chosen, 0.0, slope[:, -1:] * share)
     gradient[np.broadcast_to(every, at.shape)[there], at[there]] = slope[:, :-1][there]
     return value, gradient
@@ -201,7 +220,8 @@ def maps(form: str, a: DD, b: DD, visible: Array, mean_of_heads: bool) -> tuple[
         share = 2.0 / a.shape[1] if mean_of_heads else 2.0
         return (d * d).sum().double(), np.broadcast_to((d * share).double(), a.shape)
     seen = visible.any(-1)[..., None]
-    p, q = (D.where(visible, D.exp(log_softmax(D.where(visible | ~seen, x, NEVER))), 0.0) for x in (a, b))
+    lp, lq = (log_softmax(D.where(visible | ~seen, x, NEVER)) for x in (a, b))
+    p, q = (D.where(visible, D.exp(x), 0.0) for x in (lp, lq))
     p_, q_ = p, q
     if mean_of_heads:
         p_, q_ = ((x.sum(1) / float(x.shape[1]))[:, None] for x in (p, q))
@@ -213,8 +233,8 @@ def maps(form: str, a: DD, b: DD, visible: Array, mean_of_heads: bool) -> tuple[
         value = np.where(((p_.hi == 0) & (q_.hi > 0)).any(-1), np.inf, (q_ * ratio).sum().double())
         slope = (p_ - q_) / D.where(p_.hi > 1e-290, p_, 1.0)  # 1 - q/p: the 1 is centred away
     if not mean_of_heads:
-        if form == "prob_kl":
-            return value, (p - q).double()
+        if form == "prob_kl":  # from the logarithms, which do not underflow
+            return (q * D.where(visible, lq - lp, 0.0)).sum().double(), (p - q).double()
         return value, _centred(p, slope)
     slope = slope / float(p.shape[1])
     return value, _centred(p, slope)
