@@ -6,13 +6,15 @@ import json
 import os
 import shutil
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+
+from fastdistil.fingerprint import bare_names, same_data
 
 STATE, WEIGHTS = "state.json", "model.safetensors"
 
@@ -79,7 +81,8 @@ class Checkpoints:
         run = state["run"]
         for key, value in self.fingerprint.items():
             # Earlier versions knew less of a run.
-            if (key in run or "files" in state) and run.get(key) != value:
+            known = key in run or "files" in state
+            if known and not (same_data(run.get(key), value) if key == "data" else run.get(key) == value):
                 raise ValueError(
                     f"train: {folder} was written with {key} = {run.get(key)!r}, this run has {value!r}; "
                     "choose another folder or delete this one"
@@ -95,15 +98,6 @@ class Checkpoints:
                 raise FileNotFoundError(f"train: {path} is missing, expected it in a complete checkpoint")
             if size is not None and path.stat().st_size != size:
                 raise ValueError(f"train: {path} has {path.stat().st_size} bytes, expected {size}")
-
-
-def bare_names(names: Iterable[str], parallel: bool = False) -> dict[str, str]:
-    """{name: name without what torch.compile and, where `parallel`, data parallelism put around the module}."""
-    found = {}
-    for name in names:
-        parts = [part for part in name.split(".") if part != "_orig_mod"]
-        found[name] = ".".join(parts[1:] if parallel and parts[0] == "module" else parts)
-    return found
 
 
 def _is_parallel(module: nn.Module) -> bool:

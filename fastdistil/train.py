@@ -30,6 +30,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from fastdistil.checkpoints import Checkpoints
+from fastdistil.fingerprint import of_data
 
 Example = TypeVar("Example")
 Batch = Mapping[str, Tensor]
@@ -42,7 +43,11 @@ class Objective(Protocol):
         """Each term's weighted sum over the batch, divided by items[name], 0-d, by name; the loss is their sum."""
 
     def counts(self, batch: Batch) -> Mapping[str, Tensor]:
-        """Number of items of each term in the batch, 0-d, by the same names; needs no forward pass."""
+        """Number of items of each term in the batch, 0-d, by the same names; needs no forward pass.
+
+        An objective may also have `fingerprint() -> {"teacher": ..., "terms": ...}`, of what JSON holds: a checkpoint
+        is refused where they are not those that it was written with.
+        """
 
 
 @dataclass(frozen=True)
@@ -116,6 +121,13 @@ def _interrupts() -> Iterator[threading.Event]:
         yield asked
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def _fingerprint(objective: Any, data: Sequence[Any], options: Options, processes: int) -> dict[str, Any]:
+    """What a run must have in common with the one that it continues."""
+    common = {**asdict(options), "examples": len(data), "processes": processes, "data": of_data(data)}
+    own = getattr(objective, "fingerprint", dict)
+    return common | {"teacher": None, "terms": None} | own()
 
 
 OptimizerFactory = Callable[[nn.Module, Options], torch.optim.Optimizer]
@@ -208,9 +220,9 @@ def train(
     the first: {"step", "lr", one entry a term}.
 
     Raises ValueError where `data` is empty, nothing trains, `optimizer` steps inside of the backward under options that
-    need all gradients, `out` holds a checkpoint of other options, or processes were started of which accelerate knows
-    nothing, and KeyboardInterrupt after Ctrl-C, once the current step is saved. Warns of parameters that require grad
-    and get none in the first step.
+    need all gradients, `out` holds a checkpoint of other options, data, terms or another teacher, or processes were
+    started of which accelerate knows nothing, and KeyboardInterrupt after Ctrl-C, once the current step is saved. Warns
+    of parameters that require grad and get none in the first step.
     """
     if len(data) == 0:
         raise ValueError("train: data is empty")
@@ -221,6 +233,7 @@ def train(
     _check_in_backward(updates, options, accelerator.num_processes)
     gradients_stay = not getattr(updates, "step_in_backward", False)
     scheduler = LambdaLR(updates, options.lr_factor)
+    common = {} if out is None else _fingerprint(objective, data, options, accelerator.num_processes)
     torch.manual_seed(options.seed)  # dropout; after a resume the checkpoint's generators replace it
     module, updates = accelerator.prepare(objective, updates)
     accelerator.register_for_checkpointing(scheduler)
@@ -228,7 +241,7 @@ def train(
     checkpoints = None
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        checkpoints = Checkpoints(out, accelerator, {**asdict(options), "examples": len(data)})
+        checkpoints = Checkpoints(out, accelerator, common)
         start, history = checkpoints.load()
     counted: Any = objective
     module.train()

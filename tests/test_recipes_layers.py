@@ -151,6 +151,26 @@ def test_training_brings_the_student_closer(recipe: str) -> None:
     assert torch.equal(words, before) == (recipe == "lightmbert")
 
 
+def test_a_run_does_not_continue_with_another_teacher(tmp_path: Path) -> None:
+    def run(teacher: Any, share: float = 1.0) -> Any:
+        objective = LayerObjective(with_blocks(_teacher(), [0]), teacher, [LayerPair("hidden", 1, 4, share)])
+        return train(objective, range(8), _batch, lightmbert.options(1, batch_size=2), out=tmp_path)
+
+    history = run(_teacher())
+    assert run(torch.compile(_teacher(), backend="eager")) == history
+    other, named = _teacher(), _teacher()
+    with torch.no_grad():
+        other.encoder.layer[3].output.dense.weight.mul_(1.01)
+    named.config.layer_norm_eps = 1e-6
+    for teacher in (other, named):
+        with pytest.raises(ValueError, match=r"step-1 was written with teacher = '\w+', this run has '\w+'"):
+            run(teacher)
+    with pytest.raises(
+        ValueError, match=r"terms = \['hidden_1_4, scale 1.0'\], this run has \['hidden_1_4, scale 0.5'"
+    ):
+        run(_teacher(), 0.5)
+
+
 def test_bad_calls() -> None:
     teacher = _teacher()
     with pytest.raises(ValueError, match=r"with_blocks: blocks holds 4, expected 0 to 3"):

@@ -4,14 +4,18 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from fastdistil.fingerprint import function_name, of_data, same_data
 from fastdistil.recipes.pairs import Pair, PairObjective, Stage, cross_entropy, run_stages, set_trainable
 from fastdistil.sparse import SparseAdamW
 from fastdistil.train import Options, batch_indices, train
@@ -180,6 +184,54 @@ def test_a_checkpoint_that_is_not_whole_is_an_error(tmp_path):
     generators.unlink()
     with pytest.raises(FileNotFoundError, match="random_states_0.pkl is missing, expected it in a complete checkpoint"):
         train(Squares(), examples(), collate, Options(2), out=tmp_path)
+
+
+def test_other_data_of_the_same_length_is_refused(tmp_path):
+    data = examples()
+    train(Squares(), data, collate, Options(2), out=tmp_path)
+    near = [(x * (1 + 1e-6), y) for x, y in data]  # as a teacher's second run
+    train(Squares(), near, collate, Options(2), out=tmp_path)
+    for other in ([(x, 2 * y) for x, y in data], data[::-1]):
+        with pytest.raises(ValueError, match=r"step-2 was written with data = {'hash': .*}, this run has {"):
+            train(Squares(), other, collate, Options(2), out=tmp_path)
+    edit_state(tmp_path / "step-2", lambda state: [state["run"].pop("data"), state.pop("files")])
+    train(Squares(), data[::-1], collate, Options(2), out=tmp_path)  # an earlier version's, which did not know
+
+
+def test_other_terms_are_refused(tmp_path):
+    data = [[i, (i + 3) % 10, 0] for i in range(10)]
+    for scale in (1.0, 0.5):
+        pair = Pair("labels", lambda out: out.logits, "labels", cross_entropy, "words", scale=scale)
+        stage = Stage("all", [pair], data, Options(1, batch_size=5))
+        if scale == 1.0:
+            run_stages(Tagger(), [stage], tagging, out=tmp_path)
+        else:
+            with pytest.raises(
+                ValueError, match=r"was written with terms = .*cross_entropy.*scale 1.0.* has .*scale 0.5"
+            ):
+                run_stages(Tagger(), [stage], tagging, out=tmp_path)
+
+
+def test_a_fingerprint_of_data_knows_its_kinds():
+    @dataclass
+    class Row:
+        text: str
+        values: object
+        other: object = None
+
+    def rows(change):
+        values = {"ids": np.arange(3), "at": torch.tensor(2), "mask": [True, None], "share": 0.5, "none": torch.ones(0)}
+        return [Row(f"row {i}", {**values, **change}, object()) for i in range(20)]
+
+    seen = [of_data(rows(x)) for x in ({}, {"ids": np.arange(1, 4)}, {"mask": [False, None]}, {"share": 0.6}, {})]
+    assert same_data(seen[0], seen[-1]) and not any(same_data(seen[0], x) for x in seen[1:-1])
+
+    class Drawn(list):
+        def __getitem__(self, i):
+            return torch.rand(3)
+
+    assert of_data(Drawn([0] * 20)) is None  # rows that are drawn anew are not held against a run
+    assert function_name(partial(cross_entropy, weight=2, items=object())) == "cross_entropy(items=object, weight=2)"
 
 
 # Dropout makes the generator's state matter; print after every step so that the parent can kill in the middle.

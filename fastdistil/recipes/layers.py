@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import fastdistil as fd
+from fastdistil.fingerprint import of_teacher
 from fastdistil.train import Batch
 
 
@@ -69,6 +71,11 @@ class LayerObjective(nn.Module):
                 loss = fd.attention_loss(*maps, kind=pair.kind, mask=mask, reduction="sum") / divisor
             terms[pair.name] = loss
         return terms
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a checkpoint's run must have in common with this one: the teacher and the pairs."""
+        terms = [f"{pair.name}, scale {pair.scale}" for pair in self.pairs]
+        return {"teacher": of_teacher(self._teacher[0]), "terms": terms}
 
     def counts(self, batch: Batch) -> Mapping[str, Tensor]:
         tokens = batch["attention_mask"].sum(1)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdistil.fingerprint import function_name
 from fastdistil.train import Batch, OptimizerFactory, Options, adamw, train
 
 PairLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -76,8 +77,19 @@ class PairObjective(nn.Module):
             terms[pair.name] = pair.loss(student, batch[pair.teacher], batch[pair.weight], divisor)
         return terms
 
+    def fingerprint(self) -> dict[str, Any]:
+        """What a checkpoint's run must have in common with this one: the pairs. The teacher is in the data."""
+        return {"terms": [_said(pair) for pair in self.pairs]}
+
     def counts(self, batch: Batch) -> Mapping[str, Tensor]:
         return {pair.name: batch[pair.weight].sum() for pair in self.pairs}
+
+
+def _said(pair: Pair) -> str:
+    """A pair in one line, the same in every run."""
+    student, loss = function_name(pair.student), function_name(pair.loss)
+    projection = None if pair.projection is None else type(pair.projection).__name__
+    return f"{pair.name}: {loss}({student}, {pair.teacher}, {pair.weight}, {projection}), scale {pair.scale}"
 
 
 def set_trainable(student: nn.Module, frozen: Iterable[str], trained: Iterable[str] = ()) -> None:
