@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+import fastdistil as fd
 from fastdistil.models.student import with_blocks
-from fastdistil.recipes import bistil, lightmbert
+from fastdistil.recipes import bistil, lightmbert, xtremedistil
 from fastdistil.recipes.layers import LayerObjective, LayerPair
+from fastdistil.recipes.pairs import PairObjective
 from fastdistil.train import train
 
 transformers = pytest.importorskip("transformers")
@@ -149,6 +151,24 @@ def test_training_brings_the_student_closer(recipe: str) -> None:
     loss = [sum(v for k, v in record.items() if k not in ("step", "lr")) for record in history]
     assert sum(loss[-5:]) < 0.7 * sum(loss[:5])
     assert torch.equal(words, before) == (recipe == "lightmbert")
+
+
+@pytest.mark.parametrize("family", ["ModernBert", "Llama", "Bert"])
+def test_a_representation_is_what_capture_takes(family: str) -> None:
+    """The last block's output, where hidden_states[-1] of ModernBERT and Llama is behind one more norm."""
+    more = {"cls_token_id": 1, "sep_token_id": 2} if family == "ModernBert" else {}
+    config = getattr(transformers, f"{family}Config")(**SIZES, **more, num_hidden_layers=2)
+    student = transformers.AutoModelForTokenClassification.from_config(config).eval()
+    batch = {**_batch([1]), "teacher_hidden": torch.randn(1, 12, 16)}
+    batch["input_ids"] %= 50
+    objective = PairObjective(student, [xtremedistil.representation(torch.nn.Identity())])
+    found = objective(batch, objective.counts(batch))["hidden"]
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with fd.capture(student, hidden_states=[2]) as captured:
+        shown = student(**inputs, output_hidden_states=True).hidden_states[-1]
+    assert torch.equal(shown, captured.hidden_states[2]) == (family == "Bert")
+    difference = (captured.hidden_states[2] - batch["teacher_hidden"])[batch["attention_mask"].bool()]
+    torch.testing.assert_close(found, difference.square().mean(), rtol=1e-5, atol=1e-6)
 
 
 def test_a_run_does_not_continue_with_another_teacher(tmp_path: Path) -> None:

@@ -97,6 +97,19 @@ def test_datasets_and_data_loaders(tmp_path: Path) -> None:
         assert torch.equal(x, hidden_examples()[i])
 
 
+def test_columns_of_datasets_stay_beside_the_store(tmp_path: Path) -> None:
+    write_hidden(tmp_path / "s")
+    table = teacher.open(tmp_path / "s").to_datasets()
+    counted = table.map(lambda row: {"tokens": len(row["hidden"])}).add_column("label", list(range(8)))
+    row = counted.shuffle(seed=1).select([2])[0]
+    assert row["tokens"] == LENGTHS[row["example"]] and row["label"] == row["example"]
+    assert torch.equal(row["hidden"], hidden_examples()[row["example"]])
+    assert list(counted["tokens"]) == list(LENGTHS)
+    assert counted.select_columns(["label"])[3] == {"label": 3}
+    doubled = table.map(lambda row: {"hidden": row["hidden"] * 2})
+    assert torch.equal(torch.tensor(doubled[2]["hidden"]), hidden_examples()[2] * 2)
+
+
 def test_an_error_leaves_the_complete_shards_and_a_second_writer_continues(tmp_path: Path) -> None:
     path = tmp_path / "s"
     with pytest.raises(RuntimeError, match="out of power"), hidden_writer(path) as writer:
@@ -396,6 +409,42 @@ def test_write_refuses_a_head_that_is_not_the_whole_story(tmp_path: Path) -> Non
         teacher.write(bert(0), [{"ids": torch.ones(1, 2)}], tmp_path / "u", progress=False)
     with pytest.raises(TypeError, match="loader gave a batch whose text is list, expected tensors"):
         teacher.write(bert(0), [{"input_ids": torch.ones(1, 2), "text": ["a"]}], tmp_path / "v", progress=False)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen3"])
+def test_a_packed_batch_of_a_decoder_is_written_sequence_by_sequence(tmp_path: Path, family: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        intermediate_size=24, initializer_range=0.5, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    first, second = torch.randint(3, 50, (1, 5)), torch.randint(3, 50, (1, 6))
+    packed = {"input_ids": torch.cat((first, second), 1)}
+    packed["position_ids"] = torch.cat((torch.arange(5), torch.arange(6)))[None]
+    together = teacher.write(model, [packed], tmp_path / "packed", progress=False)
+    alone = teacher.write(model, [{"input_ids": second}], tmp_path / "alone", progress=False)
+    torch.testing.assert_close(together[0]["hidden"][5:], alone[0]["hidden"], atol=1e-4, rtol=1e-4)
+    assert model.config.use_cache
+
+
+@pytest.mark.parametrize("kind", ["hidden", "topk"])
+def test_a_token_classifier_is_a_teacher(tmp_path: Path, kind: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = bert(0).config
+    config.num_labels = 5
+    model = transformers.BertForTokenClassification(config).eval()
+    store = teacher.write(model, batches(), tmp_path / "s", kind=kind, k=2, progress=False)
+    with torch.no_grad():
+        logits = model(**batches()[0]).logits[0][: store.length(0)]
+    if kind == "hidden":
+        torch.testing.assert_close(store.head(store[0]["hidden"]), logits, atol=1e-5, rtol=1e-5)
+    else:
+        torch.testing.assert_close(store[0]["values"], logits.log_softmax(-1).topk(2).values, atol=1e-5, rtol=1e-5)
+    whole = transformers.BertForSequenceClassification(config)
+    with pytest.raises(ValueError, match=r"model gave logits \(4, 5\) for \(4, 8\) tokens"):
+        teacher.write(whole, batches(), tmp_path / "t", kind=kind, k=2, progress=False)
 
 
 def test_importing_fastdistil_stays_light() -> None:

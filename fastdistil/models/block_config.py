@@ -1,7 +1,8 @@
-"""The configuration of a model that keeps some of its blocks: what it says block by block is cut with them.
+"""Configurations of transformers models: all that a model holds, and that of one which keeps some of its blocks.
 
-A transformers model is built again from its configuration when it is loaded. Whether the cut configuration builds the
-blocks that were kept is seen by building both models without memory, on the meta device.
+What a configuration says block by block is cut with the blocks, as a model is built from it when it is loaded. Whether
+the cut configuration builds the blocks that were kept is seen by building both models without memory, on the meta
+device.
 """
 
 from __future__ import annotations
@@ -94,3 +95,15 @@ def _facts(block: nn.Module) -> Iterator[tuple[str, Any]]:
                 yield f"{path}.{name}".lstrip("."), value
     for name, parameter in block.named_parameters():
         yield f"{name}.shape", tuple(parameter.shape)
+
+
+def configurations(model: nn.Module) -> list[Any]:
+    """The transformers configurations in a model, each once, those inside of another one included."""
+    found: dict[int, Any] = {}
+    waiting = [getattr(module, "config", None) for module in model.modules()]
+    while waiting:
+        config = waiting.pop()
+        if hasattr(config, "to_diff_dict") and id(config) not in found:
+            found[id(config)] = config
+            waiting.extend(vars(config).values())
+    return list(found.values())

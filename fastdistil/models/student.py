@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertForTokenClassification
 
-from fastdistil.models.block_config import check_rebuilds, cut_config
+from fastdistil.models.block_config import check_rebuilds, configurations, cut_config
 from fastdistil.models.capture import base_model, block_list
 
 
@@ -162,22 +162,8 @@ def without_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-    holders = [*model.modules(), *_configs(model)]
+    holders = [*model.modules(), *configurations(model)]
     for holder in holders:
         for name, value in list(vars(holder).items()):
             if "drop" in name and isinstance(value, (int, float)) and not isinstance(value, bool):
                 setattr(holder, name, 0.0)
-
-
-def _configs(model: nn.Module) -> list[Any]:
-    """The transformers configurations in a model, each once, those inside of another one included."""
-    from transformers import PreTrainedConfig
-
-    found: dict[int, Any] = {}
-    waiting = [getattr(module, "config", None) for module in model.modules()]
-    while waiting:
-        config = waiting.pop()
-        if isinstance(config, PreTrainedConfig) and id(config) not in found:
-            found[id(config)] = config
-            waiting.extend(vars(config).values())
-    return list(found.values())

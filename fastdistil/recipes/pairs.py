@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import fastdistil as fd
 from fastdistil.fingerprint import function_name
+from fastdistil.models.capture import Captured
 from fastdistil.train import Batch, OptimizerFactory, Options, adamw, train
 
 PairLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -22,15 +24,16 @@ PairLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 class Pair:
     """One term of a stage.
 
-    `student` picks a tensor from the student's transformers output; `teacher` and `weight` name entries of the batch
-    (the weight has one 0/1 entry a token and its sum is the term's number of items); `loss` is told by how many items
-    of the whole step to divide;
-    `projection` maps the student's tensor to the teacher's width and trains with the student; `scale` is the term's
-    share in the stage's loss.
+    `student` picks a tensor from the student's transformers output, or is the number of a layer, whose state is taken
+    as `fd.capture` does: -1 is the last block's output before the norm behind it, which `hidden_states[-1]` of
+    ModernBERT's or Llama's output is not. `teacher` and `weight` name entries of the batch (the weight has one 0/1
+    entry a token and its sum is the term's number of items); `loss` is told by how many items of the whole step to
+    divide; `projection` maps the student's tensor to the teacher's width and trains with the student; `scale` is the
+    term's share in the stage's loss.
     """
 
     name: str
-    student: Callable[[Any], Tensor]
+    student: Callable[[Any], Tensor] | int
     teacher: str
     loss: PairLoss
     weight: str
@@ -64,18 +67,27 @@ class PairObjective(nn.Module):
         self.pairs = tuple(pairs)
 
     def forward(self, batch: Batch, items: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        out = self.student(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True
-        )
+        layers = {self._layer(pair.student) for pair in self.pairs if isinstance(pair.student, int)}
+        with fd.capture(self.student, hidden_states=layers) if layers else nullcontext(Captured()) as captured:
+            out = self.student(
+                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True
+            )
         terms: dict[str, Tensor] = {}
         for pair in self.pairs:
-            student = pair.student(out)
+            if isinstance(pair.student, int):
+                student = captured.hidden_states[self._layer(pair.student)]
+            else:
+                student = pair.student(out)
             if pair.name in self.projections:
                 student = self.projections[pair.name](student)
             # The scale goes into the divisor: what follows the loss would cost its gradient another pass.
             divisor = items[pair.name] / pair.scale
             terms[pair.name] = pair.loss(student, batch[pair.teacher], batch[pair.weight], divisor)
         return terms
+
+    def _layer(self, number: int) -> int:
+        config: Any = self.student.config
+        return number if number >= 0 else int(config.num_hidden_layers) + 1 + number
 
     def fingerprint(self) -> dict[str, Any]:
         """What a checkpoint's run must have in common with this one: the pairs. The teacher is in the data."""
@@ -87,7 +99,8 @@ class PairObjective(nn.Module):
 
 def _said(pair: Pair) -> str:
     """A pair in one line, the same in every run."""
-    student, loss = function_name(pair.student), function_name(pair.loss)
+    student = f"layer {pair.student}" if isinstance(pair.student, int) else function_name(pair.student)
+    loss = function_name(pair.loss)
     projection = None if pair.projection is None else type(pair.projection).__name__
     return f"{pair.name}: {loss}({student}, {pair.teacher}, {pair.weight}, {projection}), scale {pair.scale}"
 

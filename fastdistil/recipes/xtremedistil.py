@@ -39,10 +39,11 @@ def logit_kl(student: Tensor, teacher: Tensor, weight: Tensor, items: Tensor) ->
 
 
 def representation(projection: nn.Module, scale: float = 1.0) -> Pair:
-    """The student's last states through `projection` (D_s -> D) against the teacher's, on every real piece."""
-    return Pair(
-        "hidden", lambda out: out.hidden_states[-1], "teacher_hidden", hidden_mse, "attention_mask", projection, scale
-    )
+    """The student's last states through `projection` (D_s -> D) against the teacher's, on every real piece.
+
+    Those of the last block, as `fd.capture` takes them: before the norm that ModernBERT or Llama have behind it.
+    """
+    return Pair("hidden", -1, "teacher_hidden", hidden_mse, "attention_mask", projection, scale)
 
 
 def logits(weight: str = "words", scale: float = 1.0) -> Pair:

@@ -145,16 +145,18 @@ class Store(Dataset[Example]):
 
     def to_datasets(self) -> Any:
         """A datasets.Dataset of the same examples: a column "example" that is looked up in the store when it is read,
-        so that nothing is copied."""
+        so that nothing is copied. Columns that are added stand beside what is looked up; one of the same name, such as
+        a "hidden" that map makes, takes its place."""
         import datasets
 
         numbers = datasets.Dataset.from_dict({"example": list(range(len(self)))})
         return numbers.with_transform(self._look_up)
 
     def _look_up(self, batch: dict[str, list[int]]) -> dict[str, list[Any]]:
+        if "example" not in batch:  # where it was left out with select_columns
+            return batch
         examples = [self[i] for i in batch["example"]]
-        columns = {name: [x[name] for x in examples] for name in self.index.fields}
-        return {"example": batch["example"], **columns}
+        return {name: [x[name] for x in examples] for name in self.index.fields} | batch
 
 
 def open(path: str | Path, *, incomplete: bool = False) -> Store:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdistil.models.block_config import configurations
 from fastdistil.teacher import format as files
 from fastdistil.teacher.store import Store, open
 from fastdistil.teacher.writer import Writer
@@ -39,8 +40,9 @@ def write(
     same examples in the same order.
 
     Args:
-        model: a transformers model with a linear head (get_output_embeddings), such as AutoModelForMaskedLM's or
-            AutoModelForCausalLM's, on its device; it is in eval mode while this runs.
+        model: a transformers model with a linear head (get_output_embeddings, or the `classifier` or `score` of a token
+            classifier, whose V is its classes), such as AutoModelForMaskedLM's, AutoModelForCausalLM's or
+            AutoModelForTokenClassification's, on its device; it is in eval mode and without a cache while this runs.
         loader: batches for model(**batch): at least input_ids (B, S); where attention_mask (B, S) is 0, nothing is
             written. Not labels.
         path: the store's folder.
@@ -60,10 +62,7 @@ def write(
         ValueError: where the model has no linear head, or its logits are not that head's (a cap or a scale on top: use
             kind "topk"); and Writer's errors.
     """
-    get_head = getattr(model, "get_output_embeddings", None)
-    head: Any = get_head() if callable(get_head) else None
-    if not isinstance(getattr(head, "weight", None), Tensor):
-        raise ValueError(f"{_NAME}: model is {type(model).__name__}, which has no output embeddings, expected one with")
+    head = _head(model)
     weight: Tensor = head.weight
     hidden_kind = kind == "hidden"
     config: Any = getattr(model, "config", None)
@@ -90,6 +89,23 @@ def write(
     return open(path)
 
 
+def _head(model: nn.Module) -> Any:
+    """The last linear layer: over the vocabulary, or over the classes of a token classifier."""
+    get_head = getattr(model, "get_output_embeddings", None)
+    heads = [
+        get_head() if callable(get_head) else None,
+        getattr(model, "classifier", None),
+        getattr(model, "score", None),
+    ]
+    for head in heads:
+        if isinstance(getattr(head, "weight", None), Tensor):
+            return head
+    raise ValueError(
+        f"{_NAME}: model is {type(model).__name__}, which has no output embeddings and no linear classifier, expected "
+        "one with either"
+    )
+
+
 def _keeps_tails(path: Path) -> bool:
     """Of a store of kind "topk": unless version 1 began it, whose shards have none."""
     if not (path / files.INDEX).is_file():
@@ -105,12 +121,19 @@ def _keeps_tails(path: Path) -> bool:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode and without a cache: with one, transformers lets the sequences of a packed row, which their
+    position_ids tell apart, attend to each other."""
     training = model.training
+    caching = [config for config in configurations(model) if getattr(config, "use_cache", False)]
     model.eval()
+    for config in caching:
+        config.use_cache = False
     try:
         yield
     finally:
         model.train(training)
+        for config in caching:
+            config.use_cache = True
 
 
 def _remaining(loader: Iterable[Mapping[str, Tensor]], done: int, progress: bool) -> Iterator[Mapping[str, Tensor]]:
@@ -147,8 +170,12 @@ def _examples(
         logits = model(**batch).logits
     finally:
         hook.remove()
+    if logits.shape[:-1] != mask.shape:
+        raise ValueError(
+            f"{_NAME}: model gave logits {tuple(logits.shape)} for {tuple(mask.shape)} tokens, expected some of each"
+        )
     if kind == "hidden":
-        if len(caught) != 1 or not caught[0].shape[:-1] == logits.shape[:-1] == mask.shape:
+        if len(caught) != 1 or caught[0].shape[:-1] != mask.shape:
             raise ValueError(f"{_NAME}: model ran its head {len(caught)} times, expected once, on every token")
         at = logits.amax(-1).masked_fill(~mask, -torch.inf).argmax()  # where a cap would show most
         _check_head(head, caught[0].flatten(0, 1)[at], logits.flatten(0, 1)[at])
