@@ -94,7 +94,7 @@ def _look(row: Any) -> tuple[str, float]:
             sizes += _picked(part, _VALUES).double().nan_to_num().abs().tolist()
         else:
             _add_tensor(found, part, _VALUES)
-    return found.hexdigest(), sum(sizes) / max(1, len(sizes))
+    return found.hexdigest(), float(f"{sum(sizes) / max(1, len(sizes)):.4g}")
 
 
 def _parts(value: Any) -> Iterator[Any]:

@@ -149,7 +149,7 @@ def _accelerator(options: Options) -> Accelerator:
     # Parameters that a step does not reach would make the next step wait for their gradients for ever.
     parallel = DistributedDataParallelKwargs(find_unused_parameters=True)
     accelerator = Accelerator(mixed_precision=options.precision, kwargs_handlers=[parallel])
-    world = os.environ.get("WORLD_SIZE", "1")
+    world = os.environ.get("WORLD_SIZE") or "1"
     if world != str(accelerator.num_processes):
         raise ValueError(
             f"train: WORLD_SIZE is {world} in the environment, accelerate runs {accelerator.num_processes} process: on "

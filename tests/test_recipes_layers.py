@@ -58,6 +58,7 @@ PER_BLOCK = {  # configurations that say something block by block, and the block
     "SmolLM3": ({"num_hidden_layers": 8, "num_key_value_heads": 2}, [1, 3, 5, 7]),
     "Qwen3Moe": ({"num_hidden_layers": 4, "num_key_value_heads": 2, "mlp_only_layers": [1], **EXPERTS}, [1, 3]),
     "Qwen2Moe": ({"num_hidden_layers": 4, "num_key_value_heads": 2, "decoder_sparse_step": 2, **EXPERTS}, [1, 2]),
+    "Longformer": ({"num_hidden_layers": 4, "attention_window": [4, 8, 4, 16]}, [1, 3]),
     "GPTNeo": ({"num_layers": 4, "attention_types": [[["global", "local"], 2]], "window_size": 4}, [1, 3]),
 }
 

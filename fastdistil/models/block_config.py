@@ -17,7 +17,9 @@ from torch import nn
 
 from fastdistil.models.capture import block_list
 
-_ONE_PER_BLOCK = re.compile("layer|block|pattern|heads|intermediate_size")  # names of lists with an entry per block
+_ONE_PER_BLOCK = re.compile(
+    "layer|block|pattern|heads|window|intermediate_size"
+)  # names of lists with an entry per block
 _BLOCK_NUMBERS = ("mlp_only_layers", "moe_layers", "ple_layer_ids")  # lists of the blocks that are special
 _LEADING = ("first_k_dense_replace",)  # how many blocks from the first are special
 _PLAIN = (bool, int, float, str, type(None))
