@@ -97,7 +97,7 @@ def base_model(model: nn.Module, function: str) -> nn.Module:
     sentence-transformers, a module of one's own."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{function}: model is {type(model).__name__}, expected a transformers model")
-    found = list({id(x): x for x in _transformers_models(model)}.values())  # PEFT's wrapper holds one twice
+    found = list({id(x): x for x in transformers_models(model)}.values())  # PEFT's wrapper holds one twice
     if not found:
         raise ValueError(
             f"{function}: model is {type(model).__name__}, expected a transformers model, "
@@ -112,13 +112,13 @@ def base_model(model: nn.Module, function: str) -> nn.Module:
     return cast("nn.Module", getattr(found[0], "base_model", found[0]))
 
 
-def _transformers_models(model: nn.Module) -> list[nn.Module]:
+def transformers_models(model: nn.Module) -> list[nn.Module]:
     """The outermost ones. A wrapper passes `config` on, a model has one of its own; so have its attention modules."""
     if isinstance(model, _pretrained()) and hasattr(model.config, "_attn_implementation"):
         return [model]
     found: list[nn.Module] = []
     for child in model.children():
-        found.extend(_transformers_models(child))
+        found.extend(transformers_models(child))
     return found
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fastdistil as fd
 from fastdistil.fingerprint import function_name
-from fastdistil.models.capture import Captured
+from fastdistil.models.capture import Captured, transformers_models
 from fastdistil.train import Batch, OptimizerFactory, Options, adamw, train
 
 PairLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -26,7 +26,8 @@ class Pair:
 
     `student` picks a tensor from the student's transformers output, or is the number of a layer, whose state is taken
     as `fd.capture` does: -1 is the last block's output before the norm behind it, which `hidden_states[-1]` of
-    ModernBERT's or Llama's output is not. `teacher` and `weight` name entries of the batch (the weight has one 0/1
+    ModernBERT's or Llama's output is not; of a student that is no transformers model, `hidden_states` of its output
+    are counted. `teacher` and `weight` name entries of the batch (the weight has one 0/1
     entry a token and its sum is the term's number of items); `loss` is told by how many items of the whole step to
     divide; `projection` maps the student's tensor to the teacher's width and trains with the student; `scale` is the
     term's share in the stage's loss.
@@ -65,19 +66,23 @@ class PairObjective(nn.Module):
         self.student = student
         self.projections = nn.ModuleDict({p.name: p.projection for p in pairs if p.projection is not None})
         self.pairs = tuple(pairs)
+        self.captures = bool(transformers_models(student))
 
     def forward(self, batch: Batch, items: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        layers = {self._layer(pair.student) for pair in self.pairs if isinstance(pair.student, int)}
+        named = [pair.student for pair in self.pairs if isinstance(pair.student, int)]
+        layers = {self._layer(number) for number in named} if self.captures else ()
         with fd.capture(self.student, hidden_states=layers) if layers else nullcontext(Captured()) as captured:
             out = self.student(
                 input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True
             )
         terms: dict[str, Tensor] = {}
         for pair in self.pairs:
-            if isinstance(pair.student, int):
+            if not isinstance(pair.student, int):
+                student = pair.student(out)
+            elif self.captures:
                 student = captured.hidden_states[self._layer(pair.student)]
             else:
-                student = pair.student(out)
+                student = out.hidden_states[pair.student]
             if pair.name in self.projections:
                 student = self.projections[pair.name](student)
             # The scale goes into the divisor: what follows the loss would cost its gradient another pass.
