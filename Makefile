@@ -66,7 +66,7 @@ judge: $(VENV)/.test
 fuzz: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py $(LOSS) --cases $(or $(CASES),20000)
 
-# Every Triton kernel and CUDA source for every GPU; `make test` compiles for one of each vendor. TARGETS: some of them.
+# Every Triton kernel and CUDA source for every GPU; `make test` compiles for sm_90a alone. TARGETS: some of them.
 aot: $(VENV)/.test
 	FASTDISTIL_AOT_TARGETS="$(or $(TARGETS),sm_80 sm_89 sm_90a sm_100a sm_120a gfx942 gfx950)" $(BIN)/python -m pytest -n auto --maxprocesses 4 tests/test_aot.py
 

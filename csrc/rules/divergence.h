@@ -18,7 +18,6 @@
 namespace fastdistil {
 inline namespace FD_ISA {
 
-//
 // A student may be 60 above its teacher at its largest column and 80 below it elsewhere: `beyond` is how far -turn lies
 // beyond what an exponential holds. 0 in blocks of columns that are near each other.
 template <class T>

@@ -15,8 +15,10 @@
 namespace fastdistil {
 namespace {
 
-constexpr int kThreads = 512;
-constexpr int kWarps = kThreads / 32;
+constexpr int kMostThreads = 512;
+// A thread of float64 needs more registers than the 128 that 512 of them leave it.
+template <class E>
+constexpr int kThreads = std::is_same_v<E, double> ? 256 : kMostThreads;
 
 // Calls action(column, student, teacher) for this thread's share of the row: 16-byte loads on the part of the row where
 // both pointers are aligned, single elements before and behind it (an odd V moves the alignment from row to row).
@@ -25,28 +27,28 @@ __device__ void for_columns(const E* student, const E* teacher, int64_t columns,
   constexpr int kPack = Pack<E>::size;
   const int first = ahead(student);
   const int64_t head = ahead(teacher) != first || first > columns ? columns : first;
-  for (int64_t i = threadIdx.x; i < head; i += kThreads) action(i, to_compute(student[i]), to_compute(teacher[i]));
+  for (int64_t i = threadIdx.x; i < head; i += kThreads<E>) action(i, to_compute(student[i]), to_compute(teacher[i]));
   const int64_t packs = (columns - head) / kPack;
   const auto* s = reinterpret_cast<const Pack<E>*>(student + head);
   const auto* t = reinterpret_cast<const Pack<E>*>(teacher + head);
-  for (int64_t k = threadIdx.x; k < packs; k += kThreads) {
+  for (int64_t k = threadIdx.x; k < packs; k += kThreads<E>) {
     const Pack<E> ps = s[k], pt = t[k];
 #pragma unroll
     for (int j = 0; j < kPack; ++j) action(head + k * kPack + j, to_compute(ps.element[j]), to_compute(pt.element[j]));
   }
-  for (int64_t i = head + packs * kPack + threadIdx.x; i < columns; i += kThreads)
+  for (int64_t i = head + packs * kPack + threadIdx.x; i < columns; i += kThreads<E>)
     action(i, to_compute(student[i]), to_compute(teacher[i]));
 }
 
 template <class T, class Combine>
 __device__ T block_reduce(T x, Combine&& combine) {
-  __shared__ T parts[kWarps];
+  __shared__ T parts[kMostThreads / 32];
   for (int offset = 16; offset > 0; offset /= 2) x = combine(x, __shfl_xor_sync(0xffffffffu, x, offset));
   __syncthreads();  // the parts of an earlier reduction have been read
   if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
   __syncthreads();
   T result = parts[0];
-  for (int w = 1; w < kWarps; ++w) result = combine(result, parts[w]);
+  for (int w = 1; w < static_cast<int>(blockDim.x) / 32; ++w) result = combine(result, parts[w]);
   return result;
 }
 
@@ -116,7 +118,7 @@ __device__ RowStats<Compute<E>> statistics(const E* student, const E* teacher, i
 }
 
 template <class Rule, class E>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads<E>, 1)
     logit_kernel(LogitArgs args, Tempering<Compute<E>> tempered, Mixture<Compute<E>> mixture) {
   using T = Compute<E>;
   for (int64_t r = blockIdx.x; r < args.rows; r += gridDim.x) {
@@ -129,7 +131,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (args.keep_unit && dloss == T(1)) continue;
     if (scale == T(0)) {
       if (gradient)
-        for (int64_t i = threadIdx.x; i < args.columns; i += kThreads) from_compute(T(0), gradient[i]);
+        for (int64_t i = threadIdx.x; i < args.columns; i += kThreads<E>) from_compute(T(0), gradient[i]);
       if (args.loss && threadIdx.x == 0) static_cast<T*>(args.loss)[r] = T(0);
       if (args.loss && threadIdx.x < kStats) saved[threadIdx.x] = T(0);
       continue;
@@ -179,7 +181,7 @@ void launch(const LogitArgs& args, cudaStream_t stream) {
   const int blocks = static_cast<int>(args.rows < (1 << 30) ? args.rows : (1 << 30));
   const auto tempering = tempering_of<Compute<E>>(args.student_temperature, args.teacher_temperature);
   const auto mixture = mixture_of<Compute<E>>(args.beta);
-  logit_kernel<Rule, E><<<blocks, kThreads, 0, stream>>>(args, tempering, mixture);
+  logit_kernel<Rule, E><<<blocks, kThreads<E>, 0, stream>>>(args, tempering, mixture);
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) throw std::runtime_error(std::string("logit: launch failed: ") + cudaGetErrorString(error));
 }
