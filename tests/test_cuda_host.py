@@ -213,7 +213,8 @@ def test_clusters_of_every_size(emulator: Emulator, blocks: int, columns: int) -
     divergence = ("forward_kl", "jsd", "skew_kl")[columns % 3]
     rule = test_vocab_parallel.as_rule(divergence)
     t_s, t_t = rule["student_temperature"], rule["teacher_temperature"]
-    for dtype, order in ((torch.bfloat16, "random"), (torch.float32, "reversed"), (torch.float16, "forward")):
+    kinds = ((torch.bfloat16, "random"), (torch.float32, "reversed"), (torch.float16, "forward"))
+    for dtype, order in kinds[: 3 if blocks < 8 else 1]:  # a thread of the emulation costs what a GPU's does not
         # Rows of three alignments, each moving along as odd strides make it.
         memory = torch.full((3, 7, columns + 40), 7e3, dtype=dtype)
         student, teacher, gradient = memory[0, :, 3:-37], memory[1, :, 1 : columns + 1], memory[2, :, 6 : columns + 6]

@@ -30,6 +30,7 @@ def exact(student: Tensor, teacher: Tensor, divergence: str) -> Outcome:
     return outcome(lambda s: rows(s, teacher.double(), divergence, "reference"), student.double())
 
 
+@pytest.mark.pairs(3, "divergence", "columns", "noise")
 @pytest.mark.parametrize("noise", [1e-2, 1e-3, 1e-4])
 @pytest.mark.parametrize("columns", [2, 5, 13, 3000])
 @pytest.mark.parametrize("divergence", SOFTMAX)
@@ -55,6 +56,7 @@ def test_the_teachers_largest_logit_rises(backend: str, divergence: str) -> None
     judge_exact(found, exact(student, teacher, divergence), torch.float32)
 
 
+@pytest.mark.pairs(2, "divergence", "std", "related")
 @pytest.mark.parametrize("related", [False, True])
 @pytest.mark.parametrize(("std", "temperature"), [(20.0, 1.0), (100.0, 1.0), (1e4, 1.0), (1.0, 0.01)])
 @pytest.mark.parametrize("divergence", SOFTMAX)
