@@ -67,6 +67,7 @@ class Run(Configuration):
     batch_size: int = option(32, "Examples per micro-batch and process.")
     accumulate: int = option(1, "Micro-batches per step.")
     precision: Literal["no", "bf16", "fp16"] = option("no", "Mixed precision of the models; losses are exact in each.")
+    data_licence: str | None = option(None, "Licence of the data, for the model card.", identity=False)
     save_every: int = option(100, "Steps between checkpoints.", identity=False)
     log: Literal["none", "tensorboard"] = option("none", "Also write TensorBoard event files.", identity=False)
     resume: bool = option(False, "Continue the run in the folder of --out, if there is one.", identity=False)

@@ -5,9 +5,7 @@ All times are medians of contenders interleaved in one process, so that a busy m
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -18,22 +16,9 @@ from torch.nn import functional
 from fastdistil.demo.encode import pad
 from fastdistil.demo.material import Material, Source
 from fastdistil.recipes import xtremedistil
+from fastdistil.systems.measure import LATENCY_ROUNDS, interleaved
 
-LATENCY_ROUNDS = {1: 20, 32: 5}  # by batch size; a teacher's batch of 32 takes a good part of a second
 LOSS_ROUNDS = 100
-WARM_UP = 3  # rounds that are run and not counted
-
-
-def interleaved(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median time of each contender in milliseconds; in every round each runs once, in turn."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for index in range(WARM_UP + rounds):
-        for name, run in contenders.items():
-            start = time.perf_counter()
-            run()
-            if index >= WARM_UP:
-                times[name].append((time.perf_counter() - start) * 1e3)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def sizes(source: Source, student: nn.Module, folder: Path) -> dict[str, dict[str, float]]:

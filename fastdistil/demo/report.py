@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from fastdistil.systems.folder import write_json
+from fastdistil.systems.report import markdown_table
 
 TEACHER = "teacher"
 MEAN = "mean"
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write through a temporary name: `path` is absent, the old file or the whole new one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 def summarise(seeds: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
@@ -56,22 +47,6 @@ def accuracy_table(summary: Mapping[str, Mapping[str, Mapping[str, float]]], sev
         cells = [_cell(row[column], several) for column in columns]
         table.append([name, *cells, "" if name in (TEACHER, students[0]) else f"{gain:+.1f}"])
     return table
-
-
-def print_table(rows: Sequence[Sequence[str]], title: str, console: Console) -> None:
-    """A rich table from a header and rows of text."""
-    table = Table(title=title)
-    for index, head in enumerate(rows[0]):
-        table.add_column(head, justify="left" if index == 0 else "right")
-    for row in rows[1:]:
-        table.add_row(*row)
-    console.print(table)
-
-
-def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table from a header and rows of text."""
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
 def cost_table(metrics: Mapping[str, Any]) -> list[list[str]]:

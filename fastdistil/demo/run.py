@@ -22,6 +22,8 @@ from fastdistil.demo import measure, report
 from fastdistil.demo.material import Material, Settings, Source, draw, evaluate, load_source
 from fastdistil.recipes import xtremedistil
 from fastdistil.recipes.pairs import Stage, run_stages
+from fastdistil.systems.folder import write_json
+from fastdistil.systems.report import print_table
 from fastdistil.train import Options
 
 SAVED_ARM = "whole schedule"
@@ -70,7 +72,7 @@ def _run_seed(out: Path, source: Source, settings: Settings, seed: int, material
             accuracy = evaluate(student, material)
             student.save_pretrained(folder / "student")
             source.student_tokenizer.save_pretrained(folder / "student")
-            report.write_json(done, {"accuracy": accuracy, "loss": _losses(history), "seconds": seconds})
+            write_json(done, {"accuracy": accuracy, "loss": _losses(history), "seconds": seconds})
         for path in folder.glob("[0-9]-*"):
             shutil.rmtree(path)  # the stages' checkpoints
         found[arm] = json.loads(done.read_text(encoding="utf-8"))
@@ -85,7 +87,7 @@ def check_folder(out: Path, settings: Settings) -> None:
         before = json.loads(path.read_text(encoding="utf-8"))
         if before != wanted:
             raise ValueError(f"run_demo: out holds a demo of other settings ({path}: {before}), wanted {wanted}")
-    report.write_json(path, wanted)
+    write_json(path, wanted)
 
 
 def run_demo(
@@ -147,9 +149,9 @@ def _run(out: Path, seeds: range, cache: Path | None, settings: Settings, consol
     metrics["seconds"] = time.perf_counter() - started
     report.write(out, metrics)
     several = len(seeds) > 1
-    report.print_table(report.accuracy_table(metrics["summary"], several), "Held-out words", console)
-    report.print_table(report.cost_table(metrics), "Teacher and student", console)
-    report.print_table(report.loss_table(metrics), "Losses in this run", console)
+    print_table(report.accuracy_table(metrics["summary"], several), "Held-out words", console)
+    print_table(report.cost_table(metrics), "Teacher and student", console)
+    print_table(report.loss_table(metrics), "Losses in this run", console)
     say(f"report: {out / 'report.md'}")
     return metrics
 

@@ -21,6 +21,8 @@ from fastdistil.demo.run import check_folder, folder_name
 from fastdistil.recipes import xtremedistil
 from fastdistil.recipes.pairs import Stage, run_stages
 from fastdistil.sparse import SparseAdamW, SparseMask, lottery_ticket, random_mask
+from fastdistil.systems.folder import write_json
+from fastdistil.systems.report import markdown_table, print_table
 from fastdistil.train import OptimizerFactory, Options, adamw
 
 DENSITY = 0.08
@@ -47,7 +49,7 @@ class Tuning:
         run_stages(student, self.stages, self.material.collate, optimizer=optimizer, out=out, name=name)
         if mask is None:
             assert isinstance(student, BertForTokenClassification)
-            report.write_json(self.everything, {"accuracy": evaluate(student, self.material)})
+            write_json(self.everything, {"accuracy": evaluate(student, self.material)})
 
 
 def _distilled(source: Source, material: Material, settings: Settings, seed: int, folder: Path) -> Any:
@@ -78,7 +80,7 @@ def _run_seed(out: Path, source: Source, settings: Settings, seed: int, material
             density = DENSITY if mask is None else None
             delta = lottery_ticket(student, tuning, density, exclude=HEAD, mask=mask, out=folder)
             result = {"accuracy": evaluate(student, material), "entries": delta.nnz}
-            report.write_json(done, result | {"mib": (folder / "delta.safetensors").stat().st_size / 2**20})
+            write_json(done, result | {"mib": (folder / "delta.safetensors").stat().st_size / 2**20})
         for name in ("full", "sparse"):
             shutil.rmtree(folder / name, ignore_errors=True)  # checkpoints
         found[arm] = json.loads(done.read_text(encoding="utf-8"))
@@ -132,17 +134,17 @@ def run_sparse(
         "seconds": time.perf_counter() - started,
     }  # fmt: skip
     _write(out, metrics)
-    report.print_table(report.accuracy_table(metrics["summary"], seeds > 1), "Held-out words", console)
+    print_table(report.accuracy_table(metrics["summary"], seeds > 1), "Held-out words", console)
     say(f"report: {out / 'report.md'}")
     return metrics
 
 
 def _write(out: Path, metrics: dict[str, Any]) -> None:
-    report.write_json(out / "metrics.json", metrics)
+    write_json(out / "metrics.json", metrics)
     s, several = metrics["settings"], len(metrics["seeds"]) > 1
     spread = " Mean over the seeds, lowest and highest in brackets." if several else ""
     ticket = metrics["seeds"][0]["arms"][TICKET]
-    table = report.markdown_table(report.accuracy_table(metrics["summary"], several))
+    table = markdown_table(report.accuracy_table(metrics["summary"], several))
     text = f"""# Tuning a distilled student on 8% of its entries
 
 The student of the demo ({metrics["parameters"]:,} parameters) learns the teacher's states for {s["steps"]} steps. Then
