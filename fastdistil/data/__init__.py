@@ -1,0 +1,1 @@
+"""Data of the systems: labelled files, and raw text as packed blocks."""

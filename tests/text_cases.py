@@ -1,0 +1,56 @@
+"""Small tokenizers, texts and models for the systems that read raw text."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+
+_WORDS = ["abc", "abcd", "bca", "cab", "dexy", "xyz", "zyx", "abcxyz", "exa", "dd", "yab", "bx", "caxe", "eda", "dyz"]
+
+
+def _sentences() -> list[str]:
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(3, 9, (400,), generator=generator).tolist()
+    texts = [" ".join(_WORDS[i] for i in torch.randint(15, (n,), generator=generator).tolist()) for n in lengths]
+    return [f"{text} {'abcdexyz'[i % 8]}{'abcdexyz'[i // 8 % 8]}{'abcdexyz'[i // 64]}." for i, text in enumerate(texts)]
+
+
+SENTENCES = _sentences()  # 400 that differ
+_BERT = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+_XLMR = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+
+
+@cache
+def _wordpiece() -> str:
+    made = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    made.train_from_iterator(SENTENCES, trainers.WordPieceTrainer(vocab_size=90, special_tokens=_BERT))
+    made.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    return str(made.to_str())
+
+
+def wordpiece() -> Any:
+    """As BERT's, 90 pieces or fewer."""
+    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), _BERT, strict=True))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(_wordpiece()), **names)
+
+
+def sentencepiece(split: bool = True) -> Any:
+    """As XLM-R's: pad is 1, the special tokens are pieces of the model, too."""
+    pieces = [(piece, 0.0) for piece in _XLMR[:4]] + [("▁", -3.0), ("▁abc", -3.5), ("xyz", -4.2), ("ab", -4.6)]
+    pieces += [(letter, -6.0 - i / 4) for i, letter in enumerate("abcdexyz.")] + [("▁dexy", -4.1), ("<mask>", 0.0)]
+    made = Tokenizer(models.Unigram(pieces, unk_id=3))
+    made.normalizer = normalizers.NFKC()
+    made.pre_tokenizer = pre_tokenizers.Metaspace(split=split)
+    made.add_special_tokens([*_XLMR[:4], AddedToken("<mask>", lstrip=True, special=True)])
+    made.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", cls_token="<s>", sep_token="</s>", pad_token="<pad>",
+        unk_token="<unk>", mask_token=AddedToken("<mask>", lstrip=True, special=True),
+    )  # fmt: skip
