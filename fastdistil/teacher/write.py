@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdistil.models.block_config import configurations
 from fastdistil.teacher import format as files
 from fastdistil.teacher.store import Store, open
 from fastdistil.teacher.writer import Writer
@@ -123,6 +122,8 @@ def _keeps_tails(path: Path) -> bool:
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """In evaluation mode and without a cache: with one, transformers lets the sequences of a packed row, which their
     position_ids tell apart, attend to each other."""
+    from fastdistil.models.block_config import configurations  # imports transformers, which readers do without
+
     training = model.training
     caching = [config for config in configurations(model) if getattr(config, "use_cache", False)]
     model.eval()
