@@ -54,3 +54,28 @@ def sentencepiece(split: bool = True) -> Any:
         tokenizer_object=made, bos_token="<s>", eos_token="</s>", cls_token="<s>", sep_token="</s>", pad_token="<pad>",
         unk_token="<unk>", mask_token=AddedToken("<mask>", lstrip=True, special=True),
     )  # fmt: skip
+
+
+def bert(tokenizer: Any, kind: str = "BertForMaskedLM", **options: Any) -> Any:
+    """A random BERT of 4 blocks of width 16 for the tokenizer, in evaluation mode."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 24}
+    config = transformers.BertConfig(
+        vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, max_position_embeddings=66, **(sizes | options)
+    )
+    model = getattr(transformers, kind)(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # zeros would hide a lost one
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+def xlmr(tokenizer: Any, kind: str = "XLMRobertaForMaskedLM", **options: Any) -> Any:
+    """A random XLM-R of 4 blocks of width 16 for the tokenizer, in evaluation mode."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 24}
+    ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    config = transformers.XLMRobertaConfig(
+        vocab_size=len(tokenizer), max_position_embeddings=68, type_vocab_size=1, **ids, **(sizes | options)
+    )
+    return getattr(transformers, kind)(config).eval()

@@ -5,7 +5,7 @@
 | a text is | its documents |
 |---|---|
 | a file of text (.txt and whatever has no other meaning, also .gz, .xz, .bz2, .zst) | its lines, or its paragraphs |
-| JSON Lines (.jsonl, .json), CSV (.csv, .tsv), Parquet (.parquet), Arrow (.arrow) | the column `text`, or the only text |
+| JSON Lines (.jsonl, .json), CSV (.csv, .tsv), Parquet (.parquet), Arrow (.arrow) | column `text`, or its only text |
 | a folder of `Dataset.save_to_disk` | the same; the split "train" where there are several |
 | another name | a dataset of the hub, NAME or NAME:CONFIGURATION, its split "train" |
 
