@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastdistil.fingerprint import bare_names, same_data
 
 STATE, WEIGHTS = "state.json", "model.safetensors"
+_LATER = {"final_lr": 0.0, "validation": None}  # what earlier versions had no other choice of
 
 
 class Checkpoints:
@@ -31,7 +32,10 @@ class Checkpoints:
         accelerator.register_save_state_pre_hook(_save_bare_names)
         accelerator.register_load_state_pre_hook(_load_bare_names)
 
-    def save(self, step: int, history: list[dict[str, float]]) -> None:
+    def save(
+        self, step: int, history: list[dict[str, float]], *, stopped: bool, tokens: int, callbacks: list[Any]
+    ) -> None:
+        """After `step` steps; `stopped` where no further one is to come."""
         final, partial = self.out / f"step-{step}", self.out / f"partial-{step}"
         if self.accelerator.is_main_process and partial.exists():
             shutil.rmtree(partial)  # of a run that was killed, perhaps one of more processes
@@ -41,6 +45,7 @@ class Checkpoints:
         if self.accelerator.is_main_process:
             files = {str(x.relative_to(partial)): x.stat().st_size for x in partial.rglob("*") if x.is_file()}
             state = {"step": step, "run": self.fingerprint, "files": files, "history": history}
+            state |= {"stopped": stopped, "tokens": tokens, "callbacks": callbacks}
             (partial / STATE).write_text(json.dumps(state), encoding="utf-8")
             if not final.exists():
                 os.rename(partial, final)
@@ -49,8 +54,8 @@ class Checkpoints:
                     shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
 
-    def load(self) -> tuple[int, list[dict[str, float]]]:
-        """Restore the newest checkpoint: (steps done, history), or (0, []) where there is none.
+    def load(self) -> dict[str, Any]:
+        """Restore the newest checkpoint and return what `save` was told: step 0 and no history where there is none.
 
         Raises ValueError where it is another run's or processes find different ones, FileNotFoundError where a file is
         missing.
@@ -58,14 +63,15 @@ class Checkpoints:
         found = [int(path.name.removeprefix("step-")) for path in self.out.glob("step-*")]
         newest = max(found, default=0)
         self._check_common(newest)
+        nothing: dict[str, Any] = {"step": 0, "history": [], "stopped": False, "tokens": 0, "callbacks": []}
         if not found:
-            return 0, []
+            return nothing
         folder = self.out / f"step-{newest}"
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         self._check_run(folder, state)
         self._check_files(folder, state)
         self.accelerator.load_state(str(folder))
-        return int(state["step"]), list(state["history"])
+        return {key: state.get(key, value) for key, value in nothing.items()}
 
     def _check_common(self, newest: int) -> None:
         if self.accelerator.num_processes == 1:
@@ -78,7 +84,7 @@ class Checkpoints:
             )
 
     def _check_run(self, folder: Path, state: Mapping[str, Any]) -> None:
-        run = state["run"]
+        run = {**_LATER, **state["run"]}
         for key, value in self.fingerprint.items():
             # Earlier versions knew less of a run.
             known = key in run or "files" in state

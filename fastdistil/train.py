@@ -12,28 +12,39 @@ from __future__ import annotations
 
 import math
 import os
-import signal
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, send_to_device
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from tqdm import tqdm
 
+from fastdistil.batches import (
+    Batch,
+    Batches,
+    Example,
+    Shuffled,
+    batch_indices,
+    first_batch,
+    generator_of,
+    stream,
+    tokens_of,
+)
+from fastdistil.callbacks import Callbacks, Due
 from fastdistil.checkpoints import Checkpoints
-from fastdistil.fingerprint import of_data
+from fastdistil.progress import Progress, interrupts
+from fastdistil.validation import Evaluate, Validation
 
-Example = TypeVar("Example")
-Batch = Mapping[str, Tensor]
+__all__ = [
+    "Batch", "Batches", "Evaluate", "Objective", "OptimizerFactory", "Options", "Shuffled", "adamw", "batch_indices",
+    "generator_of", "train",
+]  # fmt: skip
 
 
 class Objective(Protocol):
@@ -54,9 +65,14 @@ class Objective(Protocol):
 class Options:
     """One stage's optimisation. A step is one update from `accumulate` micro-batches of `batch_size` on each process.
 
-    `lr` falls to zero by `schedule` ("cosine", "linear" or "constant") after `warmup` steps of linear rise. Parameters
-    of one dimension or less (biases, LayerNorm) get no weight decay. The norm of all gradients is cut to
+    `lr` falls to `final_lr` by `schedule` ("cosine", "linear" or "constant") after `warmup` steps of linear rise.
+    Parameters of one dimension or less (biases, LayerNorm) get no weight decay. The norm of all gradients is cut to
     `max_grad_norm`, None for none. `precision` is accelerate's mixed_precision.
+
+    Where `train` has an `evaluate`, it is called every `evaluate_every` steps (None: never before the end) and at the
+    end. `metric` names which of its figures chooses the weights that stay, the greatest or the least of it; None keeps
+    the last weights. After `patience` evaluations in a row that are no better than the best, training stops.
+    `log` is "none" or "tensorboard" (into the folder `out`/tensorboard), every `log_every` steps.
     """
 
     steps: int
@@ -70,62 +86,52 @@ class Options:
     seed: int = 0
     save_every: int = 100
     precision: str = "no"
+    final_lr: float = 0.0
+    evaluate_every: int | None = None
+    metric: str | None = None
+    greater_is_better: bool = True
+    patience: int | None = None
+    log: str = "none"
+    log_every: int = 10
 
     def __post_init__(self) -> None:
-        for field in ("steps", "batch_size", "accumulate", "save_every"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"Options: {field} is {getattr(self, field)}, expected at least 1")
+        for field in ("steps", "batch_size", "accumulate", "save_every", "log_every", "evaluate_every", "patience"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise ValueError(f"Options: {field} is {value}, expected at least 1")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise ValueError(f"Options: max_grad_norm is {self.max_grad_norm}, expected more than 0, or None for none")
         if self.schedule not in ("cosine", "linear", "constant"):
             raise ValueError(f"Options: schedule is {self.schedule!r}, expected 'cosine', 'linear' or 'constant'")
+        if not 0 <= self.final_lr <= self.lr:
+            raise ValueError(f"Options: final_lr is {self.final_lr}, expected 0 to lr = {self.lr}")
+        if self.log not in ("none", "tensorboard"):
+            raise ValueError(f"Options: log is {self.log!r}, expected 'none' or 'tensorboard'")
+        if self.patience is not None and (self.metric is None or self.evaluate_every is None):
+            raise ValueError(
+                f"Options: patience is {self.patience} with metric = {self.metric!r} and evaluate_every = "
+                f"{self.evaluate_every}, expected both of them with it"
+            )
 
     def lr_factor(self, step: int) -> float:
         """The learning rate of 0-based `step` as a fraction of `lr`."""
         if step < self.warmup:
             return (step + 1) / self.warmup
         done = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[self.schedule]
+        left = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[self.schedule]
+        return left if self.final_lr == 0 else left + (1 - left) * self.final_lr / self.lr
 
 
-@lru_cache(maxsize=2)
-def _permutation(seed: int, epoch: int, n: int) -> list[int]:
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)  # a prime apart: seeds share no epoch
-    order: list[int] = torch.randperm(n, generator=generator).tolist()
-    return order
+# What does not change a run's result, or only where it is evaluated.
+_OUTSIDE = ("evaluate_every", "metric", "greater_is_better", "patience", "log", "log_every")
 
 
-def batch_indices(seed: int, n: int, batch_size: int, k: int) -> list[int]:
-    """Indices of micro-batch `k` in an endless stream of shuffled epochs over `n` examples.
-
-    A pure function: the data order needs no state in a checkpoint, and nobody can read it from the wrong place.
-    """
-    positions = range(k * batch_size, (k + 1) * batch_size)
-    return [_permutation(seed, position // n, n)[position % n] for position in positions]
-
-
-@contextmanager
-def _interrupts() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets, so that a step ends and is saved; a second Ctrl-C stops at once."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-
-    def handle(signum: int, frame: Any) -> None:
-        asked.set()
-        signal.signal(signal.SIGINT, before)
-
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _fingerprint(objective: Any, data: Sequence[Any], options: Options, processes: int) -> dict[str, Any]:
+def _fingerprint(objective: Any, batches: Batches, options: Options, processes: int, evaluates: bool) -> dict[str, Any]:
     """What a run must have in common with the one that it continues."""
-    common = {**asdict(options), "examples": len(data), "processes": processes, "data": of_data(data)}
+    said = asdict(options)
+    common = {name: value for name, value in said.items() if name not in _OUTSIDE}
+    common |= {"examples": len(batches), "processes": processes, "data": batches.fingerprint()}
+    common["validation"] = {name: said[name] for name in _OUTSIDE[:4]} if evaluates else None
     own = getattr(objective, "fingerprint", dict)
     return common | {"teacher": None, "terms": None} | own()
 
@@ -187,11 +193,25 @@ def _check_in_backward(updates: torch.optim.Optimizer, options: Options, process
     raise ValueError(f"train: optimizer is {name} with step_in_backward=True, which frees each gradient; {against}")
 
 
-def _step(module: nn.Module, group: list[Batch], counts: list[Mapping[str, Tensor]], accelerator: Accelerator) -> Any:
-    """Gradients of one step, added up over the group's micro-batches; returns {term: mean over all processes}."""
-    totals = {name: accelerator.reduce(torch.stack([c[name].float() for c in counts]).sum()) for name in counts[0]}
-    items = {name: total.clamp(min=1) for name, total in totals.items()}
-    logged = {name: torch.zeros((), device=accelerator.device) for name in totals}
+@dataclass
+class _Step:
+    """One step's gradients are made: each term's mean over all processes, and their tokens."""
+
+    losses: dict[str, float]
+    tokens: int
+
+
+def _gradients(module: nn.Module, counted: Any, group: list[Batch], accelerator: Accelerator) -> _Step:
+    """The gradients of one step, added up over the group's micro-batches, each term divided by its number of items in
+    all of them on all processes."""
+    counts: list[Mapping[str, Tensor]] = [counted.counts(batch) for batch in group]
+    # float64: the sum of many counts is exact, and rounded once.
+    rows = [[torch.as_tensor(x) for x in (*c.values(), tokens_of(b))] for c, b in zip(counts, group, strict=True)]
+    device = accelerator.device
+    summed = torch.stack([torch.stack([x.to(device, torch.float64) for x in row]) for row in rows]).sum(0)
+    *totals, tokens = accelerator.reduce(summed)
+    items = {name: total.clamp(min=1).float() for name, total in zip(counts[0], totals, strict=True)}
+    logged = {name: torch.zeros((), device=device) for name in items}
     for index, batch in enumerate(group):
         last = index == len(group) - 1
         with nullcontext() if last else accelerator.no_sync(module):  # processes exchange gradients once a step
@@ -200,75 +220,156 @@ def _step(module: nn.Module, group: list[Batch], counts: list[Mapping[str, Tenso
             accelerator.backward(torch.stack(list(terms.values())).sum() * accelerator.num_processes)
         for name, value in terms.items():
             logged[name] += value.detach()
-    return {name: accelerator.reduce(value) for name, value in logged.items()}
+    losses = accelerator.reduce(torch.stack(list(logged.values()))).tolist()
+    return _Step(dict(zip(logged, losses, strict=True)), int(tokens))
+
+
+def _agree(accelerator: Accelerator, *flags: bool) -> list[bool]:
+    """Each flag, True where it is so on any process: all of them then do the same."""
+    if accelerator.num_processes == 1:
+        return list(flags)
+    found = torch.tensor(flags, dtype=torch.float32, device=accelerator.device)
+    return [bool(x) for x in accelerator.reduce(found).tolist()]
+
+
+def _check_evaluation(options: Options, evaluate: Evaluate | None) -> None:
+    for name in ("evaluate_every", "metric", "patience"):
+        if evaluate is None and getattr(options, name) is not None:
+            raise ValueError(f"train: options has {name} = {getattr(options, name)!r}, but no evaluate came")
 
 
 def train(
     objective: nn.Module,
-    data: Sequence[Example],
-    collate: Callable[[list[Example]], Batch],
+    data: Sequence[Example] | Batches,
+    collate: Callable[..., Batch] | None,
     options: Options,
     *,
     optimizer: OptimizerFactory = adamw,
     out: Path | None = None,
     name: str = "train",
+    evaluate: Evaluate | None = None,
+    callbacks: Sequence[Any] = (),
 ) -> list[dict[str, float]]:
     """Train `objective` (an nn.Module that is an `Objective`) in place for one stage.
 
-    `collate` makes a batch from a list of examples. With `out`, checkpoints are kept there and a second call continues
-    from the newest one; after the last step it only restores the trained weights. Returns the loss of every step from
-    the first: {"step", "lr", one entry a term}.
+    Args:
+        objective: the module; its parameters that require grad train.
+        data: a sequence of examples, from which `collate` makes a batch of a list of them (with an argument `generator`
+            it gets one, which is a function of the seed and the batch's number); or `Batches`, then collate is None.
+        options: how long, how fast, in which precision, and what is evaluated, logged and saved how often.
+        optimizer: makes the optimizer of the objective's parameters.
+        out: a folder for checkpoints. A second call continues from the newest one, on the CPU bit for bit; after the
+            last step, or an early stop, it only restores the weights.
+        name: of the progress bar.
+        evaluate: called with the objective in evaluation mode, without gradient, on the main process; returns figures
+            by name. See `Options` for when, and for what follows.
+        callbacks: transformers.TrainerCallback objects, called on every process. What they set in their control
+            (should_training_stop, should_save, should_evaluate, should_log) is obeyed; a stop is the stage's end.
+
+    Returns:
+        A record for every step from the first: {"step", "lr", one entry a term}, and "eval_..." for each figure where
+        the step was evaluated.
 
     Raises ValueError where `data` is empty, nothing trains, `optimizer` steps inside of the backward under options that
-    need all gradients, `out` holds a checkpoint of other options, data, terms or another teacher, or processes were
-    started of which accelerate knows nothing, and KeyboardInterrupt after Ctrl-C, once the current step is saved. Warns
-    of parameters that require grad and get none in the first step.
+    need all gradients, batches of one number differ (with `out`), `out` holds a checkpoint of other options, data,
+    terms or another teacher, or processes were started of which accelerate knows nothing, and KeyboardInterrupt after
+    Ctrl-C, once the current step is saved. Warns of parameters that require grad and get none in the first step, and of
+    a student whose best figure is 0.
     """
-    if len(data) == 0:
-        raise ValueError("train: data is empty")
+    batches = stream(data, collate, options.batch_size, options.seed)
     if not any(p.requires_grad for p in objective.parameters()):
         raise ValueError("train: objective has no parameter that requires grad")
+    _check_evaluation(options, evaluate)
     accelerator = _accelerator(options)
     updates = optimizer(objective, options)
     _check_in_backward(updates, options, accelerator.num_processes)
     gradients_stay = not getattr(updates, "step_in_backward", False)
     scheduler = LambdaLR(updates, options.lr_factor)
-    common = {} if out is None else _fingerprint(objective, data, options, accelerator.num_processes)
+    processes = accelerator.num_processes
+    common = {} if out is None else _fingerprint(objective, batches, options, processes, evaluate is not None)
     torch.manual_seed(options.seed)  # dropout; after a resume the checkpoint's generators replace it
     module, updates = accelerator.prepare(objective, updates)
     accelerator.register_for_checkpointing(scheduler)
+    validation = None
+    if evaluate is not None:
+        validation = Validation(objective, evaluate, accelerator, options)
+        accelerator.register_for_checkpointing(validation)
+    share = options.batch_size * options.accumulate * processes / len(batches)
+    shown = {"model": objective, "optimizer": updates, "lr_scheduler": scheduler}
+    events = Callbacks(callbacks, options, accelerator, out, share, **shown)
     start, history = 0, list[dict[str, float]]()
-    checkpoints = None
+    checkpoints, stopped, tokens, saved = None, False, 0, list[Any]()
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         checkpoints = Checkpoints(out, accelerator, common)
-        start, history = checkpoints.load()
-    counted: Any = objective
+        state = checkpoints.load()
+        start, history, stopped = state["step"], state["history"], state["stopped"]
+        tokens, saved = state["tokens"], state["callbacks"]
+    if stopped or start >= options.steps:
+        if validation is not None:
+            validation.restore()
+        return history
+    events.begin(start, saved, *((validation.best, validation.best_step) if validation else (None, 0)))
     module.train()
-    bar = tqdm(total=options.steps, initial=start, desc=name, unit="step", disable=None, leave=False)
-    with bar, _interrupts() as asked:
+    with Progress(name, options.steps, start, accelerator.is_main_process) as bar, interrupts() as asked:
         for step in range(start, options.steps):
-            first = step * options.accumulate * accelerator.num_processes + accelerator.process_index
-            micro = [first + i * accelerator.num_processes for i in range(options.accumulate)]
-            picked = [batch_indices(options.seed, len(data), options.batch_size, k) for k in micro]
-            group = [send_to_device(collate([data[i] for i in rows]), accelerator.device) for rows in picked]
-            losses = _step(module, group, [counted.counts(batch) for batch in group], accelerator)
+            first = step * options.accumulate * processes + accelerator.process_index
+            events.step_begin()
+            group = []
+            for i in range(options.accumulate):
+                k = first + i * processes
+                new = step == start and i == 0 and out is not None
+                batch = first_batch(batches, k) if new else batches.batch(k)
+                group.append(send_to_device(batch, accelerator.device))
+            done = _gradients(module, objective, group, accelerator)
             if step == start and accelerator.is_main_process and gradients_stay:
                 _name_unreached(objective)
             if options.max_grad_norm is not None:
                 accelerator.clip_grad_norm_(module.parameters(), options.max_grad_norm)
-            record = {"step": float(step), "lr": float(scheduler.get_last_lr()[0])}
+            record = {"step": float(step), "lr": float(scheduler.get_last_lr()[0]), **done.losses}
+            events.call("on_pre_optimizer_step")
             updates.step()
+            events.call("on_optimizer_step")
             scheduler.step()
             updates.zero_grad()
-            history.append(record | {key: float(value) for key, value in losses.items()})
-            bar.update()
-            if step % 10 == 0:
-                bar.set_postfix({key: f"{history[-1][key]:.4f}" for key in losses})
-            stop = asked.is_set()
-            if checkpoints and (stop or step + 1 == options.steps or (step + 1) % options.save_every == 0):
-                checkpoints.save(step + 1, history)
+            history.append(record)
+            tokens += done.tokens
+            bar.step(done.losses, done.tokens)
+
+            steps = step + 1
+            end = steps == options.steps
+            every = options.evaluate_every or options.steps
+            due = Due(steps % options.log_every == 0, steps % every == 0 or end, steps % options.save_every == 0, end)
+            due = events.step_end(steps, tokens, due)
+            if events:
+                due = Due(*_agree(accelerator, due.log, due.evaluate, due.save, due.stop))
+            if due.log:
+                events.log(_recent(history, options.log_every) | {"tokens_per_second": bar.tokens_per_second})
+            if validation is not None and (due.evaluate or due.stop):
+                bar.note("evaluating")
+                found = validation.run(steps)
+                record |= {f"eval_{key}": value for key, value in found.items()}
+                figures = {key: value for key, value in record.items() if key.startswith("eval_")}
+                due.stop |= events.evaluated(figures, validation.best, validation.best_step) or validation.exhausted
+            interrupted, stop = _agree(accelerator, asked.is_set(), due.stop)
+            stop |= end
+            if checkpoints and (interrupted or stop or due.save):
+                checkpoints.save(steps, history, stopped=stop, tokens=tokens, callbacks=events.states())
+                events.call("on_save")
+            if interrupted:
+                where = f"saved after step {steps} in {out}" if checkpoints else "nothing saved"
+                raise KeyboardInterrupt(f"{name}: interrupted, {where}")
             if stop:
-                saved = f"saved after step {step + 1} in {out}" if checkpoints else "nothing saved"
-                raise KeyboardInterrupt(f"{name}: interrupted, {saved}")
+                break
+    if validation is not None:
+        validation.restore()
+    events.call("on_train_end")
     return history
+
+
+def _recent(history: list[dict[str, float]], count: int) -> dict[str, float]:
+    """The mean of each term and of their sum over the last `count` steps, and the learning rate."""
+    last = history[-count:]
+    terms = [name for name in last[-1] if name not in ("step", "lr")]
+    means = {name: sum(record[name] for record in last) / len(last) for name in terms}
+    return {"loss": sum(means.values()), "learning_rate": last[-1]["lr"], **means}

@@ -282,7 +282,7 @@ def test_killed_twice_continues_bit_identically(tmp_path):
 
 def test_ctrl_c_saves_and_exits(tmp_path):
     process = child(tmp_path)
-    run_to_step(process, 5)
+    run_to_step(process, 6)  # the first batch is made twice
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert "KeyboardInterrupt: train: interrupted, saved after step" in err

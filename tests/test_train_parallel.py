@@ -31,6 +31,7 @@ def _process(rank: int, out: str, port: int) -> None:
     os.environ |= {"MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
     from accelerate import Accelerator
+    from transformers import TrainerCallback
 
     save = Accelerator.save_state
 
@@ -49,7 +50,26 @@ def _process(rank: int, out: str, port: int) -> None:
     again = Headless()
     assert train(again, examples(), collate, options, out=folder / "run") == history
     assert torch.equal(again.layer.weight, module.layer.weight)
-    torch.save({"said": said, "history": history}, folder / f"result-{rank}.pt")
+    calls = []
+
+    class Stop(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if rank == 1 and state.global_step == 3:  # asked for on one process alone
+                control.should_training_stop = True
+
+    def evaluate(module: Any) -> dict[str, float]:
+        calls.append(torch.cat([p.flatten() for p in module.layer.parameters()]).tolist())
+        return {"f1": float(-len(calls))}
+
+    evaluated = Options(4, lr=0.1, batch_size=4, evaluate_every=2, metric="f1")
+    best = Headless()
+    stopped = train(best, examples(), collate, evaluated, evaluate=evaluate, callbacks=[Stop()])
+    figures = [x.get("eval_f1") for x in stopped]
+    kept = torch.cat([p.flatten() for p in best.layer.parameters()]).tolist()
+    torch.save(
+        {"said": said, "history": history, "figures": figures, "kept": kept, "calls": calls},
+        folder / f"result-{rank}.pt",
+    )
 
 
 def test_two_processes(tmp_path: Path) -> None:
@@ -60,6 +80,9 @@ def test_two_processes(tmp_path: Path) -> None:
     first, second = (torch.load(tmp_path / f"result-{rank}.pt") for rank in (0, 1))
     assert [len(first["said"]), len(second["said"])] == [1, 0]
     assert "pooler.weight, pooler.bias" in first["said"][0]
+    assert first["figures"] == second["figures"] == [None, -1.0, -2.0]
+    assert len(first["calls"]) == 2 and second["calls"] == []
+    assert first["kept"] == second["kept"] == first["calls"][0] != first["calls"][1]
     names = {path.name for path in (tmp_path / "run" / "step-4").iterdir()}
     assert {"random_states_0.pkl", "random_states_1.pkl"} <= names
     alone = Headless()
