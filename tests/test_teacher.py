@@ -191,7 +191,7 @@ DAMAGE = [
     ("index.json", truncate, ValueError, "cannot be read as JSON"),
     ("index.json", foreign, ValueError, "foreign, its format is 'other', expected 'fastdistil-teacher'"),
     ("index.json", lambda p: p.write_text("[]"), ValueError, "foreign, its format is 'list'"),
-    ("index.json", lambda p: edit(p, version=9), ValueError, "has version 9, expected 1 to 2"),
+    ("index.json", lambda p: edit(p, version=9), ValueError, "has version 9, expected 1 to 3"),
     ("index.json", lambda p: edit(p, tokens=1), ValueError, "says .*'tokens': 1.*, its shards hold"),
     ("index.json", lambda p: edit(p, shards=[{}]), ValueError, "incomplete, .* is missing or wrong"),
     ("index.json", lambda p: edit(p, width=5), ValueError, "foreign, has shapes"),
@@ -248,7 +248,7 @@ def topk_writer(path: Path) -> teacher.Writer:
 
 
 BAD = [
-    (lambda p: teacher.Writer(p, kind="logits", width=1, vocabulary=2), ValueError, "kind is 'logits', expected 'hidden' or 'topk'"),
+    (lambda p: teacher.Writer(p, kind="logits", width=1, vocabulary=2), ValueError, "kind is 'logits', expected 'hidden', 'topk' or 'layers'"),
     (lambda p: teacher.Writer(p, kind="topk", width=3, vocabulary=2), ValueError, "width is 3, expected at most the vocabulary, 2"),
     (lambda p: teacher.Writer(p, kind="topk", width=0, vocabulary=2), ValueError, "width is 0, expected an integer of at least 1"),
     (lambda p: teacher.Writer(p, kind="topk", width=1, vocabulary=2, dtype=torch.int8), ValueError, "dtype is torch.int8, expected torch.float32, torch.bfloat16, torch.float16 or torch.float64"),
@@ -451,4 +451,4 @@ def test_importing_fastdistil_stays_light() -> None:
     code = "import sys, fastdistil; print([m for m in ('safetensors', 'datasets', 'transformers') if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
-    assert files.VERSION == 2
+    assert files.VERSION == 3

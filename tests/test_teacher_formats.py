@@ -178,6 +178,7 @@ def test_what_has_neither_tails_nor_float64_is_still_version_1(tmp_path: Path) -
         teacher.Writer(tmp_path / name, kind="topk", width=3, vocabulary=7, **options)
         said = json.loads((tmp_path / name / "index.json").read_text())
         assert said["version"] == version and ("tail" in said) == (version == 2)
+        assert not {"layers", "logits", "teacher"} & said.keys()
 
 
 V, I, T = (*topk(2), torch.full((3,), 1 / 8).log())

@@ -3,10 +3,11 @@
 index.json holds what the store is (kind, model, dtype, width, vocabulary, temperature, tail), whether it is complete,
 and of each other file its size in bytes and its sha256. A shard holds its examples' tokens one after the other,
 "hidden" (tokens, D) or "values" and "indices" (tokens, K) and "tail" (tokens,), and "offsets" (examples + 1,): example
-i is offsets[i]:offsets[i+1].
+i is offsets[i]:offsets[i+1]. Of kind "layers" it holds "input_ids" (tokens,), "hidden_<layer>" (tokens, D) of each
+layer, and "logits" (tokens, C), or (examples, C) where the teacher classifies whole sequences.
 
-Version 1 had no tails and no float64. What is neither is still written as version 1, so that versions of this library
-that know no other read it.
+Version 1 had no tails and no float64, version 2 no kind "layers". A store is written as the first version that knows
+what it holds, so that versions of this library that know no other read it.
 
 Every file is written under a temporary name, brought to disk and renamed, the index after the shard that it lists: at
 any moment the folder is a store of the shards up to some example.
@@ -25,11 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FORMAT, VERSION = "fastdistil-teacher", 2
+FORMAT, VERSION = "fastdistil-teacher", 3
 INDEX, HEAD = "index.json", "head.safetensors"
 PARTIAL = ".partial-"
-FIELDS = {"hidden": ("hidden",), "topk": ("values", "indices")}
-TAIL = "tail"
+FIELDS = {"hidden": ("hidden",), "topk": ("values", "indices"), "layers": ("input_ids",)}
+TAIL, IDS, LOGITS = "tail", "input_ids", "logits"
+INTEGERS = ("indices", IDS)
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -53,13 +55,16 @@ class File:
 class Index:
     """What index.json says."""
 
-    kind: str  # "hidden" or "topk"
+    kind: str  # "hidden", "topk" or "layers"
     model: str
-    dtype: str  # of "hidden" or "values"
+    dtype: str  # of hidden states or "values"
     width: int  # D or K
-    vocabulary: int  # V
+    vocabulary: int  # V, or C of kind "layers"
     temperature: float = 1.0  # that the values of kind "topk" were made at
     tail: bool = False  # whether shards hold the logarithm of the mass of each token's other columns
+    layers: list[int] = field(default_factory=list)  # of kind "layers", from 0, ascending
+    logits: str = ""  # of kind "layers": one row of logits for each of the "tokens" or "examples", or none
+    teacher: str = ""  # of kind "layers": a hash of the teacher
     complete: bool = False
     head: File | None = None
     shards: list[File] = field(default_factory=list)
@@ -74,27 +79,40 @@ class Index:
 
     @property
     def version(self) -> int:
+        if self.kind == "layers":
+            return 3
         return 2 if self.tail or self.dtype == "float64" else 1
 
     @property
     def fields(self) -> tuple[str, ...]:
         """The tensors of an example."""
-        return (*FIELDS[self.kind], TAIL) if self.tail else FIELDS[self.kind]
+        states = tuple(f"hidden_{layer}" for layer in self.layers)
+        return (*FIELDS[self.kind], *states, *((TAIL,) if self.tail else ()), *((LOGITS,) if self.logits else ()))
+
+    def by_example(self, name: str) -> bool:
+        """Whether a tensor has one row for each example, not for each token."""
+        return name == LOGITS and self.logits == "examples"
 
     def shape(self, name: str, tokens: int) -> tuple[int, ...]:
-        return (tokens,) if name == TAIL else (tokens, self.width)
+        """Of an example's tensor."""
+        if self.by_example(name):
+            return (self.vocabulary,)
+        return (tokens,) if name in (TAIL, IDS) else (tokens, self.vocabulary if name == LOGITS else self.width)
+
+    def shard_shape(self, name: str, shard: File) -> tuple[int, ...]:
+        return (shard.examples, self.vocabulary) if self.by_example(name) else self.shape(name, shard.tokens)
 
     def torch_dtype(self, name: str) -> torch.dtype:
         """As which an example's tensor is kept; 16 bits would lose what the tail is there for."""
-        if name == "indices":
+        if name in INTEGERS:
             return torch.int32
-        if name == TAIL and self.dtype != "float64":
+        if name in (TAIL, LOGITS) and self.dtype != "float64":
             return torch.float32
         return DTYPES[self.dtype]
 
     def settings(self) -> dict[str, Any]:
         """What two runs must agree on to write one store."""
-        return {name: getattr(self, name) for name in (*_SETTINGS, TAIL)}
+        return {name: getattr(self, name) for name in (*_SETTINGS, TAIL, *_LAYERS)}
 
 
 def write_file(path: Path, write: Callable[[Path], None]) -> None:
@@ -125,7 +143,8 @@ def save(path: Path, tensors: dict[str, Tensor], examples: int = 0, tokens: int 
 
 def write_index(folder: Path, index: Index) -> None:
     counts = {"examples": index.examples, "tokens": index.tokens}
-    said = {name: x for name, x in asdict(index).items() if name != TAIL or index.version > 1}
+    later = (*((TAIL,) if index.version < 2 else ()), *(_LAYERS if index.version < 3 else ()))
+    said = {name: x for name, x in asdict(index).items() if name not in later}
     text = json.dumps({"format": FORMAT, "version": index.version, **said, **counts}, indent=1) + "\n"
 
     def write(partial: Path) -> None:
@@ -152,7 +171,8 @@ def read_index(folder: Path) -> Index:
     try:
         head = None if data["head"] is None else File(**data["head"])
         shards = [File(**shard) for shard in data["shards"]]
-        rest = {name: data[name] for name in (*_SETTINGS, "complete", *((TAIL,) if version > 1 else ()))}
+        known = (*((TAIL,) if version > 1 else ()), *(_LAYERS if version > 2 else ()))
+        rest = {name: data[name] for name in (*_SETTINGS, "complete", *known)}
         counts = {name: data[name] for name in ("examples", "tokens")}
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: incomplete, {error} is missing or wrong") from error
@@ -165,6 +185,7 @@ def read_index(folder: Path) -> Index:
 
 
 _SETTINGS = ("kind", "model", "dtype", "width", "vocabulary", "temperature")
+_LAYERS = ("layers", "logits", "teacher")
 
 
 def check_file(folder: Path, expected: File, contents: bool = False) -> None:

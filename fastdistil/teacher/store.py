@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,9 @@ class Head:
 
 
 class Store(Dataset[Example]):
-    """What `open` returns: a map-style torch Dataset of {"hidden": (tokens, D)} or {"values", "indices": (tokens, K),
-    "tail": (tokens,)}, without "tail" where the store has none (`index.tail`).
+    """What `open` returns: a map-style torch Dataset of {"hidden": (tokens, D)}, of {"values", "indices": (tokens, K),
+    "tail": (tokens,)}, without "tail" where the store has none (`index.tail`), or, of kind "layers", of {"input_ids":
+    (tokens,), "hidden_<layer>": (tokens, D), "logits": (tokens, C) or (C,)}.
 
     An example is read from the memory-mapped shard when it is asked for. DataLoader workers map the files themselves.
     """
@@ -65,18 +66,29 @@ class Store(Dataset[Example]):
         return self.index.examples
 
     def __getitem__(self, i: int) -> Example:
-        shard, begin, end = self._place(i)
-        return {name: shard.get_slice(name)[begin:end] for name in self.index.fields}
+        return self.read(i)
+
+    def read(self, i: int, names: Iterable[str] | None = None) -> Example:
+        """Example i, or some of its tensors: the others are not read."""
+        shard, row, begin, end = self._place(i)
+        found = {}
+        for name in self.index.fields if names is None else names:
+            if self.index.by_example(name):
+                found[name] = shard.get_slice(name)[row : row + 1][0]
+            else:
+                found[name] = shard.get_slice(name)[begin:end]
+        return found
 
     def __iter__(self) -> Iterator[Example]:
         return (self[i] for i in range(len(self)))
 
     def length(self, i: int) -> int:
         """Tokens of example i, without reading them."""
-        _, begin, end = self._place(i)
+        _, _, begin, end = self._place(i)
         return end - begin
 
-    def _place(self, i: int) -> tuple[Any, int, int]:
+    def _place(self, i: int) -> tuple[Any, int, int, int]:
+        """The shard, the example's number in it, and its first and last token."""
         try:
             i = operator.index(i)
         except TypeError:
@@ -88,8 +100,9 @@ class Store(Dataset[Example]):
         if number not in self._open:
             self._open[number] = self._map(number)
         shard, offsets = self._open[number]
-        begin, end = offsets[i - self._starts[number] :][:2].tolist()
-        return shard, begin, end
+        row = i - self._starts[number]
+        begin, end = offsets[row : row + 2].tolist()
+        return shard, row, begin, end
 
     def _map(self, number: int) -> tuple[Any, Tensor]:
         """One shard, and its offsets, checked against the index."""
@@ -103,7 +116,7 @@ class Store(Dataset[Example]):
             shapes = {name: tuple(shard.get_slice(name).get_shape()) for name in self.index.fields}
         except SafetensorError as error:
             raise ValueError(f"{path}: cannot be read as a shard: {error}") from error
-        wanted = {name: self.index.shape(name, expected.tokens) for name in shapes}
+        wanted = {name: self.index.shard_shape(name, expected) for name in shapes}
         if shapes != wanted or len(offsets) != expected.examples + 1:
             raise ValueError(
                 f"{path}: foreign, has shapes {shapes} and {len(offsets) - 1} examples, expected {wanted} "
@@ -178,15 +191,20 @@ def open(path: str | Path, *, incomplete: bool = False) -> Store:
 def pad(examples: Sequence[Example], length: int | None = None) -> Example:
     """Examples of different lengths as one batch (B, S, ...): zeros at the end, -inf for values, so that a top-k
     teacher has no entries there, and all of its mass in the tail. `length`: S, by default the longest's; a student's
-    batch must be as long, and padded at the end as well."""
+    batch must be as long, and padded at the end as well. Logits of whole sequences (C,) become (B, C)."""
     if not examples:
         raise ValueError("teacher.pad: examples is empty, expected at least one")
-    longest = max(x.shape[0] for example in examples for x in example.values())
+    whole = [name for name, x in examples[0].items() if name == files.LOGITS and x.dim() == 1]
+    lengths = [x.shape[0] for example in examples for name, x in example.items() if name not in whole]
+    longest = max(lengths, default=0)
     size = longest if length is None else length
     if size < longest:
         raise ValueError(f"teacher.pad: length is {size}, expected at least {longest}, the longest example's")
     batch = {}
     for name, first in examples[0].items():
+        if name in whole:
+            batch[name] = torch.stack([example[name] for example in examples])
+            continue
         fill = -torch.inf if name == "values" else 0
         batch[name] = first.new_full((len(examples), size, *first.shape[1:]), fill)
         for row, example in zip(batch[name], examples, strict=True):

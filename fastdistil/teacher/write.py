@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdistil.fingerprint import of_teacher
 from fastdistil.teacher import format as files
 from fastdistil.teacher.store import Store, open
 from fastdistil.teacher.writer import Writer
@@ -26,6 +27,8 @@ def write(
     path: str | Path,
     *,
     kind: str = "hidden",
+    layers: Sequence[int] = (),
+    logits: bool = True,
     k: int = 64,
     temperature: float = 1.0,
     dtype: torch.dtype | None = None,
@@ -39,18 +42,25 @@ def write(
     same examples in the same order.
 
     Args:
-        model: a transformers model with a linear head (get_output_embeddings, or the `classifier` or `score` of a token
+        model: a transformers model on its device; it is in eval mode and without a cache while this runs. Of kind
+            "hidden" and "topk" with a linear head (get_output_embeddings, or the `classifier` or `score` of a token
             classifier, whose V is its classes), such as AutoModelForMaskedLM's, AutoModelForCausalLM's or
-            AutoModelForTokenClassification's, on its device; it is in eval mode and without a cache while this runs.
+            AutoModelForTokenClassification's. Of kind "layers" one that `fastdistil.capture` reads, with a head that
+            classifies tokens or whole sequences, or without one.
         loader: batches for model(**batch): at least input_ids (B, S); where attention_mask (B, S) is 0, nothing is
             written. Not labels.
         path: the store's folder.
         kind: "hidden": what the head is applied to, and the head once, from which any divergence follows later;
             "topk": the K largest log-probabilities of softmax(logits / temperature), their columns, and the logarithm
             of what all others have together, each in float64 before it is rounded to what is kept. A store that was
-            begun without those is continued without them.
+            begun without those is continued without them. "layers": the input ids, the hidden states of `layers` and,
+            where `logits`, the model's logits, (tokens, C) or (C,), all from one pass.
+        layers: of kind "layers", counted as `fastdistil.capture` counts them: 0 is what the first block gets, l the
+            output of block l; negative ones from the end, -1 the last block's.
+        logits: of kind "layers".
         k, temperature: of kind "topk".
-        dtype: of what is written; by default the hidden states' own, and float32 for values.
+        dtype: of what is written; by default the hidden states' own, and float32 for values. Logits are kept in float32
+            (float64 where it is that).
         name: the teacher's name in the index, by default model.config.name_or_path.
         shard_bytes: see Writer.
 
@@ -59,8 +69,14 @@ def write(
 
     Raises:
         ValueError: where the model has no linear head, or its logits are not that head's (a cap or a scale on top: use
-            kind "topk"); and Writer's errors.
+            kind "topk"); of kind "layers", a layer that the model does not have, and a loader that gives other examples
+            than those that are written; and Writer's errors.
+        KeyboardInterrupt: after Ctrl-C, once the examples that were computed are written.
     """
+    if kind == "layers":
+        return _write_layers(model, loader, Path(path), layers, logits, dtype, name, shard_bytes, progress)
+    if len(layers):
+        raise ValueError(f"{_NAME}: layers came with kind={kind!r}, expected kind='layers'")
     head = _head(model)
     weight: Tensor = head.weight
     hidden_kind = kind == "hidden"
@@ -79,12 +95,57 @@ def write(
         head_bias=getattr(head, "bias", None) if hidden_kind else None,
         shard_bytes=shard_bytes,
     )
-    with writer, _evaluating(model), torch.no_grad():
+    with writer, _evaluating(model), _written_at_interrupt(writer), torch.no_grad():
         for batch in _remaining(loader, writer.examples, progress):
             for example in _examples(model, head, batch, kind, k, temperature):
                 if not tail:
                     example.pop(files.TAIL, None)
                 writer.add(**example)
+    return open(path)
+
+
+@contextmanager
+def _written_at_interrupt(writer: Writer) -> Iterator[None]:
+    """Ctrl-C loses no example that was computed."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        writer.flush()
+        raise
+
+
+def _write_layers(
+    model: nn.Module,
+    loader: Iterable[Mapping[str, Tensor]],
+    path: Path,
+    layers: Sequence[int],
+    logits: bool,
+    dtype: torch.dtype | None,
+    name: str | None,
+    shard_bytes: int,
+    progress: bool,
+) -> Store:
+    """`write` of kind "layers"."""
+    from fastdistil.teacher import layers as reading
+
+    numbers = reading.layer_numbers(model, layers)
+    with _evaluating(model), torch.no_grad():
+        writer = Writer(
+            path,
+            kind="layers",
+            **reading.shapes(model, numbers, logits),
+            model=str(getattr(getattr(model, "config", None), "name_or_path", "")) if name is None else name,
+            dtype=next(model.parameters()).dtype if dtype is None else dtype,
+            layers=numbers,
+            teacher=of_teacher(model),
+            shard_bytes=shard_bytes,
+        )
+        written = Store(path)
+        check = reading.Skipped(written, writer.examples)
+        with writer, _written_at_interrupt(writer):
+            for batch in _remaining(loader, writer.examples, progress, check):
+                for example in reading.examples(model, batch, numbers, logits):
+                    writer.add(**example)
     return open(path)
 
 
@@ -137,8 +198,13 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             config.use_cache = True
 
 
-def _remaining(loader: Iterable[Mapping[str, Tensor]], done: int, progress: bool) -> Iterator[Mapping[str, Tensor]]:
-    """The loader's batches without its first `done` examples."""
+def _remaining(
+    loader: Iterable[Mapping[str, Tensor]],
+    done: int,
+    progress: bool,
+    skipped: Callable[[Mapping[str, Tensor], int], None] | None = None,
+) -> Iterator[Mapping[str, Tensor]]:
+    """The loader's batches without its first `done` examples; `skipped` is told of those."""
     from tqdm import tqdm
 
     seen = 0
@@ -151,6 +217,8 @@ def _remaining(loader: Iterable[Mapping[str, Tensor]], done: int, progress: bool
                 raise TypeError(f"{_NAME}: loader gave a batch whose {key} is {type(x).__name__}, expected tensors")
         size = batch["input_ids"].shape[0]
         skip = min(max(done - seen, 0), size)
+        if skip and skipped is not None:
+            skipped({key: x[:skip] for key, x in batch.items()}, seen)
         seen += size
         if skip < size:
             yield {key: x[skip:] for key, x in batch.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -13,6 +14,7 @@ from fastdistil.ops.topk_rule import LARGEST_MASS
 from fastdistil.teacher import format as files
 
 _NAME = "teacher.Writer"
+_TOKENS = -1  # stands for the number of tokens in a shape
 
 
 class Writer:
@@ -27,14 +29,18 @@ class Writer:
 
     Args:
         path: a folder; it is made where it does not exist.
-        kind: "hidden" (what the head is applied to; needs head_weight) or "topk".
-        width: D or K; vocabulary: V.
+        kind: "hidden" (what the head is applied to; needs head_weight), "topk" or "layers" (hidden states of some
+            layers, and logits).
+        width: D or K; vocabulary: V, or of kind "layers" the number of classes; 0 where there are no layers, no logits.
         model: the teacher's name, kept in the index.
         dtype: of hidden states or values: torch.float32, bfloat16, float16 or float64; what is added is rounded to it.
         temperature: that the values were made at, kept in the index.
         tail: of kind "topk": each example comes with `tail` (tokens,) float32 or float64, the natural logarithm of the
             mass of all columns but its indices, which topk_logit_loss takes as teacher_tail. It is kept in float32, in
             float64 where `dtype` is.
+        layers, logits, teacher: of kind "layers": the layers, ascending from 0; "tokens" where each token has logits,
+            "examples" where each example has, "" for none; and a hash of the teacher, with which alone it is continued.
+            An example comes with `input_ids` (tokens,), `hidden_<layer>` (tokens, D) and `logits` (tokens, C) or (C,).
         head_weight, head_bias: (V, D) and optionally (V,), kept once, in their own dtype.
         shard_bytes: a shard is written when its tensors reach this size, which bounds the memory in use.
 
@@ -54,20 +60,26 @@ class Writer:
         dtype: torch.dtype = torch.float32,
         temperature: float = 1.0,
         tail: bool = False,
+        layers: Sequence[int] = (),
+        logits: str = "",
+        teacher: str = "",
         head_weight: Tensor | None = None,
         head_bias: Tensor | None = None,
         shard_bytes: int = 256 << 20,
     ) -> None:
         names = {torch_dtype: name for name, torch_dtype in files.DTYPES.items()}
         if kind not in files.FIELDS:
-            raise ValueError(f"{_NAME}: kind is {kind!r}, expected 'hidden' or 'topk'")
+            raise ValueError(f"{_NAME}: kind is {kind!r}, expected 'hidden', 'topk' or 'layers'")
         if dtype not in names:
             raise ValueError(
                 f"{_NAME}: dtype is {dtype}, expected torch.float32, torch.bfloat16, torch.float16 or torch.float64"
             )
+        _check_layers(kind, layers, logits)
+        unused = {"width": kind == "layers" and not layers, "vocabulary": kind == "layers" and not logits}
         for name, value in (("width", width), ("vocabulary", vocabulary), ("shard_bytes", shard_bytes)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{_NAME}: {name} is {value!r}, expected an integer of at least 1")
+            least = 0 if unused.get(name) else 1
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{_NAME}: {name} is {value!r}, expected an integer of at least {least}")
         if kind == "topk" and width > vocabulary:
             raise ValueError(f"{_NAME}: width is {width}, expected at most the vocabulary, {vocabulary}")
         if not isinstance(tail, bool):
@@ -76,7 +88,16 @@ class Writer:
             raise ValueError(f"{_NAME}: tail came with kind={kind!r}, expected kind='topk'")
         self.path, self._shard_bytes = Path(path), shard_bytes
         self._index = files.Index(
-            kind, model, names[dtype], width, vocabulary, positive(_NAME, "temperature", temperature), tail
+            kind,
+            model,
+            names[dtype],
+            width,
+            vocabulary,
+            positive(_NAME, "temperature", temperature),
+            tail,
+            list(layers),
+            logits,
+            teacher,
         )
         self._buffer: list[dict[str, Tensor]] = []
         self._buffered_bytes = 0
@@ -100,9 +121,9 @@ class Writer:
 
     def _head(self, weight: Tensor | None, bias: Tensor | None) -> dict[str, Tensor]:
         index = self._index
-        if index.kind == "topk":
+        if index.kind != "hidden":
             if weight is not None or bias is not None:
-                raise ValueError(f"{_NAME}: head_weight came with kind='topk', expected None")
+                raise ValueError(f"{_NAME}: head_weight came with kind={index.kind!r}, expected None")
             return {}
         expected = (index.vocabulary, index.width)
         if weight is None or tuple(weight.shape) != expected:
@@ -133,21 +154,25 @@ class Writer:
         if set(example) != set(index.fields):
             raise TypeError(f"{_NAME}.add: got {sorted(example)}, expected {', '.join(index.fields)}")
         first = example[index.fields[0]]
-        tokens = first.shape[0] if first.dim() == 2 else -1
+        tokens = first.shape[0] if first.dim() == len(index.shape(index.fields[0], 0)) else -1
         kept = {}
         for name, x in example.items():
             if tuple(x.shape) != index.shape(name, tokens):
-                width = "" if name == files.TAIL else f" {index.width}"
+                sizes = ["tokens" if size == _TOKENS else str(size) for size in index.shape(name, _TOKENS)]
+                wanted = f"({', '.join(sizes)}{',' if len(sizes) == 1 else ''})"
                 raise ValueError(
-                    f"{_NAME}.add: {name} has shape {tuple(x.shape)}, expected (tokens,{width})"
+                    f"{_NAME}.add: {name} has shape {tuple(x.shape)}, expected {wanted}"
                     + (" of one example" if x.dim() == 3 else "")
                 )
             dtype = index.torch_dtype(name)
-            if x.dtype.is_floating_point == (name == "indices"):
+            if x.dtype.is_floating_point == (name in files.INTEGERS):
                 raise TypeError(f"{_NAME}.add: {name} has dtype {x.dtype}, expected one like {dtype}")
             if name == files.TAIL and x.dtype not in (torch.float32, torch.float64):
                 raise TypeError(f"{_NAME}.add: tail has dtype {x.dtype}, expected float32 or float64")
             kept[name] = x.detach().to("cpu", dtype, copy=True)
+            if dtype == torch.float16 and bool((kept[name].isinf() & x.detach().isfinite().cpu()).any()):
+                largest = float(x.abs().max())
+                raise ValueError(f"{_NAME}.add: {name} holds {largest:.4g}, too large for float16; use bfloat16")
         columns = kept.get("indices")
         if columns is not None and bool(((columns < 0) | (columns >= index.vocabulary)).any()):
             raise ValueError(f"{_NAME}.add: indices holds one outside of 0 to {index.vocabulary - 1}")
@@ -162,8 +187,10 @@ class Writer:
         """What is waiting becomes a shard."""
         if not self._buffer:
             return
-        lengths = [next(iter(x.values())).shape[0] for x in self._buffer]
-        tensors = {name: torch.cat([x[name] for x in self._buffer]) for name in self._index.fields}
+        index = self._index
+        lengths = [x[index.fields[0]].shape[0] for x in self._buffer]
+        join = {name: torch.stack if index.by_example(name) else torch.cat for name in index.fields}
+        tensors = {name: join[name]([x[name] for x in self._buffer]) for name in index.fields}
         tensors["offsets"] = torch.tensor([0, *lengths]).cumsum(0)
         path = self.path / f"shard-{len(self._index.shards):05d}.safetensors"
         self._index.shards.append(files.save(path, tensors, len(lengths), sum(lengths)))
@@ -184,6 +211,21 @@ class Writer:
     ) -> None:
         if kind is None:
             self.close()
+
+
+def _check_layers(kind: str, layers: Sequence[int], logits: str) -> None:
+    """What a store of kind "layers" is told, and other kinds are not."""
+    if kind != "layers":
+        for name, value in (("layers", layers), ("logits", logits)):
+            if value:
+                raise ValueError(f"{_NAME}: {name} came with kind={kind!r}, expected kind='layers'")
+        return
+    if list(layers) != sorted(set(layers)) or any(layer < 0 for layer in layers):
+        raise ValueError(f"{_NAME}: layers is {list(layers)}, expected ascending numbers from 0, each once")
+    if logits not in ("tokens", "examples", ""):
+        raise ValueError(f"{_NAME}: logits is {logits!r}, expected 'tokens', 'examples' or ''")
+    if not layers and not logits:
+        raise ValueError(f"{_NAME}: layers is empty and logits is '', expected something to write")
 
 
 def _check_mass(values: Tensor, tail: Tensor) -> None:
