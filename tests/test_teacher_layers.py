@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import fastdistil as fd
 from fastdistil import teacher
+from fastdistil.batches import Batches
 
 transformers = pytest.importorskip("transformers")
 
@@ -134,7 +135,7 @@ def test_it_continues_where_it_was_cut_off(tmp_path: Path) -> None:
 def test_cached_batches_are_what_the_teacher_says_live(tmp_path: Path, left: bool) -> None:
     tagger = model()
     cached = teacher.Cached(write(tmp_path / "s", tagger), rows(), lambda picked: collate(picked, left), layers=[1])
-    batch = cached.batch([5, 1, 2])
+    batch = cached.read([5, 1, 2])
     with torch.no_grad(), fd.capture(tagger.eval(), hidden_states=[1]) as captured:
         out = tagger(
             **{name: batch[name] for name in ("input_ids", "attention_mask")},
@@ -149,11 +150,25 @@ def test_cached_batches_are_what_the_teacher_says_live(tmp_path: Path, left: boo
     assert torch.equal(again[4]["logits"], cached.store[4]["logits"])
 
 
+def test_batches_for_the_loop(tmp_path: Path) -> None:
+    cached = teacher.Cached(write(tmp_path / "s"), rows(), collate)
+    batches = cached.batches(batch_size=3, seed=1)
+    assert isinstance(batches, Batches) and len(batches) == 7 and batches.fingerprint() == cached.fingerprint()
+    seen = [tuple(row[row > 0].tolist()) for k in range(7) for row in batches.batch(k)["input_ids"]]
+    assert sorted(seen) == sorted(3 * [tuple(row["input_ids"]) for row in rows()]), "three epochs"
+    first, again = batches.batch(2), cached.batches(batch_size=3, seed=1).batch(2)
+    assert all(torch.equal(first[name], again[name]) for name in first) and "teacher_hidden_1" in first
+    held_out = cached.in_order(2)
+    for _ in range(2):
+        lengths = torch.cat([batch["attention_mask"].sum(1) for batch in held_out])
+        assert lengths.tolist() == list(LENGTHS) and len(held_out) == 4
+
+
 def test_cached_batches_of_whole_sequences_and_other_orders(tmp_path: Path) -> None:
     store = write(tmp_path / "s", model("SequenceClassification"))
     picked = [rows()[i] for i in (6, 0, 3)]
     cached = teacher.Cached(store, picked, collate, numbers=[6, 0, 3])
-    batch = cached.batch([2, 0])
+    batch = cached.read([2, 0])
     assert torch.equal(batch["teacher_logits"], torch.stack([store[3]["logits"], store[6]["logits"]]))
     assert torch.equal(batch["teacher_hidden_3"][1], store[6]["hidden_3"])
     assert len(cached) == 3 and cached[-1]["input_ids"] == rows()[3]["input_ids"]
@@ -166,12 +181,12 @@ def test_rows_in_the_students_own_ids(tmp_path: Path) -> None:
     renumbered = {old: new for new, old in enumerate(pieces.tolist())}
     own = [{"input_ids": [renumbered[i] for i in row["input_ids"]]} for row in rows()]
     store = write(tmp_path / "s")
-    batch = teacher.Cached(store, own, collate, pieces=pieces).batch([0, 4])
+    batch = teacher.Cached(store, own, collate, pieces=pieces).read([0, 4])
     assert torch.equal(batch["teacher_hidden_0"][1], store[4]["hidden_0"])
     with pytest.raises(
         ValueError, match=r"teacher.Cached: example 0 of .* has 4 pieces, .* its row has 4, .* the same"
     ):
-        teacher.Cached(store, own, collate).batch([0, 4])
+        teacher.Cached(store, own, collate).read([0, 4])
 
 
 def test_rows_that_the_teacher_did_not_see_are_refused(tmp_path: Path) -> None:
@@ -179,7 +194,7 @@ def test_rows_that_the_teacher_did_not_see_are_refused(tmp_path: Path) -> None:
     shorter = [{"input_ids": row["input_ids"][:-1] or [3]} for row in rows()]
     for wrong in (shorter, rows()[1:] + rows()[:1]):
         with pytest.raises(ValueError, match=r"has 4 pieces, .* expected the same"):
-            teacher.Cached(store, wrong, collate).batch([0])
+            teacher.Cached(store, wrong, collate).read([0])
     with pytest.raises(ValueError, match="rows has 6 entries, expected 7"):
         teacher.Cached(store, rows()[1:], collate)
     with pytest.raises(ValueError, match="numbers has 6 entries, expected 7"):

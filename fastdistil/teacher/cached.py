@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastdistil.batches import Shuffled
 from fastdistil.fingerprint import of_data
 from fastdistil.teacher import format as files
 from fastdistil.teacher.store import Store
@@ -16,11 +17,30 @@ _NAME = "teacher.Cached"
 _EXAMPLE = "__example__"
 
 
+class _Batches(Shuffled):
+    def fingerprint(self) -> Any:
+        return self.data.fingerprint()  # type: ignore[attr-defined]
+
+
+class InOrder:
+    """Batches of a `Cached`, from its first row to its last."""
+
+    def __init__(self, cached: Cached, batch_size: int) -> None:
+        self._cached, self._size = cached, batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self._cached) // self._size)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for first in range(0, len(self._cached), self._size):
+            yield self._cached.read(range(first, min(first + self._size, len(self._cached))))
+
+
 class Cached(Sequence[dict[str, Any]]):
     """Rows, and `collate`, which gives their batch with the entries that the distillation terms read:
 
         cached = Cached(store, rows, collate)
-        train(objective, cached, cached.collate, options)
+        train(objective, cached.batches(batch_size=32, seed=0), None, options)
 
     | entry | shape | dtype |
     |---|---|---|
@@ -82,9 +102,17 @@ class Cached(Sequence[dict[str, Any]]):
         i %= len(self)
         return {**self.rows[i], _EXAMPLE: i if self._numbers is None else int(self._numbers[i])}
 
-    def batch(self, indices: Iterable[int]) -> dict[str, Tensor]:
+    def read(self, indices: Iterable[int]) -> dict[str, Tensor]:
         """The batch of these rows."""
         return self.collate([self[i] for i in indices])
+
+    def batches(self, batch_size: int, seed: int) -> Shuffled:
+        """Endless shuffled epochs for `train` and `Stage`, functions of `seed`: what a stage is given as its data."""
+        return _Batches(self, self.collate, batch_size, seed)
+
+    def in_order(self, batch_size: int) -> InOrder:
+        """Every row once, in order, as often as it is gone through: what a stage is given to hold out."""
+        return InOrder(self, batch_size)
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         """The batch of rows that this sequence gave."""
