@@ -7,6 +7,7 @@ import pytest
 import torch
 from demo_cases import corpus, sentences, tokenizer
 from rich.console import Console
+from transformers import AutoModel, AutoTokenizer
 
 from fastdistil.demo import corpora, material, report, run, sparse, tagger, teacher
 from fastdistil.demo.encode import IGNORE, WordEncoder, pad
@@ -94,6 +95,20 @@ def accuracies(metrics):
     return {s["seed"]: {a: (v["accuracy"], v["loss"]) for a, v in s["arms"].items()} for s in metrics["seeds"]}
 
 
+def check_files(folder, source):
+    """The encoder and texts that the demo leaves for the commands."""
+    model, tokens = AutoModel.from_pretrained(folder / "encoder"), AutoTokenizer.from_pretrained(folder / "encoder")
+    assert len(tokens) == len(source.rows) == model.config.vocab_size
+    ids = torch.arange(5)[None]
+    both = model(input_ids=ids).last_hidden_state, source.model(input_ids=source.rows[ids]).last_hidden_state
+    assert torch.equal(*both)
+    blocks = (folder / "tr.train.tsv").read_text().strip().split("\n\n")
+    assert len(blocks) == len(source.corpora[0].train)
+    held_out = {s.words for s in source.corpora[0].test}
+    assert not {tuple(line.split("\t")[0] for line in b.splitlines()) for b in blocks} & held_out
+    assert (folder / "el.txt").exists() and not list(folder.glob("*partial*"))
+
+
 def test_run_demo(tiny, tmp_path):
     metrics = run.run_demo(tmp_path / "a", seed=5, seeds=2, settings=SETTINGS, console=QUIET)
     assert metrics == json.loads((tmp_path / "a" / "metrics.json").read_text())
@@ -107,6 +122,7 @@ def test_run_demo(tiny, tmp_path):
     for name in ("report.md", "loss.png", "accuracy.png", "student/model.safetensors", "student/tokenizer.json"):
         assert (tmp_path / "a" / name).stat().st_size > 0
     assert not list((tmp_path / "a").glob("seed-*/*/[0-9]-*")), "checkpoints of finished students are left"
+    check_files(tmp_path / "a" / "files", tiny)
     steps = {
         a: sum(len(next(iter(t.values()))) for t in v["loss"].values()) for a, v in metrics["seeds"][0]["arms"].items()
     }

@@ -18,7 +18,7 @@ from transformers import AutoModelForTokenClassification, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 import fastdistil
-from fastdistil.demo import measure, report
+from fastdistil.demo import folders, measure, report
 from fastdistil.demo.material import Material, Settings, Source, draw, evaluate, load_source
 from fastdistil.recipes import xtremedistil
 from fastdistil.recipes.pairs import Stage, run_stages
@@ -134,6 +134,7 @@ def _run(out: Path, seeds: range, cache: Path | None, settings: Settings, consol
         console.print(f"[dim]{time.perf_counter() - started:6.1f} s[/dim]  {text}")
 
     source = load_source(cache, say)
+    folders.write(source, out / "files", say)
     results = []
     for seed in seeds:
         say(f"seed {seed}: the teacher reads {len(source.corpora)} languages")
