@@ -111,7 +111,8 @@ struct SkewKL {  // KL(q || m), m = beta q + (1-beta) p
     const math::Growth<T> back = math::growth(-c.turn), forth = math::growth(c.delta);
     const T m_over_q = math::log_both(mix.rest * forth.less_one, mix.beta + mix.rest * forth.whole).value;
     const T u = origin.share_own + origin.share_other * back.whole;
-    const T slope = -mix.rest * mix.rest * (origin.other_over_mixture * back.less_one / u);  // -(1-beta) q/m
+    // -(1-beta) q/m; the quotient first: x/u^2 may be more than 1, the exponential all that a float holds
+    const T slope = -mix.rest * mix.rest * (origin.other_over_mixture * (back.less_one / u));
     return {math::excess(c.q, mix.rest * c.gap, m_over_q), slope};
   }
 };

@@ -86,7 +86,7 @@ def _shares(
     if name == "skew_kl":
         origin = _Origin.at(rest, beta, zero)
         _, u = origin.mixture(turn)
-        return _excess(q, rest * gap, m_over_q), -rest * rest * (origin.scale * torch.expm1(_bounded(-turn)) / u)
+        return _excess(q, rest * gap, m_over_q), -rest * rest * (origin.scale * (torch.expm1(_bounded(-turn)) / u))
     origin = _Origin.at(beta, rest, zero)
     y, u = origin.mixture(turn)
     v, log = y / u.clamp_min(1e-300), _log(y, u)

@@ -1,0 +1,171 @@
+// The first pass over a row pair of logits: its shift, the masses of both sides, D = log1p(X/S) (docs/losses.md,
+// section 1).
+#pragma once
+
+#include "logit_block.h"
+
+namespace fastdistil {
+inline namespace FD_ISA {
+namespace {
+
+// The student's own maximum and ln of sum(exp(a - maximum)): where a column lies too far from the teacher's.
+template <class T>
+void own_softmax(Row<T>& row, Block<T>& block) {
+  LogSum<T> own;
+  for_blocks(row, block, [&](int64_t, int n, int) { own.add(block.a, n, row.tempering.inv_student); });
+  row.stats.own_max = own.max, row.stats.own_log = static_cast<T>(std::log(own.sum));
+}
+
+template <bool kNearBlock, class T>
+void add_block(const Block<T>& block, int n, const Tempering<T>& tempering, Masses<T, double>& masses) {
+  const Unit<T> unit = masses.unit();
+  const T inv_student = tempering.inv_student, inv_teacher = tempering.inv_teacher;
+  const T *a = block.a, *b = block.b, *d = block.d;
+  T sum = 0, difference = 0;
+#pragma omp simd reduction(+ : sum, difference)
+  for (int i = 0; i < n; ++i) {
+    const Mass<T> part = mass<kNearBlock>(Scores<T>{a[i], b[i], d[i]}, unit, inv_student, inv_teacher);
+    sum += part.sum;
+    difference += part.difference;
+  }
+  masses.sum += sum;
+  masses.difference += difference;
+}
+
+// What a pass finds.
+template <class T>
+struct Found {
+  Masses<T, double> masses;
+  int64_t top = -1;        // the teacher's largest column
+  bool near = true;        // every column lies near its teacher's
+  bool unmatched = false;  // the student has no logit at `top`
+  bool lost = false;       // masses.difference has lost its digits on the way
+
+  // Masses are measured by column `at` from here on. Where the student has none there, its logit is taken to be that of
+  // which the scores' difference is 0, up to rounding, which is kept: at logits of 1e4 it is 1e-4 of the mass.
+  void raise(Scores<T> c, int64_t at, const Tempering<T>& row) {
+    const Masses<T, double> before = masses;
+    unmatched = !usable(c.d);
+    if (unmatched && c.b > T(-INFINITY)) {
+      const double b = c.b;
+      c.a = static_cast<T>(row.equal ? b + row.shift : (b * row.wide_teacher + row.shift) / row.wide_student);
+      c.d = static_cast<T>(row.difference(c.a, c.b));
+    }
+    masses.raise(c, row);
+    if (masses.max > T(-INFINITY)) top = at;
+    lost = lost || loses(before, row.inv_student);
+  }
+
+ private:
+  // X is the student's mass less the teacher's S. Where the former is but a small part of the latter, X has few digits
+  // of it, none that counts unless the student's mass grows by the move to another column. An infinite X stays so.
+  bool loses(const Masses<T, double>& before, T inv_student) const {
+    if (before.sum == 0) return !std::isfinite(before.difference);
+    if (before.difference >= -0.875 * before.sum && std::isfinite(before.difference)) return false;
+    const double grows = std::exp((static_cast<double>(before.own) - masses.own) * inv_student);
+    return !std::isfinite(before.difference) || before.sum * grows > 1;
+  }
+};
+
+// The masses of the whole row; kTop: the student's largest logit too. at: a column to begin with, the teacher's largest
+// of an earlier pass, or -1.
+template <bool kTop, class T>
+Found<T> add_row(Row<T>& row, Block<T>& block, int64_t at = -1) {
+  Found<T> found;
+  Masses<T, double>& masses = found.masses;
+  if (at >= 0) found.raise(scores(row.student[at], row.teacher[at], row.tempering), at, row.tempering);
+  T top = -INFINITY;
+  if (kTop) row.stats.top_student = row.stats.top_teacher = -INFINITY;
+  for_blocks(row, block, [&](int64_t begin, int n, int) {
+    if (kTop) {
+      const T own = block_max(block.a, n);
+      if (own > top) {
+        const int at = place_of(block.a, n, own);
+        row.stats.top_student = row.tempering.given ? row.student[begin + at] : own;
+        row.stats.top_teacher = block.b[at], top = own;
+      }
+    }
+    const T largest = block_max(block.b, n);
+    if (largest > masses.max) {
+      const int at = place_of(block.b, n, largest);
+      found.raise(block.at(at), begin + at, row.tempering);
+    } else if (masses.max == T(-INFINITY)) {
+      masses.raise(block.at(place_of(block.a, n, block_max(block.a, n))), row.tempering);
+    }
+    const bool near_block = block.near && math::magnitude(masses.reference) <= T(kNear);
+    near_block ? add_block<true>(block, n, row.tempering, masses) : add_block<false>(block, n, row.tempering, masses);
+    found.near = found.near && near_block;
+  });
+  return found;
+}
+
+// Of a row of which some columns are not on both sides: shifts to that of some columns which most others agree with.
+template <class T, class At>
+void guess_among_many(Tempering<T>& row, int64_t columns, At&& column_at) {
+  constexpr int64_t kMost = 16;
+  const int n = static_cast<int>(std::min(columns, kMost));
+  T d[kMost];
+  for (int i = 0; i < n; ++i) {
+    const Scores<T> c = column_at(columns * i / n);
+    d[i] = static_cast<T>(row.difference(c.a, c.b));
+  }
+  int best = -1, most = 1;
+  for (int i = 0; i < n; ++i) {
+    if (!usable(d[i])) continue;
+    int alike = 0;
+    for (int j = 0; j < n; ++j) alike += math::magnitude(d[j] - d[i]) <= math::magnitude(d[i]) / T(8);
+    if (alike > most) best = i, most = alike;
+  }
+  if (best < 0) return;
+  const Scores<T> c = column_at(columns * best / n);
+  row.shift_to(c.a, c.b);
+}
+
+// Shifts to the teacher's largest column that both sides have; false where there is none.
+template <class T>
+bool shift_to_common(Row<T>& row) {
+  T student = 0, largest = -INFINITY;
+  for (int64_t i = 0; i < row.columns; ++i) {
+    const T s = row.student[i], t = row.tempering.given ? T(0) : row.teacher[i];
+    if (t > largest && usable(static_cast<T>(row.tempering.difference(s, t)))) student = s, largest = t;
+  }
+  if (largest == T(-INFINITY)) return false;
+  row.tempering.shift_to(student, largest);
+  return true;
+}
+
+// The teacher's maximum and sum, and D = log1p(X/S). A `part` of a row may have no teacher mass.
+template <bool kCentred, class T>
+void statistics(Row<T>& row, Block<T>& block, bool part) {
+  const auto column_at = [&row](int64_t i) {
+    return Scores<T>{row.student[i], row.tempering.given ? T(0) : row.teacher[i], T(0)};
+  };
+  if (!guess_shift(row.tempering, column_at(row.columns / 4), column_at(row.columns / 2),
+                   column_at(row.columns / 4 * 3)))
+    guess_among_many(row.tempering, row.columns, column_at);
+  Found<T> found = add_row<kCentred>(row, block);
+  const auto again = [&] {
+    block.whole = false;
+    found = add_row<kCentred>(row, block, found.top);
+  };
+  if (found.lost) again();
+  if (misplaced(found.masses)) {
+    row.tempering.shift_to(found.masses.own, found.masses.max);
+    again();
+  } else if (found.unmatched && row.tempering.shift == 0 && shift_to_common(row)) {
+    again();
+  }
+  const Masses<T, double>& masses = found.masses;
+  const T max = masses.max;
+  row.stats.max = max > T(-INFINITY) || part ? max : T(NAN);  // a teacher of -inf alone is an error: keep it visible
+  row.stats.inv_sum = static_cast<T>(1.0 / masses.sum);
+  row.stats.reference = masses.reference;
+  if (exact_log_ratio(masses.difference / masses.sum, row.stats.log_ratio) && found.near)
+    own_from_teacher(row.stats, masses.own, masses.sum);
+  else
+    own_softmax(row, block);
+}
+
+}  // namespace
+}  // namespace FD_ISA
+}  // namespace fastdistil
