@@ -79,6 +79,19 @@ class Shuffled:
         return of_data(self.data)
 
 
+class InOrder:
+    """Examples in their order, each once, `batch_size` at a time, as batches that can be gone through again."""
+
+    def __init__(self, data: Sequence[Example], collate: Callable[..., Batch], batch_size: int, seed: int) -> None:
+        self.data, self.collate, self.batch_size, self.seed = data, collate, batch_size, seed
+
+    def __iter__(self) -> Iterator[Batch]:
+        draws = _takes_generator(self.collate)
+        for k, first in enumerate(range(0, len(self.data), self.batch_size)):
+            rows = [self.data[i] for i in range(first, min(first + self.batch_size, len(self.data)))]
+            yield self.collate(rows, generator=generator_of(self.seed, k)) if draws else self.collate(rows)
+
+
 def _takes_generator(collate: Callable[..., Any]) -> bool:
     try:
         return "generator" in inspect.signature(collate).parameters

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -77,18 +76,6 @@ def same_data(one: Any, other: Any) -> bool:
 
 def _short(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def function_name(function: Callable[..., Any]) -> str:
-    """A function's name with what functools.partial gives it; never an address, which the next run has not."""
-    if isinstance(function, functools.partial):
-        given = [*map(_plain, function.args), *(f"{k}={_plain(x)}" for k, x in sorted(function.keywords.items()))]
-        return f"{function_name(function.func)}({', '.join(given)})"
-    return str(getattr(function, "__qualname__", type(function).__qualname__))
-
-
-def _plain(value: Any) -> str:
-    return repr(value) if isinstance(value, (bool, int, float, str, type(None))) else type(value).__qualname__
 
 
 def _look(row: Any) -> tuple[str, float]:

@@ -153,7 +153,7 @@ def test_interrupted_demo_continues(tiny, tmp_path, monkeypatch):
     before = calls[0]
     continued = run.run_demo(tmp_path / "cut", settings=SETTINGS, console=QUIET)
     assert accuracies(continued) == accuracies(whole)
-    assert calls[0] - before < 45, "finished students were trained again"
+    assert calls[0] - before < 50, "finished students were trained again"
 
 
 def test_seeds_must_be_positive(tmp_path):

@@ -16,9 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import fastdistil as fd
-from fastdistil.recipes.pairs import PairObjective
-from fastdistil.recipes.xtremedistil import labels as label_pair
-from fastdistil.recipes.xtremedistil import logits as logit_pair
+from fastdistil.recipes import terms
 from fastdistil.recipes.xtremedistil import representation
 from fastdistil.train import Options, train
 
@@ -331,7 +329,8 @@ def test_the_xtremedistil_recipe_in_bf16() -> None:
         "teacher_hidden": torch.randn(4, 6, 3), "teacher_logits": torch.randn(4, 6, 5),
         "labels": torch.randint(5, (4, 6)), "words": torch.ones(4, 6), "labelled_words": torch.ones(4, 6),
     }  # fmt: skip
-    objective = PairObjective(Tagger(), [representation(nn.Linear(8, 3)), logit_pair(), label_pair(0.5)])
+    chosen = [representation("teacher_hidden", nn.Linear(8, 3)), terms.logits(), terms.labels(scale=0.5)]
+    objective = terms.Distillation(Tagger(), chosen)
     seen = []
     objective.student.head.register_forward_hook(lambda *found: seen.append(found[-1].dtype))
     history = train(objective, range(4), lambda _: batch, Options(12, lr=0.1, batch_size=2, warmup=1, precision="bf16"))

@@ -11,8 +11,7 @@ import torch
 import fastdistil as fd
 from fastdistil.models.student import with_blocks
 from fastdistil.recipes import bistil, lightmbert, xtremedistil
-from fastdistil.recipes.layers import LayerObjective, LayerPair
-from fastdistil.recipes.pairs import PairObjective
+from fastdistil.recipes.terms import Distillation, Term, attention, hidden
 from fastdistil.train import train
 
 transformers = pytest.importorskip("transformers")
@@ -116,14 +115,20 @@ def test_bistils_student_has_no_dropout_and_gets_none_by_saving(family: str, tmp
         assert torch.equal(model(ids)[0], model(ids)[0])
 
 
+def _student_and_terms(recipe: str, teacher: Any) -> tuple[Any, list[Term]]:
+    if recipe == "lightmbert":
+        return lightmbert.student(teacher), lightmbert.terms()
+    student = bistil.student(teacher)
+    return student, bistil.terms(student, teacher)
+
+
 @pytest.mark.parametrize("recipe", ["lightmbert", "bistil"])
 def test_the_objective_is_the_textbook_one(recipe: str) -> None:
     teacher = _teacher()
-    module = {"lightmbert": lightmbert, "bistil": bistil}[recipe]
-    student = module.student(teacher).eval()
-    pairs = module.pairs(student, teacher)
-    assert len(pairs) == {"lightmbert": 2, "bistil": 2 + 3}[recipe]
-    objective, batch = LayerObjective(student, teacher, pairs), _batch([1, 2, 3])
+    student, chosen = _student_and_terms(recipe, teacher)
+    student.eval()
+    assert len(chosen) == {"lightmbert": 2, "bistil": 2 + 3}[recipe]
+    objective, batch = Distillation(student, chosen, teacher), _batch([1, 2, 3])
     terms = objective(batch, objective.counts(batch))
     shown = {"output_attentions": True, "output_hidden_states": True}
     for model in (student, teacher):
@@ -131,12 +136,14 @@ def test_the_objective_is_the_textbook_one(recipe: str) -> None:
     s, t = (model(**batch, **shown) for model in (student, teacher))
     mask = batch["attention_mask"].bool()
     visible = (mask[:, None, :, None] & mask[:, None, None, :]).expand(-1, 4, -1, -1)
-    for pair in pairs:
-        if pair.kind == "hidden":
-            expected = (s.hidden_states[pair.student] - t.hidden_states[pair.teacher])[mask].square().mean()
+    for term in objective.terms:
+        i, j = term.student, term.teacher
+        assert isinstance(j, int)
+        if term.name.startswith("hidden"):
+            expected = (s.hidden_states[i] - t.hidden_states[j])[mask].square().mean()
         else:
-            expected = (s.attentions[pair.student - 1] - t.attentions[pair.teacher - 1])[visible].square().mean()
-        torch.testing.assert_close(terms[pair.name], pair.scale * expected, rtol=1e-4, atol=1e-7)
+            expected = (s.attentions[i - 1] - t.attentions[j - 1])[visible].square().mean()
+        torch.testing.assert_close(terms[term.name], term.scale * expected, rtol=1e-4, atol=1e-7)
     assert not any(p is q for p in objective.parameters() for q in teacher.parameters())
 
 
@@ -144,10 +151,10 @@ def test_the_objective_is_the_textbook_one(recipe: str) -> None:
 def test_training_brings_the_student_closer(recipe: str) -> None:
     teacher = _teacher()
     module = {"lightmbert": lightmbert, "bistil": bistil}[recipe]
-    student = module.student(teacher)
+    student, chosen = _student_and_terms(recipe, teacher)
     words = student.get_input_embeddings().weight
     before = words.detach().clone()
-    objective = LayerObjective(student, teacher, module.pairs(student, teacher))
+    objective = Distillation(student, chosen, teacher)
     history = train(objective, range(8), _batch, module.options(40, lr=3e-3, batch_size=4))
     loss = [sum(v for k, v in record.items() if k not in ("step", "lr")) for record in history]
     assert sum(loss[-5:]) < 0.7 * sum(loss[:5])
@@ -162,8 +169,8 @@ def test_a_representation_is_what_capture_takes(family: str) -> None:
     student = transformers.AutoModelForTokenClassification.from_config(config).eval()
     batch = {**_batch([1]), "teacher_hidden": torch.randn(1, 12, 16)}
     batch["input_ids"] %= 50
-    objective = PairObjective(student, [xtremedistil.representation(torch.nn.Identity())])
-    found = objective(batch, objective.counts(batch))["hidden"]
+    objective = Distillation(student, [xtremedistil.representation("teacher_hidden", torch.nn.Identity())])
+    found = objective(batch, objective.counts(batch))["hidden_2"]
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     with fd.capture(student, hidden_states=[2]) as captured:
         shown = student(**inputs, output_hidden_states=True).hidden_states[-1]
@@ -174,7 +181,7 @@ def test_a_representation_is_what_capture_takes(family: str) -> None:
 
 def test_a_run_does_not_continue_with_another_teacher(tmp_path: Path) -> None:
     def run(teacher: Any, share: float = 1.0) -> Any:
-        objective = LayerObjective(with_blocks(_teacher(), [0]), teacher, [LayerPair("hidden", 1, 4, share)])
+        objective = Distillation(with_blocks(_teacher(), [0]), [hidden(1, 4, scale=share)], teacher)
         return train(objective, range(8), _batch, lightmbert.options(1, batch_size=2), out=tmp_path)
 
     history = run(_teacher())
@@ -187,7 +194,7 @@ def test_a_run_does_not_continue_with_another_teacher(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"step-1 was written with teacher = '\w+', this run has '\w+'"):
             run(teacher)
     with pytest.raises(
-        ValueError, match=r"terms = \['hidden_1_4, scale 1.0'\], this run has \['hidden_1_4, scale 0.5'"
+        ValueError, match=r"terms = \['hidden_1_4: scale 1.0, .*'\], this run has \['hidden_1_4: scale 0.5"
     ):
         run(_teacher(), 0.5)
 
@@ -204,8 +211,22 @@ def test_bad_calls() -> None:
         ValueError, match=r"bistil.student: reduction is 3, expected a divisor of the teacher's 4 blocks"
     ):
         bistil.student(teacher, 3)
-    with pytest.raises(ValueError, match=r"LayerObjective: pairs is empty"):
-        LayerObjective(teacher, teacher, [])
-    objective = LayerObjective(with_blocks(teacher, [0]), teacher, [LayerPair("prob_mse", 2, 4)])
-    with pytest.raises(ValueError, match=r"capture: queries asks for layer 2, expected 1 to 1: BertModel has 1 blocks"):
-        objective(_batch([1]), {"prob_mse_2_4": torch.tensor(1.0)})
+    student = with_blocks(teacher, [0])
+    for chosen, message in {
+        (): r"terms has the names \[\], expected at least one",
+        (hidden(1, 4), hidden(-1, -1)): r"terms has the names \['hidden_1_4', 'hidden_1_4'\], expected .* each once",
+        (attention(2, 4),): "prob_mse_2_4 names the student's layer 2, expected 1 to 1, or -1 for the last",
+        (attention(0, 4),): "prob_mse_0_4 names the student's layer 0, expected 1 to 1",
+        (hidden(0, -6),): "hidden_0_-6 names the teacher's layer -6, expected 0 to 4",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            Distillation(student, chosen, teacher)
+    with pytest.raises(ValueError, match="prob_mse_1_1 needs a teacher that runs along"):
+        Distillation(student, [attention(1, 1)])
+    with pytest.raises(ValueError, match="hidden_1_-1 names layer -1 of no teacher, expected teacher, or its number"):
+        Distillation(student, [hidden(1, -1)])
+    with pytest.raises(ValueError, match="terms: hidden_1_1 has scale 0, expected a finite number above 0"):
+        hidden(1, 1, scale=0)
+    alone = Distillation(student, [hidden(1, 1)])
+    with pytest.raises(ValueError, match="the batch has no teacher_hidden_1, and no teacher that has them came"):
+        alone(_batch([1]), alone.counts(_batch([1])))

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +14,9 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fastdistil.fingerprint import function_name, of_data, same_data
-from fastdistil.recipes.pairs import Pair, PairObjective, Stage, cross_entropy, run_stages, set_trainable
+from fastdistil.fingerprint import of_data, same_data
+from fastdistil.recipes import terms
+from fastdistil.recipes.stages import Stage, run_stages, set_trainable
 from fastdistil.sparse import SparseAdamW
 from fastdistil.train import Options, batch_indices, train
 
@@ -201,14 +201,11 @@ def test_other_data_of_the_same_length_is_refused(tmp_path):
 def test_other_terms_are_refused(tmp_path):
     data = [[i, (i + 3) % 10, 0] for i in range(10)]
     for scale in (1.0, 0.5):
-        pair = Pair("labels", lambda out: out.logits, "labels", cross_entropy, "words", scale=scale)
-        stage = Stage("all", [pair], data, Options(1, batch_size=5))
+        stage = Stage("all", [terms.labels(weight="words", scale=scale)], data, Options(1, batch_size=5))
         if scale == 1.0:
             run_stages(Tagger(), [stage], tagging, out=tmp_path)
         else:
-            with pytest.raises(
-                ValueError, match=r"was written with terms = .*cross_entropy.*scale 1.0.* has .*scale 0.5"
-            ):
+            with pytest.raises(ValueError, match=r"was written with terms = .*labels: scale 1.0.* has .*scale 0.5"):
                 run_stages(Tagger(), [stage], tagging, out=tmp_path)
 
 
@@ -231,7 +228,6 @@ def test_a_fingerprint_of_data_knows_its_kinds():
             return torch.rand(3)
 
     assert of_data(Drawn([0] * 20)) is None  # rows that are drawn anew are not held against a run
-    assert function_name(partial(cross_entropy, weight=2, items=object())) == "cross_entropy(items=object, weight=2)"
 
 
 # Dropout makes the generator's state matter; print after every step so that the parent can kill in the middle.
@@ -346,10 +342,10 @@ def tagging(rows):
 def test_stages_freeze_and_learn():
     student = Tagger()
     before = student.embed.weight.clone()
-    pair = Pair("labels", lambda out: out.logits, "labels", cross_entropy, "words")
+    term = terms.labels(weight="words")
     data = [[i, (i + 3) % 10, 0] for i in range(10)]
     options = Options(60, lr=0.1, batch_size=5)
-    stages = [Stage("head", [pair], data, options, frozen=("embed",)), Stage("all", [pair], data, options)]
+    stages = [Stage("head", [term], data, options, frozen=("embed",)), Stage("all", [term], data, options)]
     history = run_stages(student, stages[:1], tagging)
     assert torch.equal(student.embed.weight, before)
     assert history["head"][-1]["labels"] < history["head"][0]["labels"]
@@ -364,15 +360,15 @@ def test_what_came_frozen_stays_frozen():
     student = Tagger()
     student.embed.weight.requires_grad_(False)
     before = student.embed.weight.clone()
-    pair = Pair("labels", lambda out: out.logits, "labels", cross_entropy, "words")
+    term = terms.labels(weight="words")
     data, options = [[i, (i + 3) % 10, 0] for i in range(10)], Options(2, lr=0.1, batch_size=5)
-    only_bias = Stage("bias", [pair], data, options, frozen=("head.weight",))
-    run_stages(student, [only_bias, Stage("head", [pair], data, options)], tagging)
+    only_bias = Stage("bias", [term], data, options, frozen=("head.weight",))
+    run_stages(student, [only_bias, Stage("head", [term], data, options)], tagging)
     assert torch.equal(student.embed.weight, before)
     assert [p.requires_grad for p in student.parameters()] == [False, True, True]
-    run_stages(student, [Stage("all", [pair], data, options, trained=("embed",))], tagging)
+    run_stages(student, [Stage("all", [term], data, options, trained=("embed",))], tagging)
     assert not torch.equal(student.embed.weight, before)
-    wrong = Stage("wrong", [pair], data, options, frozen=("head",), trained=("weight",))
+    wrong = Stage("wrong", [term], data, options, frozen=("head",), trained=("weight",))
     with pytest.raises(ValueError, match="head.weight is in frozen by 'head' and in trained by 'weight', expected one"):
         run_stages(student, [wrong], tagging)
     with pytest.raises(ValueError, match="trained holds 'encoder', which is part of no parameter's name"):
@@ -380,13 +376,12 @@ def test_what_came_frozen_stays_frozen():
     assert [p.requires_grad for p in student.parameters()] == [False, True, True]
 
 
-def test_pair_objective_divides_and_counts():
+def test_an_objective_divides_and_counts():
     student = Tagger()
     batch = tagging([[1, 2, 0], [5, 9, 7]])
-    pair = Pair("labels", lambda out: out.logits, "labels", cross_entropy, "labelled_words", scale=0.5)
-    objective = PairObjective(student, [pair])
+    objective = terms.Distillation(student, [terms.labels(scale=0.5)])
     logits = student(batch["input_ids"], None, True).logits
     rows = torch.nn.functional.cross_entropy(logits[1], batch["labels"][1], reduction="none")
     assert objective.counts(batch)["labels"].item() == 3
-    terms = objective(batch, {"labels": torch.tensor(12.0)})
-    torch.testing.assert_close(terms["labels"], 0.5 * rows.sum() / 12)
+    found = objective(batch, {"labels": torch.tensor(12.0)})
+    torch.testing.assert_close(found["labels"], 0.5 * rows.sum() / 12)

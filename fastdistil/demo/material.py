@@ -80,7 +80,7 @@ class Material:
     pad_id: int
 
     def collate(self, examples: list[Example]) -> dict[str, Tensor]:
-        """The batch that recipes.xtremedistil describes."""
+        """The batch that recipes.terms describes, with `teacher_hidden`, what the head gives the states to meet."""
         batch = pad([example.encoded for example in examples], self.pad_id)
         b, s = batch["input_ids"].shape
         batch["teacher_logits"] = torch.zeros(b, s, examples[0].logits.shape[1])

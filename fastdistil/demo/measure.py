@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+import fastdistil as fd
 from fastdistil.demo.encode import pad
 from fastdistil.demo.material import Material, Source
-from fastdistil.recipes import xtremedistil
 from fastdistil.systems.measure import LATENCY_ROUNDS, interleaved
 
 LOSS_ROUNDS = 100
@@ -56,6 +56,14 @@ def latency(source: Source, student: nn.Module, material: Material) -> dict[str,
     return result
 
 
+def _fused_logits(student: Tensor, teacher: Tensor, weight: Tensor, items: Tensor) -> Tensor:
+    return fd.logit_loss(student, teacher, weight=weight, num_items=items)
+
+
+def _fused_hidden(student: Tensor, teacher: Tensor, weight: Tensor, items: Tensor) -> Tensor:
+    return fd.hidden_loss(student, teacher, weight=weight, num_items=items)
+
+
 def _plain_logits(student: Tensor, teacher: Tensor, weight: Tensor, items: Tensor) -> Tensor:
     keep = weight.bool()
     p, q = student[keep].log_softmax(-1), teacher[keep].log_softmax(-1)
@@ -75,8 +83,8 @@ def loss_cost(material: Material, batch_size: int) -> dict[str, dict[str, float]
     batch = material.collate(material.examples[:batch_size])
     generator = torch.Generator().manual_seed(0)
     cases = {
-        "logits": (xtremedistil.logit_kl, _plain_logits, batch["teacher_logits"], batch["words"]),
-        "hidden": (xtremedistil.hidden_mse, _plain_hidden, batch["teacher_hidden"], batch["attention_mask"].float()),
+        "logits": (_fused_logits, _plain_logits, batch["teacher_logits"], batch["words"]),
+        "hidden": (_fused_hidden, _plain_hidden, batch["teacher_hidden"], batch["attention_mask"].float()),
     }
     result = {}
     for name, (fused, plain, teacher, weight) in cases.items():

@@ -20,8 +20,8 @@ from transformers.utils.logging import disable_progress_bar
 import fastdistil
 from fastdistil.demo import folders, measure, report
 from fastdistil.demo.material import Material, Settings, Source, draw, evaluate, load_source
-from fastdistil.recipes import xtremedistil
-from fastdistil.recipes.pairs import Stage, run_stages
+from fastdistil.recipes import terms, xtremedistil
+from fastdistil.recipes.stages import Stage, run_stages
 from fastdistil.systems.folder import write_json
 from fastdistil.systems.report import print_table
 from fastdistil.train import Options
@@ -34,13 +34,14 @@ def arms(material: Material, settings: Settings, seed: int) -> dict[str, list[St
     options = Options(settings.steps, lr=settings.lr, batch_size=settings.batch_size, seed=3 * seed)
     torch.manual_seed(seed)
     projection = torch.nn.Linear(settings.hidden_size, material.examples[0].hidden.shape[1])
-    whole = xtremedistil.stages(
-        projection, material.examples, steps=settings.steps, lr=settings.lr, batch_size=settings.batch_size, seed=seed
+    states = xtremedistil.representation("teacher_hidden", projection)
+    whole = xtremedistil.short_stages(
+        states, material.examples, steps=settings.steps, lr=settings.lr, batch_size=settings.batch_size, seed=seed
     )
     return {
-        "labels only": [Stage("labels", [xtremedistil.labels()], material.labelled, options)],
-        "logits, labelled text": [Stage("logits", [xtremedistil.logits()], material.labelled, options)],
-        "logits, all text": [Stage("logits", [xtremedistil.logits()], material.examples, options)],
+        "labels only": [Stage("labels", [terms.labels()], material.labelled, options)],
+        "logits, labelled text": [Stage("logits", [terms.logits()], material.labelled, options)],
+        "logits, all text": [Stage("logits", [terms.logits()], material.examples, options)],
         SAVED_ARM: whole,
     }
 

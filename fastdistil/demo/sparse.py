@@ -18,8 +18,8 @@ import fastdistil
 from fastdistil.demo import report
 from fastdistil.demo.material import Material, Settings, Source, draw, evaluate, load_source
 from fastdistil.demo.run import check_folder, folder_name
-from fastdistil.recipes import xtremedistil
-from fastdistil.recipes.pairs import Stage, run_stages
+from fastdistil.recipes import terms, xtremedistil
+from fastdistil.recipes.stages import Stage, run_stages
 from fastdistil.sparse import SparseAdamW, SparseMask, lottery_ticket, random_mask
 from fastdistil.systems.folder import write_json
 from fastdistil.systems.report import markdown_table, print_table
@@ -36,7 +36,7 @@ class Tuning:
 
     def __init__(self, material: Material, settings: Settings, seed: int, name: str, everything: Path) -> None:
         options = Options(settings.steps, lr=settings.lr, batch_size=settings.batch_size, seed=3 * seed + 1)
-        self.stages = [Stage("logits", [xtremedistil.logits()], material.examples, options)]
+        self.stages = [Stage("logits", [terms.logits()], material.examples, options)]
         self.material, self.name, self.everything = material, name, everything
 
     def __call__(self, student: nn.Module, mask: SparseMask | None, out: Path | None) -> None:
@@ -57,7 +57,8 @@ def _distilled(source: Source, material: Material, settings: Settings, seed: int
     student = source.new_student(seed, settings.hidden_size)
     projection = nn.Linear(settings.hidden_size, material.examples[0].hidden.shape[1])
     options = Options(settings.steps, lr=settings.lr, batch_size=settings.batch_size, seed=3 * seed)
-    stage = Stage("representation", [xtremedistil.representation(projection)], material.examples, options)
+    states = xtremedistil.representation("teacher_hidden", projection)
+    stage = Stage("representation", [states], material.examples, options)
     run_stages(student, [stage], material.collate, out=folder / "distilled", name=f"seed {seed}: representation")
     return student
 

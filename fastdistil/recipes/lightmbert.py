@@ -1,7 +1,7 @@
 """LightMBERT (Jiao et al. 2021, arXiv 2103.06418): the teacher's bottom blocks and embeddings, then its last layer.
 
     student = lightmbert.student(teacher)        # 6 of 12 blocks, word embeddings frozen
-    objective = LayerObjective(student, teacher, lightmbert.pairs(student, teacher))
+    objective = Distillation(student, lightmbert.terms(), teacher)
     train(objective, examples, collate, lightmbert.options(steps))
 
 The loss is MSE(H_s[last], H_t[last]) + MSE(attention of the last blocks), weights 1 and 1: no projection, no logits, no
@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastdistil.models.student import with_blocks
-from fastdistil.recipes.layers import LayerPair
+from fastdistil.recipes.terms import Term, attention, hidden
 from fastdistil.train import Options
 
 
@@ -26,10 +26,9 @@ def student(teacher: Any, blocks: int | None = None) -> Any:
     return made
 
 
-def pairs(student: Any, teacher: Any, kind: str = "prob_mse") -> list[LayerPair]:
+def terms(kind: str = "prob_mse") -> list[Term]:
     """The last states and the last attention maps."""
-    last = student.config.num_hidden_layers, teacher.config.num_hidden_layers
-    return [LayerPair("hidden", *last), LayerPair(kind, *last)]
+    return [hidden(-1, -1), attention(-1, -1, kind=kind)]
 
 
 def options(steps: int, *, lr: float = 1e-4, batch_size: int = 8, seed: int = 0) -> Options:
