@@ -221,9 +221,9 @@ def test_bad_calls() -> None:
     }.items():
         with pytest.raises(ValueError, match=message):
             Distillation(student, chosen, teacher)
-    with pytest.raises(ValueError, match="prob_mse_1_1 needs a teacher that runs along"):
+    with pytest.raises(ValueError, match="prob_mse_1_1 needs a teacher that runs along, but none came"):
         Distillation(student, [attention(1, 1)])
-    with pytest.raises(ValueError, match="hidden_1_-1 names layer -1 of no teacher, expected teacher, or its number"):
+    with pytest.raises(ValueError, match="hidden_1_-1 names layer -1 of a teacher, but none came"):
         Distillation(student, [hidden(1, -1)])
     with pytest.raises(ValueError, match="terms: hidden_1_1 has scale 0, expected a finite number above 0"):
         hidden(1, 1, scale=0)

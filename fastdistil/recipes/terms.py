@@ -9,8 +9,7 @@ norm behind it. The batch holds
 |---|---|---|
 | input_ids, attention_mask | (B, S) | pieces; 1 = real |
 | teacher_input_ids | (B, S) | the same pieces in the teacher's numbers, where those are others |
-| teacher_hidden_<l> | (B, S, D_t) | the teacher's states of layer l, where it does not run along |
-| teacher_logits | (B, S, C) or (B, C) | likewise |
+| teacher_hidden_<l>, teacher_logits | (B, S, D_t); (B, S, C) or (B, C) | where the teacher does not run along |
 | labels | (B, S) or (B,) int64 | class |
 | words | (B, S) or (B,) | 1 where logits count: a word's first piece, or an example |
 | labelled_words | (B, S) or (B,) | 1 where its label is known, too |
@@ -328,8 +327,8 @@ class Distillation(nn.Module):
         wanted = self._layers(self.terms, "student")
         if not self.captures:
             out: Any = self.student(**inputs, output_hidden_states=True)
-            states = {i: out.hidden_states[i] for i in wanted.get("hidden_states", ())}
-            return Side(Captured(hidden_states=states), getattr(out, "logits", None))
+            captured = Captured(hidden_states={i: out.hidden_states[i] for i in wanted.get("hidden_states", ())})
+            return Side(captured, getattr(out, "logits", None))
         with fd.capture(self.student, **wanted) if wanted else nullcontext(Captured()) as captured:
             out = self.student(**inputs)
         return Side(captured, getattr(out, "logits", None))
@@ -389,10 +388,8 @@ def _resolved(term: Term, student: int | None, teacher: int | None) -> Term:
             )
         found[side] = layer if layer >= 0 else depth + 1 + layer
         if not first <= found[side] <= depth:
-            raise ValueError(
-                f"Distillation: {term.name} names the {side}'s layer {layer}, expected {first} to {depth}, or -1 for "
-                "the last"
-            )
+            expected = f"{first} to {depth}, or -1 for the last"
+            raise ValueError(f"Distillation: {term.name} names the {side}'s layer {layer}, expected {expected}")
     return replace(term, **found)
 
 
