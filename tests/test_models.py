@@ -145,3 +145,14 @@ def test_the_compact_student_refuses_other_embeddings():
     made = transformers.DistilBertModel(config)
     with pytest.raises(TypeError, match=r"teacher is DistilBertModel, which has no embeddings.token_type_embeddings"):
         compact_student(made, torch.arange(9), pad_token_id=0, labels=["A"])
+
+
+def test_a_compact_student_for_sequences():
+    made = transformers.BertForSequenceClassification(
+        transformers.BertConfig(vocab_size=9, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    )
+    options = {"pad_token_id": 0, "hidden_size": 8, "layers": 1, "heads": 2, "labels": ["A", "B", "C"]}
+    student = compact_student(made, torch.arange(9), task="sequence", **options)
+    assert student.eval()(torch.ones(2, 4, dtype=torch.long)).logits.shape == (2, 3)
+    with pytest.raises(ValueError, match="compact_student: task is 'ner', expected one of"):
+        compact_student(made, torch.arange(9), task="ner", **options)

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertForTokenClassification
+from transformers import BertConfig, BertForSequenceClassification, BertForTokenClassification
 
 from fastdistil.models.block_config import check_rebuilds, configurations, cut_config
 from fastdistil.models.capture import base_model, block_list
@@ -79,18 +79,23 @@ def compact_student(
     heads: int = 4,
     ffn_size: int = 512,
     labels: list[str],
+    task: str = "token",
     dropout: float = 0.1,
-) -> BertForTokenClassification:
+) -> BertForTokenClassification | BertForSequenceClassification:
     """A BERT of `layers` blocks of width `hidden_size` over the teacher's vocabulary rows `rows` (V_s,) int64.
 
     `teacher` is any model with BERT's three embedding tables (BERT, RoBERTa, XLM-R, ...), with or without a head. Word,
     position and type embeddings are the teacher's in the basis of `svd_basis` over the kept word rows; blocks and head
-    are drawn from torch's generator. float32, CPU, train mode. `pad_token_id` counts in the new ids. The student's
-    positions count from 0: of XLM-R's 514 rows it has the 512 that tokens get.
+    are drawn from torch's generator. `task`: "token" or "sequence" classification. float32, CPU, train mode.
+    `pad_token_id` counts in the new ids. The student's positions count from 0: of XLM-R's 514 rows it has the 512 that
+    tokens get.
 
-    Raises TypeError for a teacher without one of the tables.
+    Raises TypeError for a teacher without one of the tables, ValueError for another task.
     Source: Mukherjee & Awadallah 2020 (XtremeDistil) for the embeddings, Turc et al. 2019 for the sizes.
     """
+    kinds = {"token": BertForTokenClassification, "sequence": BertForSequenceClassification}
+    if task not in kinds:
+        raise ValueError(f"compact_student: task is {task!r}, expected one of {sorted(kinds)}")
     teacher_embeddings = _embeddings(teacher)
     positions = teacher_embeddings.position_embeddings.weight[_first_position(teacher_embeddings) :]
     types = teacher_embeddings.token_type_embeddings.weight
@@ -110,7 +115,7 @@ def compact_student(
         id2label=dict(enumerate(labels)),
         label2id={label: index for index, label in enumerate(labels)},
     )
-    student = BertForTokenClassification(config)
+    student = kinds[task](config)
     embeddings = student.bert.embeddings
     with torch.no_grad():
         embeddings.word_embeddings.weight.copy_((table - mean) @ basis)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastdistil.batches import Shuffled
+from fastdistil.batches import InOrder, Shuffled
 from fastdistil.fingerprint import of_data
 from fastdistil.teacher import format as files
 from fastdistil.teacher.store import Store
@@ -20,20 +20,6 @@ _EXAMPLE = "__example__"
 class _Batches(Shuffled):
     def fingerprint(self) -> Any:
         return self.data.fingerprint()  # type: ignore[attr-defined]
-
-
-class InOrder:
-    """Batches of a `Cached`, from its first row to its last."""
-
-    def __init__(self, cached: Cached, batch_size: int) -> None:
-        self._cached, self._size = cached, batch_size
-
-    def __len__(self) -> int:
-        return -(-len(self._cached) // self._size)
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for first in range(0, len(self._cached), self._size):
-            yield self._cached.read(range(first, min(first + self._size, len(self._cached))))
 
 
 class Cached(Sequence[dict[str, Any]]):
@@ -112,7 +98,7 @@ class Cached(Sequence[dict[str, Any]]):
 
     def in_order(self, batch_size: int) -> InOrder:
         """Every row once, in order, as often as it is gone through: what a stage is given to hold out."""
-        return InOrder(self, batch_size)
+        return InOrder(self, self.collate, batch_size, seed=0)
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         """The batch of rows that this sequence gave."""
