@@ -101,7 +101,8 @@ def _takes_generator(collate: Callable[..., Any]) -> bool:
 
 def stream(data: Any, collate: Callable[..., Batch] | None, batch_size: int, seed: int) -> Batches:
     """`data` as the loop reads it. Raises ValueError where it is empty and where `collate` is missing or too much."""
-    if callable(getattr(data, "batch", None)):
+    # datasets.Dataset has a method `batch`, too, that is none of ours.
+    if callable(getattr(data, "batch", None)) and callable(getattr(data, "fingerprint", None)):
         if collate is not None:
             raise ValueError(
                 f"train: data is {type(data).__name__}, which makes its own batches, expected collate=None"

@@ -13,7 +13,7 @@ import torch
 from test_train import Squares, collate, examples
 from torch import nn
 
-from fastdistil.batches import Shuffled, generator_of
+from fastdistil.batches import Shuffled, generator_of, stream
 from fastdistil.fingerprint import of_data, same_data
 from fastdistil.train import Batch, Options, train
 from fastdistil.validation import mean_losses
@@ -368,3 +368,10 @@ def test_the_bar_shows_losses_tokens_and_time_left(capsys: pytest.CaptureFixture
         bar.step({"ce": 0.5}, 4000)
         text = str(bar.bar)
     assert "stage: 100%" in text and "ce=0.5" in text and "tokens/s=" in text and "<00:00" in text
+
+
+def test_a_dataset_is_a_sequence_although_it_has_a_method_batch() -> None:
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_dict({"x": [[1.0], [2.0]]})
+    shuffled = stream(data, lambda rows: {"x": torch.tensor([row["x"] for row in rows])}, 2, 0)
+    assert isinstance(shuffled, Shuffled) and sorted(shuffled.batch(0)["x"].flatten().tolist()) == [1.0, 2.0]
