@@ -42,7 +42,7 @@ def wordpiece() -> Any:
 def sentencepiece(split: bool = True) -> Any:
     """As XLM-R's: pad is 1, the special tokens are pieces of the model, too."""
     pieces = [(piece, 0.0) for piece in _XLMR[:4]] + [("▁", -3.0), ("▁abc", -3.5), ("xyz", -4.2), ("ab", -4.6)]
-    pieces += [(letter, -6.0 - i / 4) for i, letter in enumerate("abcdexyz.")] + [("▁dexy", -4.1), ("<mask>", 0.0)]
+    pieces += [(letter, -6.0 - i / 4) for i, letter in enumerate("abcdexyz.qw")] + [("▁dexy", -4.1), ("<mask>", 0.0)]
     made = Tokenizer(models.Unigram(pieces, unk_id=3))
     made.normalizer = normalizers.NFKC()
     made.pre_tokenizer = pre_tokenizers.Metaspace(split=split)
@@ -76,6 +76,7 @@ def xlmr(tokenizer: Any, kind: str = "XLMRobertaForMaskedLM", **options: Any) ->
     sizes = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 24}
     ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     config = transformers.XLMRobertaConfig(
-        vocab_size=len(tokenizer), max_position_embeddings=68, type_vocab_size=1, **ids, **(sizes | options)
-    )
+        vocab_size=len(tokenizer), max_position_embeddings=68, type_vocab_size=1, initializer_range=0.3, **ids,
+        **(sizes | options),
+    )  # fmt: skip
     return getattr(transformers, kind)(config).eval()

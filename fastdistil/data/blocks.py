@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -20,9 +20,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastdistil.batches import batch_indices, generator_of
 from fastdistil.data.corruption import IGNORED, Corruption
 from fastdistil.data.text import Corpus, tokenizer_hash
-from fastdistil.train import batch_indices
 
 Batch = dict[str, Tensor]
 
@@ -152,8 +152,7 @@ class _TextBatches:
             mask[row, : len(whole)] = 1
             if continues is not None:
                 inside[row, len(prefix) : len(prefix) + len(text)] = torch.from_numpy(continues)
-        generator = torch.Generator().manual_seed(_drawn(self.seed, "corruption", k))
-        corrupted, labels = self.corruption(ids, generator, inside)
+        corrupted, labels = self.corruption(ids, generator_of(self.seed, k), inside)
         return {
             "input_ids": corrupted,
             "attention_mask": mask,
@@ -271,6 +270,9 @@ class HeldOut(_TextBatches):
 
     def rows(self, k: int) -> list[tuple[int, int]]:
         return self._batches[k]
+
+    def __iter__(self) -> Iterator[Batch]:
+        return map(self.batch, range(self.steps))
 
 
 def split(
