@@ -1,7 +1,10 @@
 """Tiny tokenizers of every kind, models and files for the tests of labelled text."""
 
+import json
+
+import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 TEXT = ["the cat sat on the mat in Paris", "København ligger i Danmark", "私は東京", "a b c d # @ 1 0"]
 FILE = """# id = one
@@ -21,13 +24,14 @@ Bo\tB-PER
 
 def wordpiece():
     """As BERT's."""
-    made = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    letters = sorted({letter for line in TEXT for letter in line if letter != " "})
+    words = ["the", "cat", "sat", "on", "mat", "in", "Paris", "Kø", "##ben", "##havn", "Dan", "##mark"]
+    # A trained vocabulary would be another one every time.
+    pieces = [*special, *letters, *("##" + letter for letter in letters), *words]
+    made = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
     made.normalizer = normalizers.BertNormalizer(lowercase=False)
     made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    made.train_from_iterator(
-        TEXT, trainers.WordPieceTrainer(vocab_size=120, special_tokens=special, show_progress=False)
-    )
     ends = [("[CLS]", 2), ("[SEP]", 3)]
     made.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ends
@@ -87,3 +91,44 @@ TOKENIZERS = {
     "byte BPE, prefix": lambda: byte_bpe(True),
     "byte BPE": lambda: byte_bpe(False),
 }
+
+
+def tiny_encoder(folder, tokenizer=None, **options):
+    """A folder with a random BERT of two blocks of width 16 and its tokenizer."""
+    tokenizer = tokenizer or wordpiece()
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=64,
+        pad_token_id=tokenizer.pad_token_id,
+        **options,
+    )
+    BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def tagged(path, sentences=24):
+    """A column file whose tags a tiny model can learn: Paris and København are places, Danmark an organisation."""
+    words = ["the", "cat", "Paris", "mat", "København", "Danmark", "on"]
+    kinds = {"Paris": "B-LOC", "København": "B-LOC", "Danmark": "B-ORG"}
+    lines = []
+    for i in range(sentences):
+        row = [words[(i * k + k) % len(words)] for k in range(1, 5 + i % 3)]
+        lines += [f"# id = {i}", *(f"{word}\t{kinds.get(word, 'O')}" for word in row), ""]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return str(path)
+
+
+def labelled_texts(path, pairs=False):
+    """JSON Lines whose labels a tiny model can learn: whether Paris stands there."""
+    rows = []
+    for i in range(24):
+        text = f"the {'cat' if i % 2 else 'mat'} sat in {'Paris' if i % 3 else 'Danmark'}"
+        rows.append({"text": text, "label": "in" if i % 3 else "out"} | ({"text_pair": "on the mat"} if pairs else {}))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)

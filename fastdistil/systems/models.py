@@ -1,0 +1,122 @@
+"""Models and tokenizers from folders and names, and their labels."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging
+
+import fastdistil.models  # noqa: F401  registers the BiLSTM
+from fastdistil.data.files import Task
+
+KEPT = ("student", "model")  # a run's folder keeps its model in one of these
+_AUTO: dict[Task, Any] = {"tokens": AutoModelForTokenClassification, "text": AutoModelForSequenceClassification}
+_HEADS: dict[Task, str] = {"tokens": "ForTokenClassification", "text": "ForSequenceClassification"}
+
+
+def folder_of(model: str) -> str:
+    """`model`, or the folder of the model in it where it is a run's folder; a name of the hub stays."""
+    path = Path(model)
+    if path.is_dir() and not (path / "config.json").is_file():
+        for name in KEPT:
+            if (path / name / "config.json").is_file():
+                return str(path / name)
+        raise ValueError(f"{model}: holds no model: config.json is not there, nor in {' or '.join(KEPT)}")
+    if not path.exists() and (path.is_absolute() or model.count("/") > 1 or model.startswith(".")):
+        raise FileNotFoundError(f"{model}: no such folder, and no name of a model on the hub")
+    return model
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerFast:
+    """The fast tokenizer beside a model. Raises TypeError where there is none, ValueError without a padding piece."""
+    tokenizer = AutoTokenizer.from_pretrained(folder_of(model))
+    if not getattr(tokenizer, "is_fast", False):
+        raise TypeError(f"{model}: its tokenizer is a {type(tokenizer).__name__}, expected a fast one")
+    if tokenizer.pad_token_id is None:
+        raise ValueError(f"{model}: its tokenizer has no padding piece, expected a pad_token")
+    return tokenizer
+
+
+def task_of(config: Any) -> Task | None:
+    """The task of the head that a checkpoint was saved with, None of any other head."""
+    for name in getattr(config, "architectures", None) or ():
+        for task, ending in _HEADS.items():
+            if name.endswith(ending):
+                return task
+    return None
+
+
+def labels_of(config: Any) -> list[str]:
+    """A model's labels in the order of its logits. Where they have no names (LABEL_0, ...), their numbers: so are
+    called the labels of data that have none."""
+    names = [str(config.id2label[i]) for i in range(len(config.id2label))]
+    numbers = [re.fullmatch(r"LABEL_(\d+)", name) for name in names]
+    return [match[1] for match in numbers if match] if all(numbers) else names
+
+
+def load_classifier(model: str, task: Task | Literal["auto"] = "auto") -> tuple[Any, Task]:
+    """A model with its own head for a task, in float32 and evaluation mode, and the task.
+
+    Raises ValueError where the checkpoint has no such head.
+    """
+    folder = folder_of(model)
+    config = AutoConfig.from_pretrained(folder)
+    own = task_of(config)
+    if own is None or task not in ("auto", own):
+        wanted = " or ".join(_HEADS.values()) if task == "auto" else _HEADS[task]
+        have = ", ".join(getattr(config, "architectures", None) or ["no head"])
+        raise ValueError(f"{model}: is {have}, expected a model {wanted}: give it such a head with fastdistil finetune")
+    return _AUTO[own].from_pretrained(folder, dtype=torch.float32).eval(), own
+
+
+def new_classifier(model: str, task: Task, labels: Sequence[str], seed: int) -> tuple[Any, bool]:
+    """A model for `labels` in float32, and whether its head is the checkpoint's own: so it is where that has the same
+    set of labels, in whatever order; else the head is drawn by `seed`."""
+    folder = folder_of(model)
+    config = AutoConfig.from_pretrained(folder)
+    own = task_of(config) == task
+    if own and sorted(labels_of(config)) == sorted(labels):
+        return _AUTO[task].from_pretrained(folder, dtype=torch.float32), True
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: i for i, label in enumerate(labels)}
+    torch.manual_seed(seed)
+    with _no_report():
+        made = _AUTO[task].from_pretrained(folder, config=config, dtype=torch.float32, ignore_mismatched_sizes=True)
+    if own:  # a head of as many other labels was loaded into ours
+        fresh = dict(_AUTO[task].from_config(config).named_parameters())
+        inside = f"{made.base_model_prefix}."
+        with torch.no_grad():
+            for name, parameter in made.named_parameters():
+                if not name.startswith(inside):
+                    parameter.copy_(fresh[name])
+    return made, False
+
+
+def blank_classifier(model: str, task: Task, count: int) -> Any:
+    """The shapes of a model for `count` labels, without weights."""
+    config = AutoConfig.from_pretrained(folder_of(model), num_labels=count)
+    with torch.device("meta"):
+        return _AUTO[task].from_config(config)
+
+
+@contextmanager
+def _no_report() -> Any:
+    """Without transformers' report of the missing head."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
