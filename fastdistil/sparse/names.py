@@ -1,5 +1,6 @@
 """Parameters by name. A tied one, such as a head that is the embedding table, is one parameter: it is counted, chosen
-and trained once, under the first of its names, and found under each of them."""
+and trained once, under the first of its names, and found under each of them. Names are those of the bare module,
+without the `_orig_mod` of torch.compile, and found with and without it."""
 
 from __future__ import annotations
 
@@ -9,6 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from fastdistil.fingerprint import bare_names
+
+_COMPILED = "_orig_mod."
 
 
 class Parameters(Mapping[str, Tensor]):
@@ -20,7 +25,8 @@ class Parameters(Mapping[str, Tensor]):
         self._first: dict[str, str] = {}
         self._names: dict[str, list[str]] = {}
         seen: dict[object, str] = {}
-        for name, tensor in pairs:
+        for given, tensor in pairs:
+            name = _bare(given)
             first = seen.setdefault(_identity(tensor), name)
             self._tensors.setdefault(first, tensor)
             self._first[name] = first
@@ -32,10 +38,10 @@ class Parameters(Mapping[str, Tensor]):
         return cls([*pairs, *module.named_buffers(remove_duplicate=False)] if buffers else pairs)
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[self._first[name]]
+        return self._tensors[self.first(name)]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._first
+        return isinstance(name, str) and _bare(name) in self._first
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -44,10 +50,14 @@ class Parameters(Mapping[str, Tensor]):
         return len(self._tensors)
 
     def first(self, name: str) -> str:
-        return self._first[name]
+        return self._first[_bare(name)]
 
     def names(self, name: str) -> Sequence[str]:
-        return self._names[self._first[name]]
+        return self._names[self.first(name)]
+
+
+def _bare(name: str) -> str:
+    return bare_names([name])[name] if _COMPILED in name else name
 
 
 def _identity(tensor: Any) -> object:
