@@ -8,7 +8,7 @@ HIDDEN, LAYERS, HEADS, FFN, POSITIONS, TYPES = 32, 2, 4, 64, 64, 2
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
 MARK = "\u2581"
 LETTERS = "abcdeklmnorst"
-PIECES = [*SPECIAL, *(MARK + c for c in LETTERS), *LETTERS, MARK, MARK + "lamba", "lar", MARK + "ana", "."]
+PIECES = [*SPECIAL, *(MARK + c for c in LETTERS), *LETTERS, MARK, MARK + "lamba", "lar", MARK + "ana", ".", "<mask>"]
 VOCABULARY = len(PIECES) + 3  # the real file, too, has rows beyond its pieces
 
 SHAPES = {

@@ -98,7 +98,9 @@ def accuracies(metrics):
 def check_files(folder, source):
     """The encoder and texts that the demo leaves for the commands."""
     model, tokens = AutoModel.from_pretrained(folder / "encoder"), AutoTokenizer.from_pretrained(folder / "encoder")
-    assert len(tokens) == len(source.rows) == model.config.vocab_size
+    kept = {*source.rows.tolist(), source.tokenizer.convert_tokens_to_ids("<mask>")}
+    assert len(tokens) == len(kept) == model.config.vocab_size
+    assert tokens.mask_token == "<mask>" and tokens("ana <mask>").input_ids[-2] == len(kept) - 1
     ids = torch.arange(5)[None]
     both = model(input_ids=ids).last_hidden_state, source.model(input_ids=source.rows[ids]).last_hidden_state
     assert torch.equal(*both)
