@@ -146,6 +146,18 @@ def test_texts_and_pairs(tmp_path):
     assert "label" not in plain.dataset.column_names
 
 
+def test_words_without_tags(tmp_path):
+    lines = write(tmp_path / "sv.txt", "Anna bor  i Lund\n\n# och\n")
+    rows = write(tmp_path / "da.jsonl", '{"text": "Bo er her"}\n')
+    words = write(tmp_path / "fo.conll", "Bo\ner\n\nher\n")
+    tagged = write(tmp_path / "en.tsv", "a\tB-X\n")
+    found = files.read([lines, rows, words, tagged], "tokens", labelled=False)
+    expected = [["Anna", "bor", "i", "Lund"], [], ["#", "och"], ["Bo", "er", "her"], ["Bo", "er"], ["her"], ["a"]]
+    assert found.dataset["words"][:] == expected
+    assert found.dataset.column_names == ["words", "language", "file"]
+    assert found.labels == []
+
+
 @pytest.mark.parametrize(
     ("name", "text", "task", "message"),
     [

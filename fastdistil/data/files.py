@@ -134,7 +134,8 @@ def read(
     of a data set on the hub; `da=PATH` names its language. Of what has splits `split` is read; NAME:SPLIT and
     NAME:CONFIGURATION:SPLIT choose in a hub's data set. `columns` maps words, tags, text, text_pair or label to the
     name of that column where it has another one. `ignore_types` are types of entities to read as O. With
-    `labelled=False` files may have words or text alone, and labels are left out.
+    `labelled=False` labels are left out, files may have words or text alone, and for tokens the words of a text (of
+    each line of a .txt file) are what blanks separate.
 
     Every entity begins with B-: an I- that continues none of its type is read as B- and counted. Raises
     FileNotFoundError or ValueError, naming the file and the line or row.
@@ -182,7 +183,8 @@ def _read_one(
 ) -> datasets.Dataset:
     file = Path(path)
     suffix = file.suffix.lower()
-    if file.is_file() and task == "tokens" and suffix not in (".jsonl", ".json", ".csv", ".parquet"):
+    tables = (".jsonl", ".json", ".csv", ".parquet", *(() if labelled else (".txt",)))
+    if file.is_file() and task == "tokens" and suffix not in tables:
         if suffix == ".conllu":
             raise ValueError(f"{path}: is CoNLL-U, expected a file of words and one tag each")
         return _column_file(file, labelled, report)
@@ -230,6 +232,8 @@ def _uniform(
     for name in wanted:
         options = (columns[name],) if name in columns else _NAMES[name]
         known = [x for x in options if x in loaded.column_names and x not in found.values()]
+        if name == "words" and not labelled and not known and name not in columns:
+            known = [x for x in _NAMES["text"] if x in loaded.column_names]
         if known and (labelled or name not in ("tags", "label")):
             found[name] = known[0]
         elif name in columns or not (name == "text_pair" or (name in ("tags", "label") and not labelled)):
@@ -278,6 +282,8 @@ def _uniform_row(
         if "label" in new:
             new["label"] = _label(new["label"], names)
         return new
+    if "tags" not in new and isinstance(new["words"], str):
+        new["words"] = new["words"].split()
     words = new["words"]
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         raise ValueError(f"{where}: words is {str(words)[:80]!r}, expected a list of texts")
