@@ -103,6 +103,11 @@ def held_out_figures(before: Mapping[str, float], history: Sequence[Mapping[str,
     return found
 
 
+def losses_of(history: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+    """The records without what evaluations found."""
+    return [{name: x for name, x in record.items() if not name.startswith("eval_")} for record in history]
+
+
 def evaluation(
     judges: Mapping[str, nn.Module], held: Iterable[Any] | None
 ) -> Callable[[nn.Module], dict[str, float]] | None:
@@ -200,7 +205,7 @@ def finish(config: TextRun, folder: RunFolder, ended: Ended, started: float, con
         "configuration": config.plain(),
         "data": ended.data.sizes,
         **ended.extra,
-        "curves": report.curves({"training": ended.history, "held-out text": ended.extra["held_out"]}),
+        "curves": report.curves({"training": losses_of(ended.history), "held-out text": ended.extra["held_out"]}),
         "sizes": {"teacher": ended.teacher_sizes, "student": measure.sizes(ended.student, out)},
         "latency_ms": measure.latency({name: (x, inputs[name]) for name, x in names.items()}),
         "machine": measure.machine(),
