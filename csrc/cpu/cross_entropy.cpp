@@ -1,6 +1,7 @@
 // Cross entropy of rows of logits with their labels, added to what another loss has left (docs/losses.md, section 1).
 //
-// Bytes: the logits are read three times, from the cache where a row fits, and the gradient is read and written once.
+// Bytes: the logits are read twice, the second time from the cache where a row fits, and the gradient is read and
+// written once.
 //
 // With args.whole a row's other columns are elsewhere, the largest logit of all and the sum of exp(z - largest) are
 // given, apart, since a confident row's sum is lost in their logsumexp. A label outside [0, V) is not here; the loss
@@ -9,34 +10,18 @@
 
 #include <cmath>
 
-#include "../rules/math.h"
+#include "log_sum.h"
 
 namespace fastdistil {
 inline namespace FD_ISA {
 namespace {
 
-constexpr int64_t kBlock = 4096;  // columns whose sum stays in a float
-
 template <class T>
-struct Softmax {
-  T max;
-  double sum;  // of exp(z - max)
-};
-
-template <class T>
-Softmax<T> softmax(const T* logits, int64_t columns) {
-  T max = -INFINITY;
-#pragma omp simd reduction(max : max)
-  for (int64_t i = 0; i < columns; ++i) max = logits[i] > max ? logits[i] : max;
-  double sum = 0;
-  for (int64_t begin = 0; begin < columns; begin += kBlock) {
-    const int64_t end = begin + kBlock < columns ? begin + kBlock : columns;
-    T part = 0;
-#pragma omp simd reduction(+ : part)
-    for (int64_t i = begin; i < end; ++i) part += math::exp_nonpositive(logits[i] - max);
-    sum += part;
-  }
-  return {max, sum};
+LogSum<T> softmax(const T* logits, int64_t columns) {
+  LogSum<T> found;
+  for (int64_t begin = 0; begin < columns; begin += kBlock)
+    found.add(logits + begin, static_cast<int>(std::min<int64_t>(columns - begin, kBlock)), T(1));
+  return found;
 }
 
 template <class T>
@@ -47,24 +32,26 @@ void row(const CrossEntropyArgs& args, int64_t r) {
   const int64_t columns = args.columns, label = static_cast<const int64_t*>(args.labels)[r];
   const bool part = args.whole != nullptr, here = !part || (label >= 0 && label < columns);
   const T* whole = static_cast<const T*>(args.whole) + 2 * r;
-  const Softmax<T> own = part ? Softmax<T>{whole[0], whole[1]} : softmax(logits, columns);
+  const LogSum<T> own = part ? LogSum<T>{whole[0], whole[1] - 1.0} : softmax(logits, columns);
   T& loss = static_cast<T*>(args.loss)[r];
   if (part)
     loss += here ? scale * (own.max - logits[label]) : T(0);
   else
-    loss += static_cast<T>(scale * (std::log(own.sum) + (own.max - logits[label])));
+    loss += static_cast<T>(scale * (own.log() + (own.max - logits[label])));
   if (!args.gradient) return;
   T* gradient = static_cast<T*>(args.gradient) + r * args.gradient_stride;
-  const T factor = static_cast<T>(scale / own.sum);
+  const T factor = static_cast<T>(scale / own.sum()), max = own.max;
+  const T there = here ? gradient[label] + static_cast<T>(scale * own.slope(logits[label])) : T(0);
 #pragma omp simd
-  for (int64_t i = 0; i < columns; ++i) gradient[i] += factor * math::exp_nonpositive(logits[i] - own.max);
-  if (here) gradient[label] -= scale;
+  for (int64_t i = 0; i < columns; ++i) gradient[i] += factor * math::exp_nonpositive(logits[i] - max);
+  if (here) gradient[label] = there;
 }
 
 template <class T>
 void run(const CrossEntropyArgs& args, int threads) {
-  if (args.rows * args.columns <= kBlock) threads = 1;
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1 + kBlock / (args.columns + 1))
+  constexpr int64_t kShare = 4096;  // columns that are worth a thread's turn
+  if (args.rows * args.columns <= kShare) threads = 1;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1 + kShare / (args.columns + 1))
   for (int64_t r = 0; r < args.rows; ++r) row<T>(args, r);
 }
 

@@ -18,11 +18,12 @@ inline namespace FD_ISA {
 namespace {
 
 template <class Rule, bool kNearBlock, bool kGradient, class T>
-void finish_block(RowTerms<T> row, const Block<T>& block, int n, T factor, T* gradient, double& value, double& centre) {
+void finish_part(RowTerms<T> row, const Block<T>& block, int from, int to, T factor, T* gradient, double& value,
+                 double& centre) {
   const T *a = block.a, *b = block.b, *d = block.d;
   T v = 0, f = 0;
 #pragma omp simd reduction(+ : v, f)
-  for (int i = 0; i < n; ++i) {
+  for (int i = from; i < to; ++i) {
     const Result<T> r = result<Rule, kNearBlock>(Scores<T>{a[i], b[i], d[i]}, row);
     v += r.value;
     if constexpr (Rule::centred) f += r.centre;
@@ -30,6 +31,16 @@ void finish_block(RowTerms<T> row, const Block<T>& block, int n, T factor, T* gr
   }
   value += v;
   centre += f;
+}
+
+template <class Rule, bool kNearBlock, bool kGradient, class T>
+void finish_block(const RowTerms<T>& row, const Block<T>& block, int n, T factor, T* gradient, double& value,
+                  double& centre) {
+  if constexpr (kSummed == kBlock)
+    return finish_part<Rule, kNearBlock, kGradient>(row, block, 0, n, factor, gradient, value, centre);
+  for (int from = 0; from < n; from += kSummed)
+    finish_part<Rule, kNearBlock, kGradient>(row, block, from, std::min(n, from + kSummed), factor, gradient, value,
+                                             centre);
 }
 
 template <class Rule, bool kGradient, class T>

@@ -6,13 +6,13 @@
 #include "../rules/logit_args.h"
 #include "../rules/pair.h"
 #include "elements.h"
+#include "log_sum.h"
 
 namespace fastdistil {
 inline namespace FD_ISA {
 namespace {
 
-constexpr int kBlock = 512;  // columns: five float blocks stay in L1
-constexpr int kLanes = 16;   // floats of the widest vector: blocks are padded to a multiple, so that no loop has a tail
+constexpr int kLanes = 16;  // floats of the widest vector: blocks are padded to a multiple, so that no loop has a tail
 
 // A row of logits, or of their gradient, in a dtype that is known at run time alone: a kernel for each would compile
 // for minutes, and conversion into a buffer in the L1 cache costs next to nothing.
@@ -160,41 +160,6 @@ void for_blocks(const Row<T>& row, Block<T>& block, Action&& action) {
     action(begin, padded, n);
   }
 }
-
-template <class T>
-T block_max(const T* x, int n) {
-  T largest = -INFINITY;
-#pragma omp simd reduction(max : largest)
-  for (int i = 0; i < n; ++i) largest = x[i] > largest ? x[i] : largest;
-  return largest;
-}
-
-// Where a block's largest entry is; 0 where there is none.
-template <class T>
-int place_of(const T* x, int n, T largest) {
-  const int at = static_cast<int>(std::find(x, x + n, largest) - x);
-  return at < n ? at : 0;
-}
-
-// The largest of some numbers and the sum of e^((x - largest) * factor).
-template <class T>
-struct LogSum {
-  T max = -INFINITY;
-  double sum = 0;
-
-  void add(const T* x, int n, T factor) {
-    const T largest = block_max(x, n);
-    if (largest > max) {
-      sum = sum == 0 ? 0 : sum * std::exp((static_cast<double>(max) - largest) * factor);
-      max = largest;
-    }
-    const T m = max > T(-INFINITY) ? max : T(0);
-    T part = 0;
-#pragma omp simd reduction(+ : part)
-    for (int i = 0; i < n; ++i) part += math::exp((x[i] - m) * factor);
-    sum += part;
-  }
-};
 
 }  // namespace
 }  // namespace FD_ISA

@@ -7,30 +7,35 @@ namespace fastdistil {
 inline namespace FD_ISA {
 namespace {
 
-// The cross entropy of a row with its label, times `scale`.
+// The cross entropy of a row with its label, times `scale`. Where the row is sure of its label, p - 1 there and ln p
+// are what all other columns say.
 template <class T>
 class Label {
   int64_t column_;
-  T max_, factor_, scale_, value_;  // the largest logit, scale / sum of exp(z - max)
+  T max_, factor_, slope_, value_;  // the largest logit; scale / sum of exp(z - max); the gradient at the label
 
  public:
-  Label(const Row<T>& row, int64_t column, T scale, Block<T>& block) : column_(column), scale_(scale) {
+  Label(const Row<T>& row, int64_t column, T scale, Block<T>& block) : column_(column) {
     LogSum<T> found;
     for (int64_t begin = 0; begin < row.columns; begin += kBlock) {
       const int n = static_cast<int>(std::min<int64_t>(row.columns - begin, kBlock));
       found.add(own_logits(row, begin, n, block), n, T(1));
     }
-    max_ = found.max, factor_ = static_cast<T>(scale / found.sum);
-    value_ = static_cast<T>(scale * (std::log(found.sum) + (max_ - *own_logits(row, column, 1, block))));
+    const T z = *own_logits(row, column, 1, block);
+    max_ = found.max, factor_ = static_cast<T>(scale / found.sum());
+    slope_ = static_cast<T>(scale * found.slope(z));
+    value_ = static_cast<T>(scale * (found.log() + (max_ - z)));
   }
 
   T value() const { return value_; }
 
   // Adds the gradient of the n columns from `begin` on.
   void add(const T* logits, int64_t begin, int n, T* sum) const {
+    const bool here = column_ >= begin && column_ < begin + n;
+    const T there = here ? sum[column_ - begin] + slope_ : T(0);
 #pragma omp simd
     for (int i = 0; i < n; ++i) sum[i] += factor_ * math::exp_nonpositive(logits[i] - max_);
-    if (column_ >= begin && column_ < begin + n) sum[column_ - begin] -= scale_;
+    if (here) sum[column_ - begin] = there;
   }
 };
 

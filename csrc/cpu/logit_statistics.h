@@ -13,23 +13,30 @@ template <class T>
 void own_softmax(Row<T>& row, Block<T>& block) {
   LogSum<T> own;
   for_blocks(row, block, [&](int64_t, int n, int) { own.add(block.a, n, row.tempering.inv_student); });
-  row.stats.own_max = own.max, row.stats.own_log = static_cast<T>(std::log(own.sum));
+  row.stats.own_max = own.max, row.stats.own_log = static_cast<T>(own.log());
 }
 
 template <bool kNearBlock, class T>
-void add_block(const Block<T>& block, int n, const Tempering<T>& tempering, Masses<T, double>& masses) {
+void add_part(const Block<T>& block, int from, int to, const Tempering<T>& tempering, Masses<T, double>& masses) {
   const Unit<T> unit = masses.unit();
   const T inv_student = tempering.inv_student, inv_teacher = tempering.inv_teacher;
   const T *a = block.a, *b = block.b, *d = block.d;
   T sum = 0, difference = 0;
 #pragma omp simd reduction(+ : sum, difference)
-  for (int i = 0; i < n; ++i) {
+  for (int i = from; i < to; ++i) {
     const Mass<T> part = mass<kNearBlock>(Scores<T>{a[i], b[i], d[i]}, unit, inv_student, inv_teacher);
     sum += part.sum;
     difference += part.difference;
   }
   masses.sum += sum;
   masses.difference += difference;
+}
+
+template <bool kNearBlock, class T>
+void add_block(const Block<T>& block, int n, const Tempering<T>& tempering, Masses<T, double>& masses) {
+  if constexpr (kSummed == kBlock) return add_part<kNearBlock>(block, 0, n, tempering, masses);
+  for (int from = 0; from < n; from += kSummed)
+    add_part<kNearBlock>(block, from, std::min(n, from + kSummed), tempering, masses);
 }
 
 // What a pass finds.
