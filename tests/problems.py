@@ -128,15 +128,15 @@ def spread_out(x: Array, at: Array, columns: int, rng: np.random.Generator) -> A
 @dataclass
 class Terms:
     """What a logit loss is of its rows: values, with the size that they are relative to (both times the weights), and
-    gradients in the logits, likewise; extra: what is allowed besides."""
+    gradients in the logits, likewise; value_extra: what is allowed besides."""
 
     value: Array
     size: Array
     value_extra: Array
     gradient: Array
     norm: Array
-    extra: Array
     tiny: Array
+    rounded_p: Array  # of the label's probability, on backends that subtract 1 from it
 
 
 @dataclass
@@ -174,6 +174,12 @@ class Setting:
         return (1 - alpha) * self.w / unit, alpha * self.w * labelled / label_unit
 
 
+def chosen_labels(case: Any, place: Setting, student: Array) -> None:
+    """The student's largest column in place of any, where the case says so."""
+    if case.label == "top":
+        place.labels = np.where(place.labels >= 0, student.argmax(-1), place.labels)
+
+
 def setting(case: Any, rng: np.random.Generator) -> Setting:
     columns_s = columns_t = case.columns
     at_s = at_t = np.arange(case.columns)
@@ -197,21 +203,20 @@ def terms(case: Any, place: Setting, value: Array, gradient: Array, z_s: DD) -> 
         ce, ce_gradient = truth.cross_entropy(z_s, np.maximum(place.labels, 0))
         values.append(_times(second, ce))
         parts.append(_rowwise(second, ce_gradient))
-    # p at the label is rounded before 1 is subtracted.
-    rounded_p = second * ULP["float32"] * (1 + math.log2(place.columns_s))
     return Terms(
-        sum(values), sum(np.abs(x) for x in values), rounded_p, sum(parts),
-        sum(np.linalg.norm(x, axis=-1) for x in parts), math.sqrt(2) * rounded_p,
+        sum(values), sum(np.abs(x) for x in values), np.zeros(case.rows), sum(parts),
+        sum(np.linalg.norm(x, axis=-1) for x in parts),
         np.abs(first) * factor * max(1.0, 1 / case.temperature) + second,
+        second * ULP["float32"] * (1 + math.log2(place.columns_s)),
     )  # fmt: skip
 
 
 def value_of(found: Terms, reduction: str, columns: int) -> Part:
-    each = found.value, found.size, found.tiny, found.value_extra
+    each = found.value, found.size, found.tiny, found.value_extra, found.rounded_p
     if reduction != "none":
         each = tuple(x.sum(keepdims=True) for x in each)
     part = Part.of_values(*each[:3], columns)
-    part.extra = part.extra + each[3]
+    part.extra, part.rounding = part.extra + each[3], each[4]
     return part
 
 
@@ -238,12 +243,13 @@ def logit(case: LogitCase) -> Problem:
         z_t = spread_out(z_t, place.at_t, place.columns_t, rng)
     s, t = rounded(z_s, case.student_dtype), rounded(z_t, case.teacher_dtype)
     x_s = exactly(s)
+    chosen_labels(case, place, x_s)
     a_, b_ = truth.tempered(x_s[:, place.at_s], t_s), truth.tempered(exactly(t)[:, place.at_t], t_t)
     found = terms(case, place, *truth.divergence(case.divergence, case.beta, a_, b_), truth.tempered(x_s, 1.0))
     free = truth.infinite_by_underflow(case.divergence, case.beta, a_, b_) & (found.tiny > 0)
     found.value_extra = np.where(free, np.inf, found.value_extra)
     gradient = Part.of_gradient(found.gradient, found.norm, found.tiny, case.student_dtype)
-    gradient.extra = gradient.extra + found.extra
+    gradient.rounding = math.sqrt(2) * found.rounded_p
     value = value_of(found, case.reduction, place.columns_s)
 
     def conditioning() -> None:
@@ -309,10 +315,11 @@ def topk(case: TopkCase) -> Problem:
     teacher = known(case, place, b, rng)
     s = rounded(z_s, case.student_dtype)
     x_s = exactly(s)
+    chosen_labels(case, place, x_s)
     a_ = truth.tempered(x_s, case.temperature)
     found = terms(case, place, *topk_rows(case, place, teacher, a_), truth.tempered(x_s, 1.0))
     gradient = Part.of_gradient(found.gradient, found.norm, found.tiny, case.student_dtype)
-    gradient.extra = gradient.extra + found.extra
+    gradient.rounding = math.sqrt(2) * found.rounded_p
     if case.tail == "zero":  # a difference of two numbers, which float64 rounds
         found.value_extra = found.value_extra + 64 * ULP["float64"] * found.tiny
     # The K + 1 scores are float64, the tail's a sum of exponentials: half a unit in the last place of each moves the log
@@ -466,7 +473,9 @@ def hidden(case: HiddenCase) -> Problem:
         gradients = [Part.of_gradient(dz, np.linalg.norm(dz, axis=-1), factor * per_h, dtype)]
         gradients[0].extra = gradients[0].extra + np.linalg.norm(extra_z, axis=-1)
     else:
-        gradients = through_head(dz, extra_z, np.zeros_like(dz), *map(exactly, leaves[:2]), case.bias, dtype)
+        gradients = through_head(
+            dz, extra_z, np.zeros_like(dz), *map(exactly, leaves[:2]), case.bias, dtype, form == "kl"
+        )
     total = (lambda x: x) if case.reduction == "none" else (lambda x: x.sum(keepdims=True))
     value_part = Part(total(value)[:, None], total(value), total(extra_v))
     inputs = [exactly(x) for x in leaves]
@@ -525,10 +534,13 @@ def hidden(case: HiddenCase) -> Problem:
     return Problem(leaves, loss, eager, value_part, gradients, conditioning if case.width else None)
 
 
-def through_head(dz: Array, extra: Array, moved: Array, x: Array, matrix: Array, bias: bool, dtype: str) -> list[Part]:
+def through_head(
+    dz: Array, extra: Array, moved: Array, x: Array, matrix: Array, bias: bool, dtype: str, softmax: bool = True
+) -> list[Part]:
     """The gradients of x, matrix and bias of z = x matrixᵀ + bias, from that of z (N, V), with what is allowed in z
-    carried on, and the rounding of these products themselves: half a unit of their terms."""
-    unit, parts = ULP["float32"], []
+    carried on, and the rounding of these products themselves: half a unit of their terms; of a softmax another, since
+    its rows have one rounded logarithm of a sum in common, which moves all of a row's dz alike."""
+    unit, parts = ULP["float32"] * (2 if softmax else 1), []
     tiny = np.abs(dz).max(initial=0.0)
     for left, right, rows_of_its_own in ((dz, matrix, True), (dz.T, x, False), (dz.T, np.ones((len(dz), 1)), False)):
         allowed, movement = (e if rows_of_its_own else e.T for e in (extra, moved))
@@ -722,6 +734,7 @@ def linear(case: Any) -> Problem:
         (truth.product(h, w) + (b if case.bias else 0.0 * b), np.abs(h) @ np.abs(w).T + (np.abs(b) if case.bias else 0))
         for h, w, b in (x_s, x_t)
     )
+    chosen_labels(case, place, z_s.double())
     caps = case.logit_scale, case.softcap
     b_ = truth.capped(z_t, *caps)[0]
     stored = known(case, place, b_.double(), rng) if of_known else None
@@ -743,12 +756,12 @@ def linear(case: Any) -> Problem:
     found, slope = found_for(z_s, z_t)
     dz = found.gradient * slope
     # 16-bit states: the gradient in the logits is rounded once, before its products.
-    extra = (found.extra / math.sqrt(place.columns_s) + SMALLEST_TRUTH * found.tiny)[:, None] * slope
-    if case.softcap:  # the capped logit is kept, whose half unit moves 1 - (z/c)^2 by that
-        extra = extra + 2 * ULP["float32"] * case.logit_scale * np.abs(found.gradient)
+    extra = (SMALLEST_TRUTH * found.tiny)[:, None] * slope
+    rounded_p = math.sqrt(2 / place.columns_s) * found.rounded_p[:, None] * slope
     if case.student_dtype != "float32":
         extra = extra + 2 * ULP[case.student_dtype] * np.abs(dz)
-    gradients = through_head(dz, extra, np.zeros_like(dz), x_s[0], x_s[1], case.bias, case.student_dtype)
+    softmax = case.divergence != "mse" or case.label_weight > 0
+    gradients = through_head(dz, extra, rounded_p, x_s[0], x_s[1], case.bias, case.student_dtype, softmax)
     value = value_of(found, case.reduction, place.columns_s)
     wanted = [True, not case.frozen, case.bias and not case.frozen]
     gradients = [g for g, w in zip(gradients, wanted, strict=False) if w]
@@ -757,9 +770,8 @@ def linear(case: Any) -> Problem:
 
     def conditioning() -> None:
         """Logits are rounded: both sides' alike where their difference is exact, else each by itself. A CPU has it
-        exactly where it is within 1/32 of the logits, but of a stored teacher or at two temperatures."""
-        own, their = z_s.double()[:, place.at_s], z_t.double()[:, place.at_t] if not of_known else 0.0
-        near = equal and np.linalg.norm(own - their) < np.linalg.norm(own) / 32
+        exactly where `sampled_near`, but of a stored teacher or at two temperatures."""
+        near = equal and sampled_near(case, place, z_s.double(), z_t.double())
         for shared in (True, False):
             moved_v, moved = np.zeros(case.rows), np.zeros_like(dz)
             for _ in range(DRAWS):
@@ -834,6 +846,19 @@ def linear(case: Any) -> Problem:
         return with_labels(case, place, plain, y)
 
     return Problem(leaves, loss, eager, value, gradients, conditioning)
+
+
+def sampled_near(case: Any, place: Setting, z_s: Array, z_t: Array) -> bool:
+    """Whether a CPU takes the student for near (docs/losses.md, section 2), from the heads' logits: in half of the rows
+    that count the difference is within 1/32 of the teacher's logits, a constant left out where the loss sees none."""
+    counted = (place.w != 0) | ((place.labels >= 0) & (case.label_weight > 0))
+    own, their = (z[counted][:, at] for z, at in ((z_s, place.at_s), (z_t, place.at_t)))
+    columns = slice(None, None, -(-own.shape[1] // 128))
+    difference, their = (own - their)[:, columns], their[:, columns]
+    if case.divergence != "mse" and not case.softcap:
+        difference = difference - difference.mean(-1, keepdims=True)
+    near = np.linalg.norm(difference, axis=-1) < np.linalg.norm(their, axis=-1) / 32
+    return bool(2 * near.sum() >= len(near))
 
 
 def _among(x: Array, at: Array, columns: int, rng: np.random.Generator) -> Array:

@@ -66,6 +66,7 @@ class LogitCase(Rows):
     absent: str
     mapped: bool
     label_weight: float
+    label: str = "any"  # or "top": the student's largest column
 
     loss = "logit"
 
@@ -82,6 +83,7 @@ class TopkCase(Rows):
     k: int
     values_dtype: str
     given_tail: str  # the dtype of teacher_tail, "" for none
+    label: str = "any"
 
     loss = "topk"
 
@@ -135,6 +137,7 @@ class HeadCase:
 @dataclass(frozen=True)
 class LinearCase(HeadCase):
     teacher_temperature: float
+    label: str = "any"
 
     loss = "linear"
 
@@ -145,6 +148,7 @@ class LinearTopkCase(HeadCase):
     k: int
     values_dtype: str
     given_tail: str
+    label: str = "any"
 
     loss = "linear_topk"
 
@@ -198,7 +202,8 @@ def as_line(case: Any) -> str:
 def from_line(line: str) -> Any:
     record = json.loads(line)
     kind = CASES[record.pop("loss")]
-    assert set(record) == {f.name for f in fields(kind)}, "another version's case"
+    missing = {f.name for f in fields(kind)} ^ set(record)
+    assert missing <= {"label"}, "another version's case"
     return kind(**record)
 
 
@@ -224,6 +229,7 @@ DTYPE_PAIRS = st.one_of(
     st.tuples(st.sampled_from(DTYPES), st.sampled_from(DTYPES)),
 )  # fmt: skip
 CONFIDENCES = st.sampled_from([10.0**-n for n in range(1, 13)])
+LABELS = st.sampled_from(["any", "top"])
 SPREADS = st.sampled_from([0.1, 1.0, 4.0, 20.0])
 
 
@@ -271,7 +277,7 @@ def logit_cases(draw: Any) -> LogitCase:
         temperature=t_s, teacher_temperature=t_t, scale_by_t2=draw(st.booleans()),
         absent="both" if divergence == "mse" and absent != "nobody" else absent,
         mapped=draw(st.sampled_from([False, False, True])),
-        label_weight=draw(st.sampled_from([0.0, 0.0, 0.0, 0.3, 1.0])),
+        label_weight=draw(st.sampled_from([0.0, 0.0, 0.0, 0.3, 1.0])), label=draw(LABELS),
     )  # fmt: skip
 
 
@@ -292,6 +298,7 @@ def of_known_columns(draw: Any) -> dict[str, Any]:
         "k": draw(st.one_of(st.integers(1, 8), st.integers(1, 64), st.just(5000))),
         "values_dtype": draw(st.sampled_from(["float32", "float32", "float64", "bfloat16", "float16"])),
         "given_tail": draw(st.sampled_from(["", "", "float32", "float64"])) if tail != "renormalize" else "",
+        "label": draw(LABELS),
     }  # fmt: skip
 
 
@@ -376,7 +383,7 @@ def linear_cases(draw: Any) -> LinearCase:
         **values, divergence=divergence, beta=draw(st.sampled_from(BETAS.get(divergence, (0.5,)))), temperature=t_s,
         teacher_temperature=t_t, scale_by_t2=draw(st.booleans()),
         mapped=values["head"] in ("near", "apart") and draw(st.integers(0, 2)) == 0,
-        label_weight=draw(st.sampled_from([0.0, 0.0, 0.0, 0.3, 1.0])),
+        label_weight=draw(st.sampled_from([0.0, 0.0, 0.0, 0.3, 1.0])), label=draw(LABELS),
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from fastdistil.ops import linear_logit
 from fastdistil.ops.linear_difference import Form, form_of
 from fastdistil.ops.linear_logit import linear_logit_total
 from fastdistil.ops.logit_rule import DIVERGENCES, STATS
-from fastdistil.ops.logit_terms import cap_difference, chunk_rows, pack
+from fastdistil.ops.logit_terms import cap_back, cap_difference, chunk_rows, pack
 
 ON_CPU = pytest.mark.skipif(DEVICE.type != "cpu", reason="a GPU is not asked")
 ROWS, SIZE, COLUMNS = 20, 32, 700  # two blocks of a head
@@ -225,13 +225,19 @@ def test_a_row_of_nan_is_seen(kind: str) -> None:
     assert rows.isnan().nonzero().tolist() == [[2]]
 
 
-def test_softcaps_of_a_difference() -> None:
-    y, d = random(50, 40, scale=30.0), random(50, 40, scale=1e-3)
-    expected = 20 * torch.tanh((y + d) / 20) - 20 * torch.tanh(y / 20)
-    difference, teacher, own = d.float(), y.float(), torch.empty(50, 40, device=DEVICE)
-    cap_difference(difference, teacher, own, 1.0, 20.0)
+@pytest.mark.parametrize("spread", [30.0, 300.0])  # of logits whose cap is 20: the latter are nearly all at it
+def test_softcaps_of_a_difference(spread: float) -> None:
+    y, d = random(50, 40, scale=spread).float(), random(50, 40, scale=1e-3).float()
+    a, b = (x.double().cpu() / 20 for x in (y + d.double(), y))
+    expected = 20 * torch.sinh(d.double().cpu() / 20) / (torch.cosh(a) * torch.cosh(b))
+    difference, teacher, own, raw = d.clone(), y.clone(), torch.empty_like(y), torch.empty_like(y)
+    cap_difference(difference, teacher, own, raw, 1.0, 20.0)
     assert error(difference, expected) <= EXACT_VALUE
-    assert error(own, 20 * torch.tanh((y + d) / 20)) <= EXACT_VALUE
+    assert error(own, 20 * torch.tanh(a)) <= EXACT_VALUE
+    gradient = torch.ones_like(y)
+    cap_back(gradient, raw, 2.0, 20.0)
+    each = gradient.double().cpu() * torch.cosh(a).square() / 2 - 1
+    assert each[a.abs() < 15].abs().max() <= EXACT_VALUE
 
 
 @ON_CPU

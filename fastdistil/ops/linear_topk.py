@@ -116,9 +116,10 @@ def run(
         return rows
     u, columns, rest = teacher
     module = get("topk", name, scale.device)
-    step = chunk_rows(count, source.columns, scale.element_size(), chunk_bytes)
+    with_raw = need and terms.student_softcap != 0
+    step = chunk_rows(count, source.columns, scale.element_size(), chunk_bytes, 2 + with_raw)
     padded = -(-source.columns // ALIGNED_COLUMNS) * ALIGNED_COLUMNS
-    buffers = new_empty(scale, (1 + need, step, padded))[:, :, : source.columns]
+    buffers = new_empty(scale, (1 + need + with_raw, step, padded))[:, :, : source.columns]
     stats = scale.new_empty((step, STATS + u.shape[1]), dtype=torch.float64)
     alone = None if terms.vocab_map is None else (terms.vocab_map < 0).nonzero()[:, 0]
     for start in range(0, count, step):
@@ -126,7 +127,8 @@ def run(
         n = chunk.stop - start
         logits, gradient = buffers[0, :n], buffers[1, :n] if need else None
         source.logits(chunk, logits)
-        cap(logits, *terms.caps[:2])
+        raw = buffers[2, :n] if with_raw else None  # the logits before their softcap, in its units
+        cap(logits, *terms.caps[:2], raw)
         kept = None
         if alone is not None:
             kept = logits[:, alone] if terms.labels is not None else None
@@ -139,7 +141,7 @@ def run(
             entropy = kernels("cross_entropy", name, scale)
             entropy.cross_entropy_rows(logits, terms.labels[chunk], terms.label_scale[chunk], rows[chunk], gradient)
         if gradient is not None:
-            cap_back(gradient, logits, *terms.caps[:2])
+            cap_back(gradient, raw, *terms.caps[:2])
             if alone is not None and terms.labels is None:
                 gradient.index_fill_(1, alone, 0.0)  # capping back made NaN of what was -inf
             source.back(chunk, gradient)

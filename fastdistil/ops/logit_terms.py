@@ -139,10 +139,13 @@ def run(
     joined = joined and not (differences and name == "triton")  # its loads of the student's logits are of logits
     fused = partial(logit.logit_fwd, **rule) if ranks is None else ranks.forward(logit, rule)
     labelled = terms.labels is not None and not joined
-    with_own = differences and (terms.statistics or terms.student_softcap != 0 or labelled)
-    step = chunk_rows(count, source.columns, scale.element_size(), chunk_bytes, 2 + with_own)
+    capped = terms.student_softcap != 0
+    with_own = differences and (terms.statistics or capped or labelled)
+    with_raw = capped and (need_gradient or differences)
+    buffer_count = 2 + with_own + with_raw
+    step = chunk_rows(count, source.columns, scale.element_size(), chunk_bytes, buffer_count)
     padded = -(-source.columns // ALIGNED_COLUMNS) * ALIGNED_COLUMNS
-    buffers = new_empty(scale, (2 + with_own, step, padded))[:, :, : source.columns]
+    buffers = new_empty(scale, (buffer_count, step, padded))[:, :, : source.columns]
     row_stats = scale.new_empty(step, STATS)
     alone = None if terms.vocab_map is None else (terms.vocab_map < 0).nonzero()[:, 0]
     # The row op may overwrite the student's logits, unless they are needed afterwards.
@@ -151,14 +154,15 @@ def run(
         chunk = slice(start, min(start + step, count))
         student, teacher, *rest = buffers[:, : chunk.stop - start]
         own = rest[0] if with_own else student  # the student's logits, as far as somebody reads them
+        raw = rest[-1] if with_raw else None  # the same before their softcap, in its units
         source.fill(chunk, student, teacher)
         if differences:
-            cap_difference(student, teacher, own if with_own else None, *terms.caps[:2])
+            cap_difference(student, teacher, own if with_own else None, raw, *terms.caps[:2])
             if stretch != 1:
                 student.add_(teacher, alpha=1 - stretch)
                 teacher *= stretch
         else:
-            cap(student, *terms.caps[:2])
+            cap(student, *terms.caps[:2], raw)
             cap(teacher, *terms.caps[2:])
         kept = None
         if alone is not None:
@@ -186,7 +190,7 @@ def run(
             entropy = entropy if ranks is None else ranks.cross_entropy(entropy, backend)
             entropy(own, terms.labels[chunk], terms.label_scale[chunk], value, gradient)
         if gradient is not None:
-            cap_back(gradient, own, *terms.caps[:2])
+            cap_back(gradient, raw, *terms.caps[:2])
             if alone is not None and terms.labels is None:
                 gradient.index_fill_(1, alone, 0.0)  # capping back made NaN of what was -inf
             source.back(chunk, gradient)
@@ -200,34 +204,46 @@ def _per_partner(vocab_map: Tensor, ranks: vocab_parallel.Ranks | None, dtype: t
     return columns[0].to(dtype) / columns[1]
 
 
-def cap(logits: Tensor, scale: float, cap: float) -> None:
+def cap(logits: Tensor, scale: float, cap: float, raw: Tensor | None = None) -> None:
+    """z -> scale z -> cap tanh(scale z / cap), in place; in `raw`, if given, comes scale z / cap."""
     if scale != 1:
         logits *= scale
     if cap != 0:
-        logits.div_(cap).tanh_().mul_(cap)
+        raw = logits if raw is None else raw
+        torch.div(logits, cap, out=raw)
+        torch.tanh(raw, out=logits).mul_(cap)
 
 
-def cap_difference(difference: Tensor, teacher: Tensor, own: Tensor | None, scale: float, cap: float) -> None:
-    """`cap` of both sides, of which the student's is the teacher's plus a difference; in `own`, which a softcap needs,
-    comes the student's.
+# Beyond, a hyperbolic tangent is 1 and the slope of a softcap nothing, while cosh and sinh of twice that are finite.
+_SATURATED = 40.0
 
-    tanh(x) - tanh(y) = tanh(x - y) (1 - tanh(x) tanh(y))."""
+
+def cap_difference(
+    difference: Tensor, teacher: Tensor, own: Tensor | None, raw: Tensor | None, scale: float, cap: float
+) -> None:
+    """`cap` of both sides, of which the student's is the teacher's plus a difference. In `own` comes the student's
+    logit, in `raw` the same before its softcap, as in `cap`; a softcap needs both.
+
+    tanh(x) - tanh(y) = sinh(x - y) / (cosh(x) cosh(y)): no digit is lost where both are nearly 1."""
     if scale != 1:
         difference *= scale
         teacher *= scale
-    if cap != 0 and own is not None:
-        torch.add(teacher, difference, out=own).div_(cap).tanh_()
-        own *= teacher.div_(cap).tanh_()
-        difference.div_(cap).tanh_()
-        difference.addcmul_(difference, own, value=-1).mul_(cap)
-        teacher *= cap
+    if cap != 0 and own is not None and raw is not None:
+        teacher.div_(cap)
+        torch.add(teacher, difference.div_(cap), out=raw)
+        difference.clamp_(-2 * _SATURATED, 2 * _SATURATED).sinh_()
+        for side in (raw, teacher):
+            difference /= torch.clamp(side, -_SATURATED, _SATURATED, out=own).cosh_()
+        difference *= cap
+        teacher.tanh_().mul_(cap)
     if own is not None:
         torch.add(teacher, difference, out=own)
 
 
-def cap_back(gradient: Tensor, capped: Tensor, scale: float, cap: float) -> None:
-    """The gradient in the logits from that in the capped ones, in place; `capped` is overwritten."""
-    if cap != 0:
-        gradient.addcmul_(gradient, capped.div_(cap).square_(), value=-1)
+def cap_back(gradient: Tensor, raw: Tensor | None, scale: float, cap: float) -> None:
+    """The gradient in the logits from that in the capped ones, in place: times scale / cosh(raw)^2, which has its
+    digits also where 1 - tanh(raw)^2 has none. `raw`, as `cap` leaves it, is overwritten."""
+    if cap != 0 and raw is not None:
+        gradient /= raw.cosh_().square_()
     if scale != 1:
         gradient *= scale
