@@ -65,17 +65,23 @@ class Validation:
 
         Raises TypeError or ValueError where `evaluate` does not return numbers, or not `metric`.
         """
-        found: list[Any] = [None]
+        found, failure = list[Any]([None]), None
         if self.accelerator.is_main_process:
             modes = [(module, module.training) for module in self.objective.modules()]
             self.objective.eval()
             try:
                 with torch.no_grad(), kept_generators():
                     found = [self._figures(self.evaluate(self.objective))]
+            except Exception as error:  # the other processes wait for figures
+                found, failure = [f"{type(error).__name__}: {error}"], error
             finally:
                 for module, training in modes:
                     module.training = training
         broadcast_object_list(found)
+        if failure is not None:
+            raise failure
+        if isinstance(found[0], str):
+            raise RuntimeError(f"train: evaluate failed on the main process: {found[0]}")
         figures: dict[str, float] = found[0]
         if self.metric is not None:
             self._compare(step, figures[self.metric])

@@ -357,3 +357,32 @@ def test_a_window_of_the_students_own_layer_does_not_hide_short_batches() -> Non
         else:
             with pytest.raises(ValueError, match="the batch is 6 tokens long.* or at most 5 tokens"):
                 objective(batch, objective.counts(batch))
+
+
+def test_a_head_that_no_term_reads_is_not_run() -> None:
+    student, teacher = language_model(1, 1), language_model(2, 2)
+    runs = []
+    for model in (student, teacher):
+        model.cls.register_forward_hook(lambda module, *_: runs.append(module))
+    batch = masked([0, 1])
+    for chosen, expected in (
+        ([terms.hidden(-1, -1), terms.attention(-1, -1)], []),
+        ([terms.labels(), terms.hidden(-1, -1)], [student.cls]),
+        ([terms.logits(), terms.hidden(-1, -1)], [teacher.cls, student.cls]),
+    ):
+        runs.clear()
+        objective = Distillation(student, chosen, teacher)
+        objective(
+            batch | {"words": batch["labelled_words"]}, objective.counts({**batch, "words": batch["labelled_words"]})
+        )
+        assert [id(x) for x in runs] == [id(x) for x in expected]
+
+
+def test_a_compiled_student() -> None:
+    student, teacher = language_model(1, 1), language_model(2, 2)
+    batch = masked([0, 1])
+    chosen = [terms.hidden(-1, -1), terms.attention(-1, -1), terms.logits(weight="labelled_words")]
+    plain = Distillation(student, chosen, teacher)
+    items = plain.counts(batch)
+    compiled = Distillation(torch.compile(student, backend="eager"), chosen, teacher)
+    torch.testing.assert_close(compiled(batch, compiled.counts(batch)), plain(batch, items))

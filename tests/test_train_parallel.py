@@ -14,7 +14,10 @@ import torch
 from safetensors.torch import load_file
 from test_train import Squares, collate, examples
 from torch import nn
+from transformers import BertConfig, BertForSequenceClassification, TrainerCallback
 
+from fastdistil.recipes import terms
+from fastdistil.recipes.terms import Distillation
 from fastdistil.train import Options, train
 
 
@@ -26,12 +29,32 @@ class Headless(Squares):
         self.pooler = nn.Linear(3, 3)
 
 
+def failing(module: nn.Module) -> dict[str, float]:
+    raise ValueError("no figures today")
+
+
+def distillation() -> Distillation:
+    """Hidden states and maps of a small BERT against a live teacher, with a head and a pooler that no term reaches."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 30, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_labels": 3}
+    dropouts = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    student, teacher = (
+        BertForSequenceClassification(BertConfig(**sizes, **dropouts, num_hidden_layers=layers)) for layers in (1, 2)
+    )
+    return Distillation(student, [terms.hidden(-1, -1), terms.attention(-1, -1)], teacher)
+
+
+def text(rows: list[int]) -> dict[str, torch.Tensor]:
+    """Rows of different lengths."""
+    ids = torch.stack([torch.arange(row, row + 6) % 29 + 1 for row in rows])
+    return {"input_ids": ids, "attention_mask": (torch.arange(6) < torch.tensor(rows)[:, None] % 5 + 2).long()}
+
+
 def _process(rank: int, out: str, port: int) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
     os.environ |= {"MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
     from accelerate import Accelerator
-    from transformers import TrainerCallback
 
     save = Accelerator.save_state
 
@@ -66,8 +89,11 @@ def _process(rank: int, out: str, port: int) -> None:
     stopped = train(best, examples(), collate, evaluated, evaluate=evaluate, callbacks=[Stop()])
     figures = [x.get("eval_f1") for x in stopped]
     kept = torch.cat([p.flatten() for p in best.layer.parameters()]).tolist()
+    with pytest.raises(ValueError if rank == 0 else RuntimeError, match="no figures today"):
+        train(Headless(), examples(), collate, evaluated, evaluate=failing)
+    layers = train(distillation(), range(24), text, Options(3, lr=0.01, batch_size=2, accumulate=2, warmup=0))
     torch.save(
-        {"said": said, "history": history, "figures": figures, "kept": kept, "calls": calls},
+        {"said": said, "history": history, "figures": figures, "kept": kept, "calls": calls, "layers": layers},
         folder / f"result-{rank}.pt",
     )
 
@@ -89,6 +115,10 @@ def test_two_processes(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="no term reaches 2 parameters"):
         history = train(alone, examples(), collate, Options(4, lr=0.1, batch_size=8))
     assert [x["squares"] for x in first["history"]] == pytest.approx([x["squares"] for x in history], rel=1e-5)
+    with pytest.warns(UserWarning, match="no term reaches 4 parameters in the first step .*classifier"):
+        layers = train(distillation(), range(24), text, Options(3, lr=0.01, batch_size=8, warmup=0))
+    for record, other in zip(layers, first["layers"], strict=True):
+        assert record == pytest.approx(other, rel=1e-4)
     weights = load_file(tmp_path / "run" / "step-4" / "model.safetensors")
     torch.testing.assert_close(weights, dict(alone.state_dict()), rtol=1e-5, atol=1e-6)
 

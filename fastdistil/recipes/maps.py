@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import fastdistil as fd
 from fastdistil.batches import kept_generators
 from fastdistil.models.attention import AttentionRecord
+from fastdistil.models.capture import base_model
 
 _TOKENS = 4  # enough to tell a causal map from any other
 
@@ -64,9 +65,9 @@ def _records(model: nn.Module, layers: Collection[int], ids: Tensor, mask: Tenso
     No generator is moved on."""
     tokens = ids[mask.bool()][:_TOKENS]
     tokens = tokens.repeat(_TOKENS)[:_TOKENS][None] if len(tokens) else ids.new_ones(1, _TOKENS)
-    chosen = sorted(layers)
-    with torch.no_grad(), kept_generators(), fd.capture(model, queries=chosen) as captured:
-        model(input_ids=tokens, attention_mask=torch.ones_like(tokens))
+    chosen, base = sorted(layers), base_model(model, "Distillation")  # not what torch.compile would compile once more
+    with torch.no_grad(), kept_generators(), fd.capture(base, queries=chosen) as captured:
+        base(input_ids=tokens, attention_mask=torch.ones_like(tokens))
     found = {}
     for layer in chosen:
         where = f"layer {layer} of {captured.model}"

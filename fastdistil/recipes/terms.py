@@ -19,8 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,20 +27,13 @@ from torch import Tensor, nn
 
 import fastdistil as fd
 from fastdistil.fingerprint import of_teacher
-from fastdistil.models.capture import Captured, base_model, transformers_models
+from fastdistil.models.capture import base_model, transformers_models
 from fastdistil.recipes.maps import MapRule, map_rules, pairs_of
+from fastdistil.recipes.outputs import Outputs, outputs_of
 from fastdistil.train import Batch
 
 _MAPS = ("prob_mse", "prob_kl", "score_mse")
 _RELATIONS = ("queries", "keys", "values")
-
-
-@dataclass
-class Side:
-    """What one model shows of a batch."""
-
-    captured: Captured = field(default_factory=Captured)
-    logits: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +71,7 @@ class Term:
         """Number of items of the term in the batch ()."""
         return batch[self.weight].sum()
 
-    def loss(self, batch: Batch, student: Side, teacher: Side, rule: MapRule | None, divisor: Tensor) -> Tensor:
+    def loss(self, batch: Batch, student: Outputs, teacher: Outputs, rule: MapRule | None, divisor: Tensor) -> Tensor:
         """Sum over the batch / divisor ()."""
         raise NotImplementedError
 
@@ -101,7 +93,7 @@ class _Hidden(Term):
     def entry(self) -> str:
         return self.teacher if isinstance(self.teacher, str) else f"teacher_hidden_{self.teacher}"
 
-    def loss(self, batch: Batch, student: Side, teacher: Side, rule: MapRule | None, divisor: Tensor) -> Tensor:
+    def loss(self, batch: Batch, student: Outputs, teacher: Outputs, rule: MapRule | None, divisor: Tensor) -> Tensor:
         states = student.captured.hidden_states[self.student]
         target = batch[self.entry] if self.entry in batch else teacher.captured.hidden_states[int(self.teacher)]
         fused = _fused(self.projection)
@@ -141,7 +133,7 @@ class _Attention(_OfMaps):
     def parts(self) -> tuple[str, ...]:
         return ("queries", "keys")
 
-    def loss(self, batch: Batch, student: Side, teacher: Side, rule: MapRule | None, divisor: Tensor) -> Tensor:
+    def loss(self, batch: Batch, student: Outputs, teacher: Outputs, rule: MapRule | None, divisor: Tensor) -> Tensor:
         assert rule is not None
         rule.check_length(batch["attention_mask"].shape[1])
         i, j = self.student, int(self.teacher)
@@ -165,7 +157,7 @@ class _Relation(_OfMaps):
     def parts(self) -> tuple[str, ...]:
         return (self.of,)
 
-    def loss(self, batch: Batch, student: Side, teacher: Side, rule: MapRule | None, divisor: Tensor) -> Tensor:
+    def loss(self, batch: Batch, student: Outputs, teacher: Outputs, rule: MapRule | None, divisor: Tensor) -> Tensor:
         assert rule is not None
         sides = getattr(student.captured, self.of)[self.student], getattr(teacher.captured, self.of)[self.teacher]
         return fd.relation_loss(
@@ -188,7 +180,7 @@ class _Logits(Term):
     def entry(self) -> str:
         return "teacher_logits"
 
-    def loss(self, batch: Batch, student: Side, teacher: Side, rule: MapRule | None, divisor: Tensor) -> Tensor:
+    def loss(self, batch: Batch, student: Outputs, teacher: Outputs, rule: MapRule | None, divisor: Tensor) -> Tensor:
         target = batch.get(self.entry, teacher.logits)
         assert student.logits is not None and target is not None
         if self.divergence == "mse":  # logit_loss has the mean over the classes
@@ -205,7 +197,7 @@ class _Labels(Term):
     def name(self) -> str:
         return "labels"
 
-    def loss(self, batch: Batch, student: Side, teacher: Side, rule: MapRule | None, divisor: Tensor) -> Tensor:
+    def loss(self, batch: Batch, student: Outputs, teacher: Outputs, rule: MapRule | None, divisor: Tensor) -> Tensor:
         assert student.logits is not None
         keep = batch[self.weight].bool()
         chosen, labels = student.logits[keep].float(), batch["labels"][keep]
@@ -280,8 +272,9 @@ class Distillation(nn.Module):
     """The `Objective` of train.py: one forward pass of each model, then the sum of all terms.
 
     `teacher` runs along, in evaluation mode and without gradient, for the terms whose side of it is not in the batch;
-    it is no part of the parameters nor of checkpoints. A student that is no transformers model is called with
-    input_ids, attention_mask and output_hidden_states=True, and its output's hidden_states are the layers.
+    it is no part of the parameters nor of checkpoints. A head whose logits no term reads is not run. A student that is
+    no transformers model is called with input_ids, attention_mask and output_hidden_states=True, and its output's
+    hidden_states are the layers.
 
     Raises ValueError for no terms, two of one name, and layers that a model does not have.
     """
@@ -289,8 +282,7 @@ class Distillation(nn.Module):
     def __init__(self, student: nn.Module, terms: Iterable[Term], teacher: nn.Module | None = None) -> None:
         super().__init__()
         self.student = student
-        self.captures = bool(transformers_models(student))
-        depths = _depth(student) if self.captures else None, None if teacher is None else _depth(teacher)
+        depths = [None if x is None or not transformers_models(x) else _depth(x) for x in (student, teacher)]
         self.terms = tuple(_resolved(term, *depths) for term in terms)
         names = [term.name for term in self.terms]
         if not names or len(set(names)) < len(names):
@@ -322,30 +314,23 @@ class Distillation(nn.Module):
             for term in self.terms
         }
 
-    def _run_student(self, batch: Batch) -> Side:
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        wanted = self._layers(self.terms, "student")
-        if not self.captures:
-            out: Any = self.student(**inputs, output_hidden_states=True)
-            captured = Captured(hidden_states={i: out.hidden_states[i] for i in wanted.get("hidden_states", ())})
-            return Side(captured, getattr(out, "logits", None))
-        with fd.capture(self.student, **wanted) if wanted else nullcontext(Captured()) as captured:
-            out = self.student(**inputs)
-        return Side(captured, getattr(out, "logits", None))
+    def _run_student(self, batch: Batch) -> Outputs:
+        logits = any(isinstance(term, (_Logits, _Labels)) for term in self.terms)
+        layers = self._layers(self.terms, "student")
+        return outputs_of(self.student, layers, batch["input_ids"], batch["attention_mask"], logits)
 
-    def _run_teacher(self, batch: Batch) -> Side:
+    def _run_teacher(self, batch: Batch) -> Outputs:
         live = [term for term in self.terms if not isinstance(term, _Labels) and term.entry not in batch]
         if not live:
-            return Side()
+            return Outputs()
         if not self._teacher or any(isinstance(term.teacher, str) for term in live):
             wanted = [term.entry or f"{term.name}'s" for term in live]
             raise ValueError(f"Distillation: the batch has no {', '.join(wanted)}, and no teacher that has them came")
-        model = self._teacher[0].to(batch["input_ids"].device)
         ids = batch.get("teacher_input_ids", batch["input_ids"])
-        layers = self._layers(live, "teacher")
-        with torch.no_grad(), fd.capture(model, **layers) if layers else nullcontext(Captured()) as captured:
-            out = model(input_ids=ids, attention_mask=batch["attention_mask"])
-        return Side(captured, getattr(out, "logits", None))
+        logits = any(isinstance(term, _Logits) for term in live)
+        with torch.no_grad():
+            model = self._teacher[0].to(ids.device)
+            return outputs_of(model, self._layers(live, "teacher"), ids, batch["attention_mask"], logits)
 
     def _map_rules(self, batch: Batch) -> dict[str, MapRule]:
         """How the maps are formed of which terms compare them: asked of both models once, on a few tokens."""
