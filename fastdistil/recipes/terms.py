@@ -367,10 +367,8 @@ def _resolved(term: Term, student: int | None, teacher: int | None) -> Term:
         if isinstance(layer, str) or (depth is None and (layer >= 0 or side == "student") and not first):
             continue
         if depth is None:
-            why = "needs a teacher that runs along" if first else f"names layer {layer} of no teacher"
-            raise ValueError(
-                f"Distillation: {term.name} {why}, expected teacher" + ("" if first else ", or its number")
-            )
+            why = "needs a teacher that runs along" if first else f"names layer {layer} of a teacher"
+            raise ValueError(f"Distillation: {term.name} {why}, but none came")
         found[side] = layer if layer >= 0 else depth + 1 + layer
         if not first <= found[side] <= depth:
             expected = f"{first} to {depth}, or -1 for the last"
