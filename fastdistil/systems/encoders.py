@@ -71,9 +71,9 @@ def check_reloads(model: Any, folder: Path, function: str) -> None:
     wrong += [name for name, x in ours.items() if name not in theirs or not torch.equal(theirs[name], x.cpu())][:3]
     if not wrong:
         ids = torch.arange(min(8, model.get_input_embeddings().weight.shape[0]))[None]
-        answers = [_answer(x, ids) for x in (model, loaded)]
+        ours_said, theirs_said = _answer(model, ids), _answer(loaded, ids)
         # Weights that lie elsewhere in memory may be multiplied in another order: the last bits can differ.
-        wrong = ["its answers"] if not torch.allclose(*answers, rtol=1e-4, atol=1e-5) else []
+        wrong = ["its answers"] if not torch.allclose(ours_said, theirs_said, rtol=1e-4, atol=1e-5) else []
     if wrong:
         raise RuntimeError(
             f"{function}: the {kind.__name__} in {folder} does not load as it was saved ({'; '.join(wrong)})"
