@@ -6,11 +6,12 @@ import datasets
 import pytest
 import torch
 from rich.console import Console
-from task_cases import labelled_texts, tagged, tiny_encoder
+from task_cases import labelled_texts, tagged, tiny_encoder, wordpiece
 from transformers import AutoModelForTokenClassification, AutoTokenizer, pipeline
 
 from fastdistil.configs.evaluate import EvaluateConfig
 from fastdistil.configs.finetune import FinetuneConfig
+from fastdistil.models import bilstm
 from fastdistil.systems import evaluate, finetune
 
 
@@ -67,6 +68,18 @@ def test_texts_in_pairs_and_a_split_of_the_training_data(tmp_path):
     assert found["validation"]["mean"]["accuracy"] > 60
     scores = evaluate.run(EvaluateConfig(model=str(config.out), test=(path,)), console=quiet())
     assert scores["task"] == "text"
+
+
+def test_pairs_for_a_model_without_token_types(tmp_path):
+    model = bilstm.BiLstmForSequenceClassification(
+        bilstm.BiLstmConfig(vocab_size=len(wordpiece()), embedding_size=8, lstm_size=8, num_labels=2)
+    )
+    model.save_pretrained(tmp_path / "lstm")
+    wordpiece().save_pretrained(tmp_path / "lstm")
+    train = (labelled_texts(tmp_path / "en.jsonl", pairs=True),)
+    more = {"model": str(tmp_path / "lstm"), "train": train, "task": "text", "steps": 2, "evaluate_every": None}
+    found = finetune.run(options(tmp_path, **more), console=quiet())
+    assert found["validation"]["mean"]["accuracy"] is not None
 
 
 def test_interrupted_and_continued(tmp_path, monkeypatch):

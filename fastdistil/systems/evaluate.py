@@ -6,6 +6,7 @@ metrics["languages"]["da"]["f1"]
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from typing import Any
 import datasets
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from fastdistil.configs.evaluate import EvaluateConfig
 from fastdistil.data import files
@@ -92,7 +93,7 @@ class Scorer:
             for start in range(0, len(order), self.batch_size):
                 chosen = order[start : start + self.batch_size]
                 batch = self.collate([self.rows[i] for i in chosen])
-                inputs = {name: batch[name].to(device) for name in _INPUTS if name in batch}
+                inputs = {name: x.to(device) for name, x in inputs_of(model, batch).items()}
                 best = model(**inputs).logits.argmax(-1).tolist()
                 for i, picked in zip(chosen, best, strict=True):
                     found[i] = self._tags(i, picked) if self.words else self.labels[picked]
@@ -148,7 +149,13 @@ class Scorer:
         return found
 
 
-_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+def inputs_of(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What of a batch the model's forward pass takes: token_type_ids are in batches of pairs, but not every model, as a
+    BiLSTM, knows them."""
+    names = ["input_ids", "attention_mask"]
+    if "token_type_ids" in batch and "token_type_ids" in inspect.signature(model.forward).parameters:
+        names.append("token_type_ids")
+    return {name: batch[name] for name in names}
 
 
 def _groups(names: Sequence[str]) -> dict[str, list[int]]:
@@ -198,8 +205,11 @@ def table(metrics: Figures, files_languages: Mapping[str, str]) -> list[list[str
     names = [name for name in METRICS if name in metrics["mean"]]
     count = "entities" if "f1" in names else "words" if "words" in next(iter(metrics["files"].values())) else "texts"
     rows = [["file", "language", *names, count]]
+    short = {file: Path(file).name for file in metrics["files"]}
+    unique = len(set(short.values())) == len(short)
     for file, figures in metrics["files"].items():
-        rows.append([file, files_languages[file], *(cell(figures[name]) for name in names), f"{figures[count]:,}"])
+        shown = [short[file] if unique else file, files_languages[file]]
+        rows.append([*shown, *(cell(figures[name]) for name in names), f"{figures[count]:,}"])
     if len(metrics["languages"]) > 1:
         rows.append(["mean", "", *(cell(metrics["mean"][name]) for name in names), ""])
     return rows

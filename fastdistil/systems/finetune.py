@@ -21,14 +21,13 @@ from fastdistil.configs.finetune import FinetuneConfig
 from fastdistil.data import files
 from fastdistil.data.encode import collate, encode_text, encode_words, length_limit
 from fastdistil.systems import measure, report
-from fastdistil.systems.evaluate import METRICS, Scorer, cell
+from fastdistil.systems.evaluate import METRICS, Scorer, cell, inputs_of
 from fastdistil.systems.folder import RunFolder, is_main_process
 from fastdistil.systems.models import blank_classifier, labels_of, load_tokenizer, new_classifier
 from fastdistil.systems.plan import Plan, StagePlan, cost, show
 from fastdistil.train import Batch, Options, train
 
 MODEL = "model"  # the folder of the tuned model within the run's
-_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 class LabelObjective(nn.Module):
@@ -39,7 +38,7 @@ class LabelObjective(nn.Module):
         self.model = model
 
     def forward(self, batch: Batch, items: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        logits = self.model(**{name: batch[name] for name in _INPUTS if name in batch}).logits
+        logits = self.model(**inputs_of(self.model, batch)).logits
         keep = batch["labelled_words"].bool()
         loss = nn.functional.cross_entropy(logits[keep].float(), batch["labels"][keep], reduction="sum")
         return {"labels": loss / items["labels"]}
