@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, Protocol, TypeVar, cast, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -101,15 +101,14 @@ def _takes_generator(collate: Callable[..., Any]) -> bool:
 
 def stream(data: Any, collate: Callable[..., Batch] | None, batch_size: int, seed: int) -> Batches:
     """`data` as the loop reads it. Raises ValueError where it is empty and where `collate` is missing or too much."""
-    # datasets.Dataset has a method `batch`, too, that is none of ours.
-    if callable(getattr(data, "batch", None)) and callable(getattr(data, "fingerprint", None)):
+    if isinstance(data, Batches):  # datasets.Dataset has a method `batch`, too, that is none of ours
         if collate is not None:
             raise ValueError(
                 f"train: data is {type(data).__name__}, which makes its own batches, expected collate=None"
             )
         if len(data) == 0:
             raise ValueError("train: data is empty")
-        return cast("Batches", data)
+        return data
     if collate is None:
         raise ValueError(
             f"train: collate is None and data is {type(data).__name__}, expected a function that makes a batch from a "
@@ -155,8 +154,9 @@ def kept_generators() -> Iterator[None]:
     import numpy as np
 
     python, numpy = random.getstate(), np.random.get_state()
+    gpus = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(gpus):
             yield
     finally:
         random.setstate(python)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from fastdistil.batches import Shuffled
 from fastdistil.models.student import with_blocks
 from fastdistil.recipes import bistil, minilm, terms, tinybert, xtremedistil
 from fastdistil.recipes.stages import Stage, run_stages
@@ -186,3 +187,22 @@ def test_the_small_recipes_learn(recipe: str) -> None:
     (soft,) = tinybert.prediction_terms()
     assert soft == terms.logits(temperature=1.0, scale_by_t2=False, weight="words")
     assert minilm.options(1000).lr == 6e-4 and minilm.options(1000).warmup == 10
+
+
+def test_a_stage_of_a_dataset_and_one_that_makes_its_own_batches() -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def of_rows(rows: list[dict[str, int]]) -> dict[str, torch.Tensor]:
+        return collate([row["number"] for row in rows])
+
+    rows = datasets.Dataset.from_dict({"number": list(range(8))})
+    options = Options(2, batch_size=4, metric="loss", greater_is_better=False)
+    chosen = [terms.logits()]
+    one = student()
+    made = Shuffled(rows, of_rows, 4, 0)
+    history = run_stages(one, [Stage("a", chosen, rows, options, held_out=rows)], of_rows)
+    held_out = [of_rows([{"number": i} for i in range(first, first + 4)]) for first in (0, 4)]
+    for mixed in (None, of_rows):  # the other stages' collate is none of its business
+        two = student()
+        assert run_stages(two, [Stage("a", chosen, made, options, held_out=held_out)], mixed) == history
+    assert history["a"][1]["eval_loss"] == history["a"][1]["eval_logits"]

@@ -119,7 +119,7 @@ def _evaluation(stage: Stage, collate: Callable[..., Batch] | None, evaluate: Ev
 
 
 def _held_out(stage: Stage, collate: Callable[..., Batch] | None) -> Iterable[Batch]:
-    if collate is None or callable(getattr(stage.data, "batch", None)):
+    if collate is None or isinstance(stage.data, Batches):
         return cast("Iterable[Batch]", stage.held_out)
     return InOrder(cast("Sequence[Any]", stage.held_out), collate, stage.options.batch_size, stage.options.seed)
 
@@ -155,7 +155,7 @@ def run_stages(
             restore()
             draw_anew(student, stage.fresh, stage.options.seed)
             set_trainable(student, stage.frozen, stage.trained)
-            batched = callable(getattr(stage.data, "batch", None))
+            batched = isinstance(stage.data, Batches)
             history[stage.name] = train(
                 Distillation(student, stage.terms, teacher),
                 stage.data,

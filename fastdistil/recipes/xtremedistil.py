@@ -119,7 +119,7 @@ def short_stages(
     examples: Data,
     *,
     steps: int,
-    lr: float = 2e-3,
+    lr: float = 5e-4,
     batch_size: int = 32,
     seed: int = 0,
     shares: tuple[float, float, float] = (0.2, 0.7, 0.1),
