@@ -58,7 +58,7 @@ class XtremeDistilConfig(LabelledData, Run):
     patience: int = option(5, "Evaluations without a lower loss after which a stage stops.")
     evaluate_every: int | None = option(None, "Steps between evaluations (default: a tenth of the stage's).")
     dev_share: float = option(0.1, "Share of the training data to stop by, where no --dev is given.")
-    dev_rows: int = option(1000, "Sentences or texts of the development data that evaluations in training read.")
+    dev_rows: int = option(400, "Sentences or texts of the development data that evaluations in training read.")
     max_length: int | None = option(128, "Pieces per example, special ones included.")
     cache: Path | None = option(
         None, "Folder of the teacher's outputs, to share between runs (default: inside of --out).", identity=False

@@ -14,6 +14,7 @@ from fastdistil.configs.xtremedistil import XtremeDistilConfig
 from fastdistil.data import files
 from fastdistil.data.encode import encode_text, encode_words, length_limit
 from fastdistil.systems.models import labels_of
+from fastdistil.systems.outputs import by_length, lengths
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def read(config: XtremeDistilConfig, task: files.Task, model: Any, tokenizer: An
         notes += given.notes()
         dev = given.dataset
     else:
-        kept, held = split(len(train), config.dev_share, config.seed)
+        kept, held = split(len(train), config.dev_share)
         train, dev = train.select(kept), train.select(held)
 
     def encoded(dataset: datasets.Dataset) -> datasets.Dataset:
@@ -69,6 +70,7 @@ def read(config: XtremeDistilConfig, task: files.Task, model: Any, tokenizer: An
         parts.append(encoded(unlabelled.dataset))
     some = dev.select(spread(len(dev), config.dev_rows))
     held_out = encoded(some)
+    held_out = held_out.select(by_length(lengths(held_out)))
     notes += _cut(parts, held_out, task)
     facts = {
         "labelled": f"{len(train):,} from {_count(config.train)}",
@@ -79,12 +81,12 @@ def read(config: XtremeDistilConfig, task: files.Task, model: Any, tokenizer: An
     return TaskData(task, labels, limit, rows, datasets.concatenate_datasets(parts), held_out, dev, facts, notes)
 
 
-def split(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
-    """(rows to train on, rows to stop by), drawn by `seed`, each in order; at least one of each. ValueError for fewer
-    than two rows."""
+def split(count: int, share: float) -> tuple[list[int], list[int]]:
+    """(rows to train on, rows to stop by), drawn, each in order; at least one of each. The same whatever a run's seed:
+    runs that differ in it alone share the teacher's outputs. ValueError for fewer than two rows."""
     if count < 2:
         raise ValueError(f"train: has {count} rows, expected at least 2: one to train on, one to stop by; or give dev")
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
     held = min(count - 1, max(1, round(share * count)))
     return sorted(order[held:]), sorted(order[:held])
 

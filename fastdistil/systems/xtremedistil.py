@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -185,7 +186,8 @@ def run(config: XtremeDistilConfig, *, console: Console | None = None) -> dict[s
         return folder.finished
     teacher, task = load_classifier(config.teacher, config.task)
     tokenizer = load_tokenizer(config.teacher)
-    data = task_data.read(config, task, teacher, tokenizer)
+    with PartialState().main_process_first():  # the others find in the cache what one process has cut into pieces
+        data = task_data.read(config, task, teacher, tokenizer)
     for line in data.notes:
         console.print(line, style="dim", highlight=False)
     table = int(teacher.get_input_embeddings().weight.shape[0])
@@ -281,6 +283,7 @@ def _report(
         )
         figures = {name: _scores(test, *pair, data) for name, pair in models.items()}
         metrics["scores"] = {name: found["languages"] for name, found in figures.items()}
+        metrics["files"] = {name: found["files"] for name, found in figures.items()}
         metrics["notes"] = [*data.notes, *test.notes(), *figures["student"]["notes"]]
     else:
         metrics["scores"] = {name: {"development data": found} for name, found in dev.items()}
