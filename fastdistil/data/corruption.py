@@ -42,7 +42,7 @@ class Corruption:
         if not 0 <= self.share < 1:
             raise ValueError(f"Corruption: share is {self.share}, expected at least 0 and less than 1")
         if self.share and self.mask_id is None:
-            raise ValueError("Corruption: the tokenizer has no mask token, expected one, or a share of 0")
+            raise ValueError("Corruption: the tokenizer has no mask token, expected one, or a share (corruption) of 0")
 
     @classmethod
     def of(cls, tokenizer: Any, share: float = 0.15, whole_words: bool = False) -> Corruption:

@@ -241,7 +241,8 @@ def build_model(teacher: TeacherFile) -> BertModel:
 def build_tokenizer(
     pieces: list[tuple[str, float]], unk: int, *, bos: str, eos: str, pad: str, max_length: int
 ) -> PreTrainedTokenizerFast:
-    """A transformers tokenizer around a Unigram model of (piece, score) in id order; XLM-R's normaliser and markers."""
+    """A transformers tokenizer around a Unigram model of (piece, score) in id order, with XLM-R's normaliser, markers and,
+    where it is one of the pieces, mask."""
     tokenizer = Tokenizer(Unigram(pieces, unk_id=unk, byte_fallback=False))
     tokenizer.normalizer = normalizers.Sequence(
         [
@@ -267,6 +268,7 @@ def build_tokenizer(
         sep_token=eos,
         pad_token=pad,
         unk_token=pieces[unk][0],
+        mask_token="<mask>" if "<mask>" in ids else None,
         model_max_length=max_length,
         model_input_names=["input_ids", "attention_mask"],
     )

@@ -31,6 +31,7 @@ from fastdistil.validation import mean_losses
 
 def cut(config: TextRun, tokenizer: Any, folder: Path) -> list[Corpus]:
     """The run's text in pieces; one process cuts it, the others wait."""
+    Corruption.of(tokenizer, config.corruption, config.whole_words)  # before any text is read
     cache = folder / "text" if config.cache is None else config.cache
     with PartialState().main_process_first():
         return tokenise(
@@ -131,6 +132,7 @@ def evaluation(
 def estimate(config: TextRun, tokenizer: Any, most: int = 500) -> dict[str, dict[str, Any]]:
     """{language: {"documents", "pieces", "seen"}} without writing anything that stays: pieces from at most `most`
     documents a file, evenly spread; "seen" holds the ids that stand there."""
+    Corruption.of(tokenizer, config.corruption, config.whole_words)  # refused here as in the run
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for language, paths in sources(config.text).items():
