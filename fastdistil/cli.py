@@ -1,18 +1,31 @@
-"""The command line: fastdistil demo | bench | sparse | doctor. What is heavy is imported where it is needed."""
+"""The command line: fastdistil demo | distil | finetune | evaluate | bench | sparse | doctor.
+
+What is heavy is imported where it is needed.
+"""
 
 from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import os
 import platform
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
 
 import typer
+
+from fastdistil.configs.bistil import BistilConfig
+from fastdistil.configs.bistil_task import BistilTaskConfig
+from fastdistil.configs.command_line import command
+from fastdistil.configs.common import Configuration
+from fastdistil.configs.evaluate import EvaluateConfig
+from fastdistil.configs.finetune import FinetuneConfig
+from fastdistil.configs.lightmbert import LightmbertConfig
+from fastdistil.configs.xtremedistil import XtremeDistilConfig
 
 app = typer.Typer(
     name="fastdistil",
@@ -28,6 +41,10 @@ sparse_app = typer.Typer(
     no_args_is_help=True,
 )
 app.add_typer(sparse_app, name="sparse")
+distil_app = typer.Typer(
+    help="From a teacher and data to a saved student and its report: a system of a paper each.", no_args_is_help=True
+)
+app.add_typer(distil_app, name="distil")
 
 
 class What(StrEnum):
@@ -97,6 +114,33 @@ def demo(
         _needs("demo", "fastdistil.demo.sparse").run_sparse(out=out or Path("runs/demo-sparse"), **options)
     else:
         _needs("demo", "fastdistil.demo.run").run_demo(out=out or Path("runs/demo"), **options)
+
+
+def _system(module: str) -> Callable[[Configuration], None]:
+    """What runs a configuration: `run` of a module of fastdistil.systems. What is wrong with options or data is one
+    line, not a traceback."""
+
+    def run(config: Configuration) -> None:
+        found = _needs("train", f"fastdistil.systems.{module}")
+        try:
+            found.run(config)
+        except (ValueError, TypeError, OSError) as error:
+            if os.environ.get("FASTDISTIL_TRACEBACK"):
+                raise
+            raise _fail(f"{error}") from error
+        except KeyboardInterrupt as interrupt:
+            typer.echo(f"{interrupt or 'interrupted'}; the same command with --resume continues", err=True)
+            raise typer.Exit(130) from interrupt
+
+    return run
+
+
+distil_app.command("lightmbert")(command(LightmbertConfig, _system("lightmbert")))
+distil_app.command("bistil")(command(BistilConfig, _system("bistil")))
+distil_app.command("bistil-task")(command(BistilTaskConfig, _system("bistil_task")))
+distil_app.command("xtremedistil")(command(XtremeDistilConfig, _system("xtremedistil")))
+app.command("finetune")(command(FinetuneConfig, _system("finetune")))
+app.command("evaluate")(command(EvaluateConfig, _system("evaluate")))
 
 
 @app.command()

@@ -14,15 +14,62 @@ from typer.testing import CliRunner
 
 import fastdistil
 from fastdistil import cli
+from fastdistil.configs.bistil import BistilConfig
+from fastdistil.configs.bistil_task import BistilTaskConfig
+from fastdistil.configs.common import build, hints, read_yaml, shipped
+from fastdistil.configs.finetune import FinetuneConfig
+from fastdistil.configs.lightmbert import LightmbertConfig
+from fastdistil.configs.xtremedistil import XtremeDistilConfig
 
 runner = CliRunner()
+CONFIGURATIONS: tuple[Any, ...] = (
+    LightmbertConfig, XtremeDistilConfig, BistilConfig, BistilTaskConfig, FinetuneConfig,
+)  # fmt: skip
 
 
 def test_help_names_the_commands() -> None:
     result = runner.invoke(cli.app, ["--help"])
     assert result.exit_code == 0
-    for command in ("demo", "bench", "sparse", "doctor"):
+    for command in ("demo", "distil", "finetune", "evaluate", "bench", "sparse", "doctor"):
         assert command in result.output
+
+
+SYSTEMS = ("distil lightmbert", "distil bistil", "distil bistil-task", "distil xtremedistil", "finetune", "evaluate")
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_systems_have_options_and_refuse_wrong_ones(system: str, tmp_path: Path) -> None:
+    words = system.split()
+    wide = CliRunner(env={"COLUMNS": "200"})
+    help_ = wide.invoke(cli.app, [*words, "--help"])
+    assert help_.exit_code == 0 and "(required)" in help_.output and "--config" in help_.output
+    missing = wide.invoke(cli.app, words)
+    assert missing.exit_code == 2 and "needs" in missing.output
+    path = tmp_path / "c.yaml"
+    path.write_text("learning_rate: 1")
+    wrong = wide.invoke(cli.app, [*words, "--config", str(path)])
+    assert wrong.exit_code == 2 and "learning_rate: no option of" in " ".join(wrong.output.split())
+
+
+def test_what_is_wrong_with_a_teacher_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\n")
+    call = ["distil", "lightmbert", "--teacher", str(tmp_path / "none"), "--text", str(tmp_path / "a.txt")]
+    result = runner.invoke(cli.app, [*call, "--out", str(tmp_path / "out")])
+    assert result.exit_code == 1 and "none" in result.output and "Traceback" not in result.output
+    assert not (tmp_path / "out" / "student").exists()
+
+
+def test_shipped_configurations_are_configurations() -> None:
+    """Each with what its user adds."""
+    data = {"out": "runs/x", "teacher": "t", "text": ["en=a"], "train": ["a"], "model": "m", "student": "s"}
+    found = {}
+    for name, path in shipped().items():
+        known = next(cls for cls in CONFIGURATIONS if read_yaml(path).keys() <= hints(cls).keys())
+        found[name] = build(known, {k: v for k, v in data.items() if k in hints(known)} | read_yaml(Path(name)))
+    assert (
+        found["bistil-mbert"].steps == 200_000 and found["lightmbert-mbert"].teacher == "bert-base-multilingual-cased"
+    )
+    assert len({type(x) for x in found.values()}) == 5
 
 
 def test_version() -> None:

@@ -86,7 +86,9 @@ def test_the_command_line_wins_over_the_file(tmp_path):
 
 def test_a_folder_is_one_run(tmp_path):
     config = some(tmp_path)
-    assert RunFolder(config).finished is None
+    assert RunFolder(changed(config, lr=0.5)).finished is None
+    assert RunFolder(config).finished is None  # nothing was done there: options may be mended
+    (config.out / "checkpoints").mkdir()
     with pytest.raises(ValueError, match="holds this run already"):
         RunFolder(config)
     again = changed(config, resume=True, save_every=7)  # what is no part of a run's identity may change

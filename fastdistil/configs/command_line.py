@@ -33,9 +33,12 @@ def command(cls: type[Configuration], run: Callable[[Any], None]) -> Callable[..
 
     kinds = hints(cls)
     own = cls.__annotations__
-    ordered = sorted(fields(cls), key=lambda f: f.name not in own)  # the bases' options behind them
+    # Required ones first, the bases' options last.
+    ordered = sorted(fields(cls), key=lambda f: (f.default is not MISSING, f.name not in own))
     found = [_parameter(f, kinds[f.name]) for f in ordered]
-    config = Annotated[Path | None, typer.Option("--config", help="A YAML file of these options.")]
+    config = Annotated[
+        Path | None, typer.Option("--config", help="A YAML file of these options, or a shipped one's name.")
+    ]
     found.append(inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=config))
     call.__signature__ = inspect.Signature(found)  # type: ignore[attr-defined]
     call.__annotations__ = {p.name: p.annotation for p in found}

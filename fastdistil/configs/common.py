@@ -147,11 +147,22 @@ def build(cls: type[C], values: Mapping[str, Any], where: str = "") -> C:
     return cls(**values)
 
 
+def shipped() -> dict[str, Path]:
+    """{name: file} of the configurations that come with the package: the papers' own settings."""
+    return {path.stem: path for path in sorted((Path(__file__).parent / "shipped").glob("*.yaml"))}
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Options by name from a YAML file, dashes in names read as underscores. Relative paths in it are relative to the
-    working directory, as on the command line."""
+    """Options by name from a YAML file, or from a shipped one by its name; dashes in options' names are underscores.
+
+    Relative paths in it are relative to the working directory, as on the command line.
+    """
     import yaml
 
+    if not path.exists():
+        if str(path) not in shipped():
+            raise ValueError(f"config: {path} is no file and none of those shipped ({', '.join(shipped())})")
+        path = shipped()[str(path)]
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:

@@ -10,6 +10,8 @@ from typing import Any
 from fastdistil.configs.common import Run, to_yaml
 
 CONFIG, IDENTITY, RESULT = "config.yaml", "run.json", "metrics.json"
+TEXT = "text"  # pieces of raw text under names of their own content, the same for every run
+_BEFORE_THE_FIRST_STEP = {CONFIG, IDENTITY, TEXT}
 
 
 def is_main_process() -> bool:
@@ -46,7 +48,10 @@ class RunFolder:
             if config.resume and (self.path / RESULT).is_file():
                 self.finished = json.loads((self.path / RESULT).read_text(encoding="utf-8"))
             return
-        if held.is_file():
+        inside = {x.name for x in self.path.iterdir()} if self.path.is_dir() else set()
+        if inside <= _BEFORE_THE_FIRST_STEP or all(name.endswith(".partial") for name in inside):
+            pass  # new, or stopped by what was wrong with its options or data: those may be mended
+        elif held.is_file():
             before = json.loads(held.read_text(encoding="utf-8"))
             self._check(name, before, wanted)
             if not config.resume:
@@ -56,7 +61,7 @@ class RunFolder:
                 )
             if (self.path / RESULT).is_file():
                 self.finished = json.loads((self.path / RESULT).read_text(encoding="utf-8"))
-        elif self.path.exists() and any(x for x in self.path.iterdir() if not x.name.endswith(".partial")):
+        else:
             raise ValueError(f"{name}: out is {self.path}, which holds other files, expected a new or an empty folder")
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.path / CONFIG, to_yaml(config))
