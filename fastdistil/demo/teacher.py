@@ -241,8 +241,8 @@ def build_model(teacher: TeacherFile) -> BertModel:
 def build_tokenizer(
     pieces: list[tuple[str, float]], unk: int, *, bos: str, eos: str, pad: str, max_length: int
 ) -> PreTrainedTokenizerFast:
-    """A transformers tokenizer around a Unigram model of (piece, score) in id order, XLM-R's normaliser and markers; its
-    mask, too, where that is one of the pieces."""
+    """A transformers tokenizer around a Unigram model of (piece, score) in id order: XLM-R's normaliser, markers,
+    and mask where that is one of the pieces."""
     tokenizer = Tokenizer(Unigram(pieces, unk_id=unk, byte_fallback=False))
     tokenizer.normalizer = normalizers.Sequence(
         [
