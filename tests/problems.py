@@ -322,11 +322,16 @@ def topk(case: TopkCase) -> Problem:
     gradient.rounding = math.sqrt(2) * found.rounded_p
     if case.tail == "zero":  # a difference of two numbers, which float64 rounds
         found.value_extra = found.value_extra + 64 * ULP["float64"] * found.tiny
-    # The K + 1 scores are float64, the tail's a sum of exponentials: half a unit in the last place of each moves the log
+    # The K + 1 scores are float64, relative to the largest (Triton's are not). A distance r from it weighs e^-r, so that
+    # half a unit is that of 1, and of ln V in the tail's, a quotient and a logarithm, each rounded. It moves the log
     # ratios, of which a value is the square.
-    step = 2 * ULP["float64"] * np.abs(np.where(np.isfinite(x_s), x_s, 0.0)).max(-1) / case.temperature
-    moved = step * (step + np.sqrt(2 * np.abs(found.value) / np.maximum(found.tiny, 1e-300)))
-    found.value_extra = found.value_extra + found.tiny * np.where(np.isfinite(moved), moved, 0.0)
+    largest = np.abs(np.where(np.isfinite(x_s), x_s, 0.0)).max(-1) / case.temperature
+    moved = []
+    for size in (1 + math.log(place.columns_s), largest):
+        step = 2 * ULP["float64"] * size
+        square = step * (step + np.sqrt(2 * np.abs(found.value) / np.maximum(found.tiny, 1e-300)))
+        moved.append(found.tiny * np.where(np.isfinite(square), square, 0.0))
+    found.value_extra = found.value_extra + moved[0]
     values, tail, indices = teacher.values, teacher.tail, torch.from_numpy(teacher.indices)
     if case.garbage:
         s, values = spoilt(s, place.w, rng), spoilt(values, place.w, rng)
@@ -340,7 +345,9 @@ def topk(case: TopkCase) -> Problem:
     def eager(student: Tensor) -> Tensor:
         return with_labels(case, place, topk_eager(case, place, teacher, student), student)
 
-    return Problem([s], loss, eager, value_of(found, case.reduction, place.columns_s), [gradient])
+    value = value_of(found, case.reduction, place.columns_s)
+    value.rounding = value.rounding + (moved[1] if case.reduction == "none" else moved[1].sum(keepdims=True))
+    return Problem([s], loss, eager, value, [gradient])
 
 
 def topk_options(case: Any, place: Setting, tail: Tensor | None) -> dict[str, Any]:

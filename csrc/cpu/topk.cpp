@@ -139,12 +139,17 @@ class Kernel {
       rest_of_student<false>(r, block, largest, mass);
     else
       rest_of_student<true>(r, block, largest, mass);
+    // Scores are relative to the student's largest logit: an offset of all of them costs no digits.
+    double top = mass == 0 ? -INFINITY : largest;
     for (int64_t i = 0; i < args_.k; ++i) {
       const bool there = named(r)[i] < args_.columns;
-      o.student[i] = there ? to_compute(student(r)[named(r)[i]]) / args_.temperature : -INFINITY;
+      o.student[i] = there ? static_cast<double>(to_compute(student(r)[named(r)[i]])) : -INFINITY;
       o.teacher[i] = u[i];
+      if (o.student[i] > top) top = o.student[i];
     }
-    o.student[args_.k] = mass == 0 ? -INFINITY : largest / args_.temperature + std::log(mass);
+    if (!std::isfinite(top)) top = 0;
+    for (int64_t i = 0; i < args_.k; ++i) o.student[i] = (o.student[i] - top) / args_.temperature;
+    o.student[args_.k] = mass == 0 ? -INFINITY : (largest - top) / args_.temperature + std::log(mass);
     o.teacher[args_.k] = args_.tail == Tail::bucket ? args_.rest[r] : -INFINITY;
     finish(r, o, largest, mass, divergence_(o, args_.beta));
     if (gradient(r)) backward(r, block);

@@ -62,13 +62,15 @@ def topk_fwd(
     """
     counts = (row_scale != 0)[:, None]
     z = torch.where(counts, student, 0.0).double()
-    value, slope, rho = _outcomes(z / rule["temperature"], values, columns, rest, rule)
+    top = z.amax(-1, keepdim=True)
+    top = torch.where(top.isfinite(), top, 0.0)  # scores are relative to it: an offset of all costs no digits
+    value, slope, rho = _outcomes((z - top) / rule["temperature"], values, columns, rest, rule)
     scale = row_scale.double() * rule["value_factor"]
     loss.copy_(torch.where(counts[:, 0], value * scale, 0.0))
     slope = torch.where(counts, slope * (scale / rule["temperature"])[:, None], 0.0)
     largest = z.masked_fill(_chosen(columns, z.shape[-1]), -torch.inf).amax(-1, keepdim=True)
     empty = largest == -torch.inf
-    factor = torch.where(empty, 0.0, slope[:, -1:] * torch.exp(largest / rule["temperature"] - rho))
+    factor = torch.where(empty, 0.0, slope[:, -1:] * torch.exp((largest - top) / rule["temperature"] - rho))
     stats.copy_(torch.cat((torch.where(empty, 0.0, largest), factor, slope[:, :-1]), -1))
     if gradient is not None:
         topk_bwd(student, columns, row_scale, stats, gradient, torch.ones_like(row_scale), False, rule["temperature"])
