@@ -82,6 +82,22 @@ def test_pairs_for_a_model_without_token_types(tmp_path):
     assert found["validation"]["mean"]["accuracy"] is not None
 
 
+def test_the_head_first(tmp_path):
+    config = options(tmp_path, steps=2, evaluate_every=None, head_steps=4, lr=1e-9)
+    found = finetune.run(config, console=quiet())
+    assert {name: len(x["labels"]) for name, x in found["curves"].items()} == {"head": 4, "labels": 2}
+    before = AutoModelForTokenClassification.from_pretrained(tmp_path / "encoder", num_labels=5)
+    torch.manual_seed(0)
+    drawn = AutoModelForTokenClassification.from_pretrained(tmp_path / "encoder", num_labels=5).classifier.weight
+    after = AutoModelForTokenClassification.from_pretrained(config.out / "model")
+    for name, x in after.named_parameters():
+        if name.startswith("bert."):
+            torch.testing.assert_close(x, dict(before.named_parameters())[name], rtol=0, atol=1e-7)
+    assert (after.classifier.weight - drawn).abs().max() > 1e-4
+    plan = finetune.plan(config)
+    assert [(stage.name, stage.student.trained > 100) for stage in plan.stages] == [("head", False), ("labels", True)]
+
+
 def test_interrupted_and_continued(tmp_path, monkeypatch):
     whole = finetune.run(options(tmp_path, steps=20, evaluate_every=10, save_every=5), console=quiet())
     other = tmp_path / "other"

@@ -24,6 +24,8 @@ class FinetuneConfig(LabelledData, Run):
     epochs: float = option(3.0, "Passes over the training data.")
     steps: int | None = option(None, "Steps, in place of epochs.")
     lr: float = option(5e-5, "Learning rate, which falls linearly to 0.")
+    head_steps: int = option(0, "Steps before these in which a new head alone is trained.")
+    head_lr: float = option(1e-3, "Learning rate of those steps.")
     warmup_share: float = option(0.1, "Share of the steps in which the learning rate rises.")
     weight_decay: float = option(0.01, "AdamW's weight decay, of matrices alone.")
     evaluate_every: int | None = option(None, "Steps between validations. (default: an epoch)")
@@ -34,9 +36,9 @@ class FinetuneConfig(LabelledData, Run):
     def check(self) -> None:
         Run.check(self)
         LabelledData.check(self)
-        self.at_least(steps=1, evaluate_every=1, patience=1, weight_decay=0)
+        self.at_least(steps=1, head_steps=0, evaluate_every=1, patience=1, weight_decay=0)
         self.within(0, 1, "dev_share", "warmup_share")
-        for name in ("lr", "epochs"):
+        for name in ("lr", "head_lr", "epochs"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"FinetuneConfig: {name} is {getattr(self, name)}, expected more than 0")
         if not self.train:

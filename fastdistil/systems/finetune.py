@@ -9,8 +9,9 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
@@ -97,6 +98,20 @@ def _freeze(config: FinetuneConfig, model: Any) -> None:
         raise ValueError("FinetuneConfig: freeze leaves no parameter to train")
 
 
+@contextmanager
+def _head_alone(model: Any) -> Iterator[None]:
+    """What is not of the encoder trains, where it would; afterwards all is as it was."""
+    inside = f"{model.base_model_prefix}."
+    kept = [x for name, x in model.named_parameters() if name.startswith(inside) and x.requires_grad]
+    for parameter in kept:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in kept:
+            parameter.requires_grad_(True)
+
+
 def _encode(
     config: FinetuneConfig, dataset: datasets.Dataset, tokenizer: Any, labels: Sequence[str], length: int
 ) -> Any:
@@ -115,13 +130,17 @@ def plan(config: FinetuneConfig) -> Plan:
     length = sum(map(len, rows["input_ids"])) / len(rows)
     micro = config.batch_size * length
     processes = int(os.environ.get("WORLD_SIZE") or 1)
-    stage = StagePlan("labels", steps, micro * config.accumulate * processes, micro, length, cost(model))
+    tokens = micro * config.accumulate * processes
+    stages = [StagePlan("labels", steps, tokens, micro, length, cost(model))]
+    if config.head_steps:
+        with _head_alone(model):
+            stages.insert(0, StagePlan("head", config.head_steps, tokens, micro, length, cost(model)))
     facts = {
         "training": f"{len(rows):,} examples of {length:.0f} pieces on average, {steps / epoch:.1f} epochs",
         "validation": f"{len(data.dev):,} examples",
         "labels": ", ".join(data.labels),
     }
-    return Plan("finetune", facts, [stage], processes, data.notes)
+    return Plan("finetune", facts, stages, processes, data.notes)
 
 
 def run(config: FinetuneConfig, *, console: Console | None = None) -> dict[str, Any]:
@@ -169,12 +188,26 @@ def run(config: FinetuneConfig, *, console: Console | None = None) -> dict[str, 
     )
     checkpoints = config.out / "checkpoints"
     objective = LabelObjective(model)
-    history = train(
+    batches = collate(int(tokenizer.pad_token_id))
+    stages = dict[str, list[dict[str, float]]]()
+    if config.head_steps and not own_head:
+        with _head_alone(model):
+            first = replace(
+                options,
+                steps=config.head_steps,
+                lr=config.head_lr,
+                warmup=round(config.warmup_share * config.head_steps),
+                evaluate_every=None,
+                metric=None,
+                patience=None,
+            )
+            stages["head"] = train(objective, rows, batches, first, out=checkpoints / "head", name="finetune: head")
+    history = stages["labels"] = train(
         objective,
         rows,
-        collate(int(tokenizer.pad_token_id)),
+        batches,
         options,
-        out=checkpoints,
+        out=checkpoints / "labels",
         name="finetune",
         evaluate=lambda _: scorer.means(model),
     )
@@ -192,7 +225,7 @@ def run(config: FinetuneConfig, *, console: Console | None = None) -> dict[str, 
         "metric": metric,
         "validation": figures,
         "scores": {"validation": figures["languages"]},
-        "curves": report.curves({"labels": [_shown(record) for record in history]}),
+        "curves": report.curves({name: [_shown(record) for record in records] for name, records in stages.items()}),
         "sizes": {MODEL: measure.sizes(model, config.out / MODEL)},
         "student": MODEL,
         "machine": measure.machine(),
