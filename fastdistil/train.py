@@ -123,7 +123,7 @@ class Options:
 
 
 # What does not change a run's result, or only where it is evaluated.
-_OUTSIDE = ("evaluate_every", "metric", "greater_is_better", "patience", "log", "log_every")
+_OUTSIDE = ("evaluate_every", "metric", "greater_is_better", "patience", "log", "log_every", "save_every")
 
 
 def _fingerprint(objective: Any, batches: Batches, options: Options, processes: int, evaluates: bool) -> dict[str, Any]:
