@@ -58,7 +58,7 @@ lint: $(VENV)/.lint
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu')
 
-# 300 drawn cases a loss and every case that ever failed, a part of `make test` but for Triton's draws (docs/numerics.md).
+# 300 drawn cases a loss and every case that ever failed, a part of `make test`; Triton's 60 a loss, of which that has 10.
 judge: $(VENV)/.test
 	$(BIN)/python -m pytest -m 'drawn or not drawn' tests/test_rows.py tests/test_cuda_host.py::test_rows_as_training_makes_them
 

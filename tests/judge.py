@@ -111,14 +111,15 @@ KEEPS_ROUNDING = ("reference", "triton", "eager")
 @dataclass
 class Part:
     """The truth of values or of one gradient: rows (R, C), each with the size that errors are relative to and with what
-    is allowed besides: `extra` on every backend, and `rounding`, what float32 products carry, on those that keep
-    eager's digits there (docs/losses.md, sections 3 and 4)."""
+    is allowed besides: `extra` on every backend, `rounding`, what float32 products carry, on those that keep eager's
+    digits there, and `tiles`, what products of 16-bit factors carry, in Triton (docs/losses.md, sections 3 and 4)."""
 
     truth: Any
     size: Any
     extra: Any
     dtype: str = "float32"
     rounding: Any = 0.0
+    tiles: Any = 0.0
 
     @classmethod
     def of_values(cls, truth: Any, size: Any, tiny: Any, columns: int) -> Part:
@@ -146,6 +147,7 @@ def excess(found: Tensor, part: Part, backend: str = "") -> tuple[float, float]:
     size = np.where(np.isfinite(part.size), part.size, 0.0)
     relative = EXACT_VALUE + (0.0 if part.dtype == "float32" else ULP[part.dtype])
     extra = part.extra + (part.rounding if backend in KEEPS_ROUNDING else 0.0)
+    extra = extra + (part.tiles if backend == "triton" else 0.0)
     allowed = relative * size + extra
     with np.errstate(divide="ignore", invalid="ignore"):
         units = np.where((error == 0) | np.isposinf(allowed), 0.0, error / allowed)

@@ -578,13 +578,14 @@ def attention(case: Any) -> Problem:
     visible = (real[:, None, None, :] & query[:, None, :, None]) & (np.tri(length, dtype=bool) | (not case.causal))
     x, y, x_t, y_t = (exactly(z) for z in (q_s, k_s, q_t, k_t))
     scales = [z.shape[-1] ** -0.5 for z in (x, x_t)]
-    scores, sizes = [], []
+    scores, sizes, whole_sizes = [], [], []
     for q, k, scale in ((x, y, scales[0]), (x_t, y_t, scales[1])):
         k = np.repeat(k, groups, 1)
         scores.append(truth.product(q, k) * scale)
         # A softmax does not see what all keys have in common.
         middle = k if case.form == "score_mse" else k - k.mean(2, keepdims=True)
         sizes.append(scale * (np.abs(q) @ np.abs(middle).swapaxes(-1, -2)))
+        whole_sizes.append(scale * (np.abs(q) @ np.abs(k).swapaxes(-1, -2)))
     value, da = truth.maps(case.form, *scores, visible, case.mean_of_heads)
     counted = 1 if case.mean_of_heads else case.heads
     heads_of = np.broadcast_to(visible, (case.batch, 1, length, length))
@@ -643,14 +644,16 @@ def attention(case: Any) -> Problem:
 
     def conditioning() -> None:
         """Scores are rounded: both sides' alike where their difference is exact, else each by itself. A CPU has it
-        exactly in heads where it is within 1/32 of a score of directions at random."""
+        exactly in heads where it is within 1/32 of a score of directions at random. Triton leaves 16-bit keys as they
+        are, with what they have in common."""
         far = np.ones((*da.shape[:2], 1, 1), bool)
         if not case.mean_of_heads:
             spread = [np.linalg.norm(z, axis=-1, keepdims=True) for z in (x, np.repeat(y, groups, 1))]
             square = scales[0] ** 2 * (spread[0] ** 2).mean((2, 3)) * (spread[1] ** 2).mean((2, 3)) / x.shape[-1]
             far = ((scores[0] - scores[1]).double() ** 2).mean((2, 3)) > square / 1024
             far = far[..., None, None]
-        for shared in (True, False):
+
+        def condition(sizes: list[Array], shared: bool) -> tuple[Array, Array]:
             moved_v, moved = np.zeros_like(value), np.zeros_like(da)
             for _ in range(DRAWS):
                 signs = [rng.choice([-1.0, 1.0], s.shape) * ULP["float32"] for s in sizes]
@@ -659,20 +662,26 @@ def attention(case: Any) -> Problem:
                 v, g = truth.maps(case.form, *both, visible, case.mean_of_heads)
                 moved_v = moved_v + deviation(np.where(seen, v, 0.0) * unit - value) ** 2
                 moved = moved + deviation(g * unit - da) ** 2
-            moved_v, moved = three_sigma(moved_v), three_sigma(moved)
-            for here, everywhere in ((moved * far, True), (moved, False)) if not shared else ((moved, True),):
-                moved_q, moved_k = carried(here, keys, scales[0]), grouped(carried(turned(here), x, scales[0]), True)
-                carried_on = [np.hypot(moved_q, moved_k)] if relation else [moved_q, moved_k]
-                for part, z, (_, _, each) in zip(gradients, carried_on, pairs, strict=True):
-                    norm = np.linalg.norm(by_rows(z, each), axis=-1)
-                    if everywhere:
-                        part.extra = part.extra + norm
-                    else:
-                        part.rounding = part.rounding + norm
-            in_far = moved_v * (True if shared or case.mean_of_heads else far[..., 0])
-            total_v = (lambda z: z.reshape(-1)) if case.reduction == "none" else (lambda z: z.sum())
-            value_part.extra = value_part.extra + total_v(in_far)
-            value_part.rounding = value_part.rounding + total_v(moved_v)
+            return three_sigma(moved_v), three_sigma(moved)
+
+        def allow(kind: str, moved_v: Array, moved: Array) -> None:
+            moved_q, moved_k = carried(moved, keys, scales[0]), grouped(carried(turned(moved), x, scales[0]), True)
+            carried_on = [np.hypot(moved_q, moved_k)] if relation else [moved_q, moved_k]
+            for part, z, (_, _, each) in zip(gradients, carried_on, pairs, strict=True):
+                setattr(part, kind, getattr(part, kind) + np.linalg.norm(by_rows(z, each), axis=-1))
+            total = moved_v.reshape(-1) if case.reduction == "none" else moved_v.sum()
+            setattr(value_part, kind, getattr(value_part, kind) + total)
+
+        allow("extra", *condition(sizes, shared=True))
+        moved_v, moved = condition(sizes, shared=False)
+        allow("extra", moved_v * (case.mean_of_heads | far[..., 0]), moved * far)
+        allow("rounding", moved_v, moved)
+        if case.student_dtype != "float32" and case.form != "score_mse":
+            moved_v, moved = condition(whole_sizes, shared=False)
+            largest = np.max([np.where(visible, np.abs(s.double()), 0.0).max(-1) for s in scores], 0)
+            if case.mean_of_heads:
+                largest = largest.max(1, keepdims=True)
+            allow("tiles", moved_v + 2 * ULP["float32"] * largest * value, moved)  # of a row's logsumexp
 
     if case.padded and case.mask_queries:
         hole = torch.from_numpy(~real)[:, None, :, None]

@@ -74,10 +74,15 @@ def test_every_loss(loss: str) -> None:
     judge_some(loss, 300, available("reference", "cpu"))
 
 
-@pytest.mark.drawn
 @pytest.mark.parametrize("loss", rows.CASES)
 def test_triton(loss: str) -> None:
     judge_some(loss, 10, available("triton"), SMALL)
+
+
+@pytest.mark.drawn
+@pytest.mark.parametrize("loss", rows.CASES)
+def test_triton_on_more(loss: str) -> None:
+    judge_some(loss, 60, available("triton"), SMALL)
 
 
 @pytest.mark.parametrize("line", LINES)

@@ -112,13 +112,22 @@ def dscores(p, p_minus_q, at_top, mean, KIND: tl.constexpr):
 
 @triton.jit
 def dot_accumulate(acc, d, right, PRECISION: tl.constexpr):
-    """acc + d @ right, d float32. float16 has not the range for d: each of its rows is scaled to at most 1."""
+    """acc + d @ right, d float32. For 16-bit factors d is two of them, 16 bits or more: rounded to one, the gradient
+    would be rounded twice, and a row of d that sums to 0 would not, with keys that have a vector in common. float16 has
+    not the range for d: each of its rows is scaled to at most 1."""
     if right.dtype == tl.float16:
         largest = tl.max(tl.abs(d), 1)
         largest = tl.where(largest > 0, largest, 1.0)
-        return acc + tl.dot((d / largest[:, None]).to(tl.float16), right) * largest[:, None]
+        d = d / largest[:, None]
+        upper = d.to(tl.float16)
+        found = tl.dot((d - upper).to(tl.float16), right)
+        return acc + tl.dot(upper, right, found) * largest[:, None]
+    elif right.dtype == tl.bfloat16:
+        upper = d.to(tl.bfloat16)
+        # Not all in `acc`: ptxas serialises that on sm_90a (C7515) and spills on sm_100a.
+        return acc + tl.dot(upper, right, tl.dot((d - upper).to(tl.bfloat16), right))
     else:
-        return tl.dot(d.to(right.dtype), right, acc, input_precision=PRECISION)
+        return tl.dot(d, right, acc, input_precision=PRECISION)
 
 
 @triton.jit
