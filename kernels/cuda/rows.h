@@ -116,11 +116,30 @@ __device__ T combine_lanes(T x, Combine&& combine) {
   return x;
 }
 
-// From the row's columns at a quarter, a half and three quarters.
+// From the row's columns at a quarter, a half and three quarters; where none agree and one of them is not on both
+// sides, from one of sixteen that most others agree with (csrc/cpu/logit.cpp: guess_among_many). By whole warps.
 template <class E, class T>
 __device__ void guess_row_shift(Tempering<T>& row, const E* student, const E* teacher, int64_t columns) {
   const auto at = [&](int64_t i) { return Scores<T>{to_compute(student[i]), to_compute(teacher[i]), T(0)}; };
-  guess_shift(row, at(columns / 4), at(columns / 2), at(columns / 4 * 3));
+  if (guess_shift(row, at(columns / 4), at(columns / 2), at(columns / 4 * 3))) return;
+  constexpr int kMost = 16;
+  const int n = columns < kMost ? static_cast<int>(columns) : kMost, lane = threadIdx.x % 32;
+  const auto difference = [&](int i) {
+    const Scores<T> c = at(columns * i / n);
+    return static_cast<T>(row.difference(c.a, c.b));
+  };
+  const T own = difference(lane < n ? lane : 0);
+  int best = -1, most = 1;
+  for (int i = 0; i < n; ++i) {
+    const T d = difference(i);
+    if (!usable(d)) continue;  // the same for every lane
+    const int vote = lane < n && math::magnitude(own - d) <= math::magnitude(d) / T(8);
+    const int alike = combine_lanes(vote, [](int a, int b) { return a + b; });
+    if (alike > most) best = i, most = alike;
+  }
+  if (best < 0) return;
+  const Scores<T> c = at(columns * best / n);
+  row.shift_to(c.a, c.b);
 }
 
 template <class T>

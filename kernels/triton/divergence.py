@@ -41,6 +41,28 @@ def origin(own, other, delta):
 
 
 @triton.jit
+def origin_of_slopes(p, q, delta, gap, by_scores, beta, rest, RULE: tl.constexpr, MIXTURE: tl.constexpr):
+    """Where a centred rule's slopes are taken from: the student's largest column, here with all that a rule needs of
+    it, whose slope would else be nearly the mean that is subtracted from it (rules/pair.h: row_terms); by_scores: its
+    scores have a difference. Whether turns are such differences, less that column's; what is subtracted from delta
+    where they are not; the slope there; the origin (`origin`)."""
+    zero = tl.full((), 0.0, tl.float32)
+    own, other, log_own, curve = 1.0, 0.0, 0.0, 1.0
+    if MIXTURE is not None:
+        zero = tl.where(delta == delta, tl.minimum(tl.maximum(delta, 0.0), 60.0), delta)
+        by_scores = by_scores & (zero == delta)
+        if MIXTURE == "beta":
+            own, other, log_own, curve = origin(beta, rest, zero)
+        else:
+            own, other, log_own, curve = origin(rest, beta, zero)
+    else:
+        log_own = tl.where(by_scores, delta, 0.0)
+    turn = tl.where(by_scores, 0.0, delta - zero)
+    _, anchor = RULE(p, q, delta, gap, turn, beta, rest, own, other, log_own, curve)
+    return by_scores, zero, anchor, own, other, log_own, curve
+
+
+@triton.jit
 def forward_kl(p, q, delta, gap, turn, beta, rest, own, other, log_ratio, scale):
     return excess(q, gap, delta), gap
 
@@ -66,7 +88,7 @@ def skew_kl(p, q, delta, gap, turn, beta, rest, own, other, log_ratio, scale):
     forth, whole = growth(_bounded(delta))
     m_over_q, _ = log_both(rest * forth, beta + rest * whole)
     back, whole = growth(_bounded(-turn))
-    return excess(q, rest * gap, m_over_q), -rest * rest * (scale * back / (own + other * whole))
+    return excess(q, rest * gap, m_over_q), -rest * rest * (scale * (back / (own + other * whole)))
 
 
 @triton.jit

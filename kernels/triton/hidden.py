@@ -110,12 +110,12 @@ def hidden_fwd_kernel(
         tries = 0
         while tries < 2:
             max_b, own, ref, mass_b, excess = infinite, infinite, nothing, nothing, nothing
-            max_a, mass_a = infinite, nothing
+            max_a, mass_a, unmatched, lost = infinite, nothing, nothing, nothing
             for start in range(0, end, BLOCK):
                 columns = start + lanes
                 h, t, d = _logits(z_ptr, t_ptr, bias_ptr, columns, columns < end, offset, HAS_BIAS, GELU)
-                max_b, own, ref, mass_b, excess = _add_masses(
-                    h, t, d, 1.0, 1.0, offset, 0.0, max_b, own, ref, mass_b, excess
+                max_b, own, ref, mass_b, excess, unmatched, lost = _add_masses(
+                    h, t, d, 1.0, 1.0, 0.0, 0.0, offset, 0.0, max_b, own, ref, mass_b, excess, unmatched, lost, True
                 )
                 max_a, mass_a = _add_to_lse_tile(h, 1.0, max_a, mass_a)
             again = _misplaced(ref, mass_b, excess) & (tries == 0)

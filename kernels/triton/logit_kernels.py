@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from fastdistil.kernels.triton.divergence import origin
+from fastdistil.kernels.triton.divergence import origin_of_slopes
 from fastdistil.kernels.triton.logit_statistics import _body, _edge, _layout, _load, _scores, _statistics
 from fastdistil.kernels.triton.numerics import expm1_near
 
@@ -72,26 +72,13 @@ def _origin(
     top_s, top_t, largest, inv_sum, log_sum, shift, shift_t, log_ratio, ref, own_max, own_log, inv_s, inv_t, low_s,
     low_t, beta, rest, RULE: tl.constexpr, MIXTURE: tl.constexpr, EQUAL: tl.constexpr,
 ):  # fmt: skip
-    """Where a centred rule's slopes are taken from: the student's largest column, whose slope would else be nearly the
-    mean that is subtracted from it (rules/pair.h: row_terms). Whether turns are differences of scores; what is
-    subtracted from them; the slope at that column; the origin of the mixtures (divergence.py)."""
+    """`origin_of_slopes` of the student's largest column, and what is subtracted from d or delta."""
     d = _scores(top_s, top_t, inv_s, inv_t, low_s, low_t, shift, shift_t, EQUAL)
     top = top_s + top_t if EQUAL == 2 else top_s
     p, q, delta, gap = _column(top, top_t, d, largest, inv_sum, log_sum, log_ratio, ref, own_max, own_log, inv_s, inv_t)
-    by_scores = tl.abs(d) < 1e6
-    zero = tl.full((), 0.0, tl.float32)
-    own, other, log_own, curve = 1.0, 0.0, 0.0, 1.0
-    if MIXTURE is not None:
-        zero = tl.where(delta == delta, tl.minimum(tl.maximum(delta, 0.0), 60.0), delta)
-        by_scores = by_scores & (zero == delta)
-        if MIXTURE == "beta":
-            own, other, log_own, curve = origin(beta, rest, zero)
-        else:
-            own, other, log_own, curve = origin(rest, beta, zero)
-    else:
-        log_own = tl.where(by_scores, delta, 0.0)
-    turn = tl.where(by_scores, 0.0, delta - zero)
-    _, anchor = RULE(p, q, delta, gap, turn, beta, rest, own, other, log_own, curve)
+    by_scores, zero, anchor, own, other, log_own, curve = origin_of_slopes(
+        p, q, delta, gap, tl.abs(d) < 1e6, beta, rest, RULE, MIXTURE
+    )
     return by_scores, tl.where(by_scores, d, zero), anchor, own, other, log_own, curve
 
 

@@ -72,8 +72,27 @@ def _load(s_ptr, t_ptr, columns, mask, inv_s, inv_t, low_s, low_t, shift, shift_
 
 
 @triton.jit
+def _guess_among_many(s_ptr, t_ptr, V, inv_s, inv_t, EQUAL: tl.constexpr):
+    """What stands on both sides in one of sixteen columns that most of them agree with (of those that both sides have),
+    else zeros."""
+    lanes = tl.arange(0, 16)
+    s = tl.load(s_ptr + lanes * V // 16).to(tl.float32)
+    t = tl.load(t_ptr + lanes * V // 16).to(tl.float32)
+    if EQUAL == 2:
+        t = tl.zeros((16,), tl.float32)
+    d = s * inv_s - t * inv_t
+    usable = tl.abs(d) < 1e6
+    agree = usable[None, :] & (tl.abs(d[None, :] - d[:, None]) <= tl.abs(d)[:, None] / 8.0)
+    alike = tl.where(usable, tl.sum(agree.to(tl.int32), 1), 0)
+    most = tl.max(alike, 0)
+    chosen = (lanes == tl.min(tl.where(alike == most, lanes, 16), 0)) & (2 * most > tl.sum(usable.to(tl.int32), 0))
+    return tl.sum(tl.where(chosen, s, 0.0), 0), tl.sum(tl.where(chosen, t, 0.0), 0)
+
+
+@triton.jit
 def _guess(s_ptr, t_ptr, V, live, inv_s, inv_t, EQUAL: tl.constexpr):
-    """The column of a shift that two of three agree about, else 0 (rules/pair.h: guess_shift)."""
+    """The column of a shift that two of three agree about; where none do and one of them is not on both sides, one that
+    most of sixteen agree about; else 0 (rules/pair.h: guess_shift)."""
     place = V // 4
     s0 = tl.load(s_ptr + place, mask=live, other=0.0).to(tl.float32)
     t0 = tl.load(t_ptr + place, mask=live, other=0.0).to(tl.float32)
@@ -85,9 +104,13 @@ def _guess(s_ptr, t_ptr, V, live, inv_s, inv_t, EQUAL: tl.constexpr):
         t0 = tl.full((), 0.0, tl.float32)
         t1 = t0
         t2 = t0
-    second, first = _agreed(s0 * inv_s - t0 * inv_t, s1 * inv_s - t1 * inv_t, s2 * inv_s - t2 * inv_t)
+    d0, d1, d2 = s0 * inv_s - t0 * inv_t, s1 * inv_s - t1 * inv_t, s2 * inv_s - t2 * inv_t
+    second, first = _agreed(d0, d1, d2)
     s = tl.where(second, s1, tl.where(first, s0, 0.0))
     t = tl.where(second, t1, tl.where(first, t0, 0.0))
+    usable = (tl.abs(d0) < 1e6) & (tl.abs(d1) < 1e6) & (tl.abs(d2) < 1e6)
+    if ((second | first | usable) == 0) & live:
+        s, t = _guess_among_many(s_ptr, t_ptr, V, inv_s, inv_t, EQUAL)
     if EQUAL:
         return s - t, tl.full((), 0.0, tl.float32)
     else:
@@ -107,18 +130,28 @@ def _move(largest, own, ref, total, difference, to, to_own, to_ref, inv_s, inv_t
 
 
 @triton.jit
-def _add_masses(a, b, d, inv_s, inv_t, shift, shift_t, largest, own, ref, total, difference):
+def _add_masses(
+    a, b, d, inv_s, inv_t, low_s, low_t, shift, shift_t, largest, own, ref, total, difference, unmatched, lost,
+    EQUAL: tl.constexpr,
+):  # fmt: skip
     """One more tile in S = sum e^(b-m) and X = sum e^(b-m) expm1(d - ref), where m, own and ref are b, a and d of the
-    teacher's largest column so far (1e-30, which moves no difference, where d is of no use): else a confident
-    teacher's own column, nearly all of X, would cancel later."""
+    teacher's largest column so far: else a confident teacher's own column, nearly all of X, would cancel later. Where d
+    is of no use there (unmatched: 1), they are of a student's logit at which it is 0, but for that logit's rounding.
+    lost: 1 where the student's mass was a small part of S, a rounding of X, and is what counts in the next column's
+    units, or was infinite (csrc/cpu/logit_statistics.h)."""
     top = tl.max(b, 0)
     if (top > largest) | (largest == float("-inf")):
         at_top = tl.max(tl.where(b == top, d, float("-inf")), 0)
         own_top = tl.max(tl.where((b == top) & (d == at_top), a, float("-inf")), 0)
         usable = tl.abs(at_top) <= 1e6
-        level = shift + (top - shift_t) * inv_t / inv_s  # the student's logit at which d is 0
+        level = shift + (top - shift_t) * inv_t / inv_s
+        at_level = _scores(level, top, inv_s, inv_t, low_s, low_t, shift, shift_t, EQUAL != 0)
         to_own = tl.where(top == float("-inf"), tl.maximum(own, tl.max(a, 0)), tl.where(usable, own_top, level))
-        at_top = tl.where(top != float("-inf"), tl.where(usable, at_top, 1e-30), 0.0)
+        unmatched = tl.where(top == float("-inf"), unmatched, tl.where(usable, 0.0, 1.0))
+        grows = total * tl.exp((own - to_own) * inv_s)
+        loses = (difference < -0.875 * total) & (grows > 1.0) & (total > 0.0)
+        lost = tl.where(loses | ((tl.abs(difference) < float("inf")) == 0), 1.0, lost)
+        at_top = tl.where(top != float("-inf"), tl.where(usable, at_top, at_level), 0.0)
         total, difference = _move(largest, own, ref, total, difference, top, to_own, at_top, inv_s, inv_t)
         largest = top
         own = to_own
@@ -129,7 +162,7 @@ def _add_masses(a, b, d, inv_s, inv_t, shift, shift_t, largest, own, ref, total,
     other = tl.exp((a - tl.where(own == float("-inf"), 0.0, own)) * inv_s)
     c = d - ref
     x = tl.where(tl.abs(c) <= 1.0, weight * expm1_near(c), other - weight)
-    return largest, own, ref, total + tl.sum(weight, 0), difference + tl.sum(x, 0)
+    return largest, own, ref, total + tl.sum(weight, 0), difference + tl.sum(x, 0), unmatched, lost
 
 
 @triton.jit
@@ -143,9 +176,18 @@ def _misplaced(ref, total, difference):
 
 
 @triton.jit
-def _unplaced(ref):
-    """Whether the student has no mass where its teacher is largest, so that nothing tells what the shift should be."""
-    return (ref > 0.0) & (ref < 1e-29)
+def _add_common(s_ptr, t_ptr, columns, mask, inv_s, inv_t, largest, own, EQUAL: tl.constexpr):
+    """One more tile in the teacher's largest logit among the columns that both sides have, and what stands in the
+    student's place there."""
+    s = tl.load(s_ptr + columns, mask=mask, other=float("-inf")).to(tl.float32)
+    t = tl.load(t_ptr + columns, mask=mask, other=float("-inf")).to(tl.float32)
+    d = s * inv_s if EQUAL == 2 else s * inv_s - t * inv_t
+    t = tl.where(tl.abs(d) < 1e6, t, float("-inf"))
+    top = tl.max(t, 0)
+    if top > largest:
+        own = tl.max(tl.where(t == top, s, float("-inf")), 0)
+        largest = top
+    return largest, own
 
 
 @triton.jit
@@ -160,7 +202,7 @@ def _agreed(first, second, third):
 @triton.jit
 def _add_tile(
     s_ptr, t_ptr, columns, mask, inv_s, inv_t, low_s, low_t, shift, shift_t, largest, own, ref, total, difference,
-    top_s, top_t, EQUAL: tl.constexpr, TOP: tl.constexpr,
+    unmatched, lost, top_s, top_t, EQUAL: tl.constexpr, TOP: tl.constexpr,
 ):  # fmt: skip
     """`_add_masses`; with TOP also the student's largest logit, and the teacher's there."""
     a, b, d = _load(s_ptr, t_ptr, columns, mask, inv_s, inv_t, low_s, low_t, shift, shift_t, EQUAL)
@@ -172,10 +214,11 @@ def _add_tile(
                 top_s = tl.max(tl.where((a == top_a) & (b == top_t), d, float("-inf")), 0) / inv_s + shift
             else:
                 top_s = top_a
-    largest, own, ref, total, difference = _add_masses(
-        a, b, d, inv_s, inv_t, shift, shift_t, largest, own, ref, total, difference
-    )
-    return largest, own, ref, total, difference, top_s, top_t
+    largest, own, ref, total, difference, unmatched, lost = _add_masses(
+        a, b, d, inv_s, inv_t, low_s, low_t, shift, shift_t, largest, own, ref, total, difference, unmatched, lost,
+        EQUAL,
+    )  # fmt: skip
+    return largest, own, ref, total, difference, unmatched, lost, top_s, top_t
 
 
 @triton.jit
@@ -222,10 +265,11 @@ def _statistics(
     PART: tl.constexpr, EQUAL: tl.constexpr, TOP: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """LogitStat but for the centre, in its order; a row that does not count is not read. Where the guessed shift left a
-    constant that costs the differences digits, the pass is done again with the teacher's largest column's, or the
-    student's, where the teacher's has no difference (with TOP, which knows it). The
-    student's own softmax costs a pass of its own where the rows lie too far apart for D' or ref is large (its rounding
-    would be p's), and in a PART of a row, which may have no teacher mass at all."""
+    constant that costs the differences digits, the pass is done again with that of the teacher's largest column, or of
+    the largest that both sides have, where none was guessed; before that, where X lost its digits on the way, measured
+    by the row's largest column from the beginning. The student's own softmax costs a pass of its own where
+    the rows lie too far apart for D' or ref is large (its rounding would be p's), and in a PART of a row, which may
+    have no teacher mass at all."""
     head, body = _layout(row, student_stride, V, VEC)
     edge, exists = _edge(head, body, V, VEC)
     at_edge = exists & live
@@ -239,34 +283,41 @@ def _statistics(
     nothing = tl.full((), 0.0, tl.float32)
     infinite = nothing + float("-inf")
     largest, own, ref, total, difference = infinite, infinite, nothing, nothing, nothing
-    top_s, top_t = infinite, infinite
+    unmatched, lost, top_s, top_t = nothing, nothing, infinite, infinite
     tries = 0
-    while tries < 2:
-        largest, own, ref, total, difference, top_s, top_t = _add_tile(
-            s_row, t_row, edge, at_edge, inv_s, inv_t, low_s, low_t, shift, shift_t, infinite, infinite, nothing,
-            nothing, nothing, infinite, infinite, EQUAL, TOP,
+    while tries < 3:
+        largest, own, ref, total, difference, unmatched, lost, top_s, top_t = _add_tile(
+            s_row, t_row, edge, at_edge, inv_s, inv_t, low_s, low_t, shift, shift_t, largest, own, ref, nothing,
+            nothing, unmatched, nothing, infinite, infinite, EQUAL, TOP,
         )  # fmt: skip
         for begin in range(0, end, BLOCK):
             columns = begin + lanes
-            largest, own, ref, total, difference, top_s, top_t = _add_tile(
+            largest, own, ref, total, difference, unmatched, lost, top_s, top_t = _add_tile(
                 s_body, t_body, columns, columns < end, inv_s, inv_t, low_s, low_t, shift, shift_t, largest, own, ref,
-                total, difference, top_s, top_t, EQUAL, TOP,
+                total, difference, unmatched, lost, top_s, top_t, EQUAL, TOP,
             )  # fmt: skip
-        misplaced = _misplaced(ref, total, difference) & (tries == 0)
+        repeat = (lost != 0.0) & (tries == 0)
+        settled = (repeat == 0) & (tries < 2)
+        again = _misplaced(ref, total, difference) & (unmatched == 0.0) & settled
         if EQUAL:
-            shift = tl.where(misplaced, own - largest, shift)
+            shift = tl.where(again, own - largest, shift)
         else:
-            shift = tl.where(misplaced, own, shift)
-            shift_t = tl.where(misplaced, largest, shift_t)
-        again = misplaced
-        if TOP:
-            apart = tl.abs((top_s if EQUAL == 2 else top_s - top_t) * inv_s)
-            unplaced = _unplaced(ref) & (shift == 0.0) & (shift_t == 0.0) & (apart < 1e6) & (tries == 0)
-            shift = tl.where(unplaced, top_s - top_t if EQUAL == 1 else top_s, shift)
+            shift = tl.where(again, own, shift)
+            shift_t = tl.where(again, largest, shift_t)
+        if (unmatched != 0.0) & (shift == 0.0) & (shift_t == 0.0) & settled:
+            common_t, common_s = _add_common(s_row, t_row, edge, at_edge, inv_s, inv_t, infinite, nothing, EQUAL)
+            for begin in range(0, end, BLOCK):
+                columns = begin + lanes
+                common_t, common_s = _add_common(
+                    s_body, t_body, columns, columns < end, inv_s, inv_t, common_t, common_s, EQUAL
+                )
+            again = common_t > float("-inf")
+            shift = tl.where(again, common_s - common_t if EQUAL == 1 else common_s, shift)
             if EQUAL == 0:
-                shift_t = tl.where(unplaced, top_t, shift_t)
-            again |= unplaced
-        tries = tl.where(again, 1, 2)
+                shift_t = tl.where(again, common_t, shift_t)
+        if again:
+            largest, own, ref, unmatched = infinite, infinite, nothing, nothing
+        tries = tl.where(repeat, 1, tl.where(again, 2, 3))
     ratio = difference / total
     near = (ratio > -0.9) & (ratio < 1e3)
     log_ratio = tl.where(near, log1p(tl.where(near, ratio, 0.0)), float("inf"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from fastdistil.kernels.triton.divergence import origin
+from fastdistil.kernels.triton.divergence import origin_of_slopes
 from fastdistil.kernels.triton.numerics import expm1_near
 
 
@@ -114,29 +114,6 @@ def _column(a, u, lse_a, lse_u, ref, log_ratio):
 
 
 @triton.jit
-def _origin(
-    own_a, own_u, lse_a, lse_u, ref, log_ratio, beta, rest, RULE: tl.constexpr, MIXTURE: tl.constexpr
-):  # fmt: skip
-    """Where a centred rule's slopes are taken from, the student's largest outcome: as logit_kernels.py has it."""
-    p, q, delta, gap = _column(own_a, own_u, lse_a, lse_u, ref, log_ratio)
-    by_scores = tl.abs(own_a - own_u) < 1e6
-    zero = delta * 0.0
-    own, other, log_own, curve = 1.0, 0.0, 0.0, 1.0
-    if MIXTURE is not None:
-        zero = tl.where(delta == delta, tl.minimum(tl.maximum(delta, 0.0), 60.0), delta)
-        by_scores = by_scores & (zero == delta)
-        if MIXTURE == "beta":
-            own, other, log_own, curve = origin(beta, rest, zero)
-        else:
-            own, other, log_own, curve = origin(rest, beta, zero)
-    else:
-        log_own = tl.where(by_scores, delta, 0.0)
-    turn = tl.where(by_scores, 0.0, delta - zero)
-    _, anchor = RULE(p, q, delta, gap, turn, beta, rest, own, other, log_own, curve)
-    return by_scores, zero, anchor, own, other, log_own, curve
-
-
-@triton.jit
 def _slope(
     a, u, p, q, delta, gap, own_a, own_u, by_scores, zero, anchor, beta, rest, own, other, log_own, curve,
     RULE: tl.constexpr, CENTRED: tl.constexpr,
@@ -168,8 +145,9 @@ def _outcomes(
     by_scores, zero, anchor = False, 0.0, 0.0
     own, other, log_own, curve = 1.0, 0.0, 0.0, 1.0
     if CENTRED:
-        by_scores, zero, anchor, own, other, log_own, curve = _origin(
-            own_a, own_u, lse_a, lse_u, ref, log_ratio, beta, rest, RULE, MIXTURE
+        p, q, delta, gap = _column(own_a, own_u, lse_a, lse_u, ref, log_ratio)
+        by_scores, zero, anchor, own, other, log_own, curve = origin_of_slopes(
+            p, q, delta, gap, tl.abs(own_a - own_u) < 1e6, beta, rest, RULE, MIXTURE
         )
     p_rest, q_rest, delta_rest, gap_rest = _column(rho, omega, lse_a, lse_u, ref, log_ratio)
     value, slope_rest = _slope(
