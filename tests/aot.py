@@ -2,7 +2,7 @@
 
 One JSON line a kernel, configuration and target: registers, spilled bytes, shared memory, assembler warnings, loads of
 16 bytes. It runs in a process of its own, because a kernel decorated under TRITON_INTERPRET cannot be compiled.
-Targets are its arguments, all that the compiler knows by default; --no-twins leaves out what `make test` does.
+Targets are its arguments, all that the compiler knows by default; --few leaves out what `make test` does.
 """
 
 from __future__ import annotations
@@ -46,22 +46,34 @@ def assembler(arch: int) -> str:
     return str(nvidia.get_ptxas(arch).path)
 
 
-def cases(targets: Sequence[str], twins: bool = True) -> list[tuple[str, int, str]]:
+def cases(targets: Sequence[str], few: bool = False) -> list[tuple[str, int, str]]:
     """Module, index and target of each case that a kernel file declares in `aot_cases()` (all targets by default). Those
-    that a case names stand for their vendor's others too. Without `twins`, float16's are left out where the kernel has a
-    case in bfloat16: the same instructions but for the conversion."""
+    that a case names stand for their vendor's others too. few: `enough` of them."""
     found = []
     for module in pkgutil.iter_modules(kernels.__path__):
         name = f"fastdistil.kernels.triton.{module.name}"
         declared = getattr(importlib.import_module(name), "aot_cases", list)()
-        low = {case["name"].split("-")[0] for case in declared if "bf16" in case["name"].split("-")}
-        for i, case in enumerate(declared):
-            kernel, *options = case["name"].split("-")
-            if not twins and kernel in low and "fp16" in options:
-                continue
-            vendors = {arch[:2] for arch in case.get("targets", TARGETS)}
-            found += [(name, i, arch) for arch in targets if arch[:2] in vendors]
+        for arch in targets:
+            here = [i for i, case in enumerate(declared) if arch[:2] in {x[:2] for x in case.get("targets", TARGETS)}]
+            found += [(name, i, arch) for i in (enough(declared, here) if few else here)]
     return found
+
+
+def enough(declared: list[dict[str, Any]], indices: list[int]) -> list[int]:
+    """Cases, the last ones first (the widest), that meet every value of a kernel's every constant and every type of its
+    arguments, but for sizes, and float16 where there is bfloat16: the same instructions but for the conversion."""
+    low = {declared[i]["kernel"].__name__ for i in indices if "bf16" in declared[i]["name"].split("-")}
+    met, found = dict[str, set[tuple[str, str]]](), list[int]()
+    for i in reversed(indices):
+        case, kernel = declared[i], declared[i]["kernel"].__name__
+        if "fp16" in case["name"].split("-") and kernel in low:
+            continue
+        constants = [(k, str(v)) for k, v in case["constants"].items() if not k.startswith(("BLOCK", "SIZE", "PAD"))]
+        values = {*constants, *case["signature"].items()}
+        if not values <= met.setdefault(kernel, set()):
+            met[kernel] |= values
+            found.append(i)
+    return found[::-1]
 
 
 def compile_case(case: dict[str, Any], target: GPUTarget) -> tuple[Any, str]:
@@ -129,8 +141,8 @@ def run(job: tuple[str, int, str]) -> dict[str, Any]:
 
 def main() -> None:
     triton.knobs.nvidia.dump_ptxas_log = True
-    named = [name for name in sys.argv[1:] if name != "--no-twins"]
-    jobs = cases(named or [*TARGETS], twins="--no-twins" not in sys.argv)
+    named = [name for name in sys.argv[1:] if name != "--few"]
+    jobs = cases(named or [*TARGETS], few="--few" in sys.argv)
     with ProcessPoolExecutor(2) as pool:
         for record in pool.map(run, jobs, chunksize=4):
             print(json.dumps(record), flush=True)

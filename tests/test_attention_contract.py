@@ -50,6 +50,7 @@ def _misaligned(x: Tensor) -> Tensor:
     return view
 
 
+@pytest.mark.pairs(3, "kind", "layout")
 @pytest.mark.parametrize(
     "layout", [_strided, _misaligned, lambda x: x.mT.contiguous().mT], ids=["bshd", "odd", "columns"]
 )

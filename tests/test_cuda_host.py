@@ -84,8 +84,13 @@ def test_conversions_round_as_torch_does(library: Path) -> None:
     assert torch.equal(back.nan_to_num(), halves.float().nan_to_num())
 
 
-@pytest.mark.parametrize("dtype", test_logit.DTYPES, ids=str)
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+# All in float32, and of each other type every third.
+RULES = [
+    (d, t) for i, d in enumerate(DIVERGENCES) for j, t in enumerate(test_logit.DTYPES) if j == 0 or (i + j) % 3 == 0
+]
+
+
+@pytest.mark.parametrize(("divergence", "dtype"), RULES, ids=str)
 def test_every_divergence(either: Emulator, divergence: str, dtype: torch.dtype) -> None:
     test_logit.test_every_divergence_is_right(HOST, divergence, dtype)
     if divergence != "forward_kl" and dtype == torch.float32:
@@ -95,7 +100,7 @@ def test_every_divergence(either: Emulator, divergence: str, dtype: torch.dtype)
         test_logit.test_rows_of_weight_zero_are_not_read(HOST, divergence)
 
 
-@pytest.mark.parametrize("columns", [1, 7, 1000, 1024, 2049, 32003])
+@pytest.mark.parametrize("columns", [1, 7, 1000, 1024, 2049, 9001])
 def test_ugly_shapes(either: Emulator, columns: int) -> None:
     for rows in (0, 1, 5):
         test_logit.test_ugly_shapes(HOST, rows, columns)
@@ -128,6 +133,7 @@ def test_exact_near_convergence(either: Emulator, dtype: torch.dtype, noise: flo
     test_logit.test_exact_near_convergence(HOST, noise, dtype)
 
 
+@pytest.mark.pairs(3, "divergence", "case")
 @pytest.mark.parametrize("case", ["usual", "near", "masked"])
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "mse"])
 def test_phases(emulator: Emulator, divergence: str, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,6 +169,7 @@ def orders_agree(emulator: Emulator, divergence: str, **options: int) -> bool:
     return True
 
 
+@pytest.mark.pairs(3, "divergence", "cluster")
 @pytest.mark.parametrize("cluster", [0, 1, 4])
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "mse"])
 def test_the_order_of_threads_changes_nothing(emulator: Emulator, divergence: str, cluster: int) -> None:
@@ -214,7 +221,7 @@ def test_clusters_of_every_size(emulator: Emulator, blocks: int, columns: int) -
     rule = test_vocab_parallel.as_rule(divergence)
     t_s, t_t = rule["student_temperature"], rule["teacher_temperature"]
     kinds = ((torch.bfloat16, "random"), (torch.float32, "reversed"), (torch.float16, "forward"))
-    for dtype, order in kinds[: 3 if blocks < 8 else 1]:  # a thread of the emulation costs what a GPU's does not
+    for dtype, order in kinds[: 3 if blocks < 8 and columns < 9999 else 1]:  # a thread costs what a GPU's does not
         # Rows of three alignments, each moving along as odd strides make it.
         memory = torch.full((3, 7, columns + 40), 7e3, dtype=dtype)
         student, teacher, gradient = memory[0, :, 3:-37], memory[1, :, 1 : columns + 1], memory[2, :, 6 : columns + 6]
@@ -252,12 +259,12 @@ def test_the_largest_rows(emulator: Emulator) -> None:
     """V 250,002: 8 blocks hold it in bf16, 16 in float32."""
     rule = test_vocab_parallel.as_rule("forward_kl")
     for dtype in (torch.bfloat16, torch.float32):
-        teacher = 4 * torch.randn(2, 250_002)
+        teacher = 4 * torch.randn(1, 250_002)
         student = (teacher + torch.randn(teacher.shape)).to(dtype)
-        scale, teacher = torch.ones(2), teacher.to(dtype)
-        truth = [torch.empty(2), torch.empty(2, STATS), torch.empty_like(student, dtype=torch.float32)]
+        scale, teacher = torch.ones(1), teacher.to(dtype)
+        truth = [torch.empty(1), torch.empty(1, STATS), torch.empty_like(student, dtype=torch.float32)]
         cpu_logit.logit_fwd(student.float(), teacher.float(), scale, *truth, **rule)
-        found = [torch.empty(2), torch.empty(2, STATS), torch.empty_like(student)]
+        found = [torch.empty(1), torch.empty(1, STATS), torch.empty_like(student)]
         before = emulator.library.clusters_seen()
         cuda_logit.logit_fwd(student, teacher, scale, *found, **rule)
         assert emulator.library.clusters_seen() == before + 1

@@ -77,6 +77,7 @@ def test_large_logits(backend: str, divergence: str, std: float, temperature: fl
     judge_rows(*(temperature * x.gradients[0] for x in (found, truth, eager)))
 
 
+@pytest.mark.pairs(2, "divergence", "change", "side")
 @pytest.mark.parametrize("side", ["student", "teacher"])
 @pytest.mark.parametrize("change", [-30.0, -math.inf])
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
@@ -94,6 +95,7 @@ def test_one_far_column_leaves_the_others_exact(backend: str, divergence: str, c
     assert found.gradients[0].isfinite().all()
 
 
+@pytest.mark.pairs(3, "columns", "noise")
 @pytest.mark.parametrize("noise", [1e-2, 1e-3, 1e-4])
 @pytest.mark.parametrize("columns", [2, 13, 3000])
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -138,6 +140,7 @@ def test_a_row_in_two_phases(backend: str, divergence: str) -> None:
     assert error(gradient[[0, 4]], truth.gradients[0][[0, 2]]) <= EXACT_VALUE
 
 
+@pytest.mark.pairs(2, "divergence", "side")
 @pytest.mark.parametrize("side", ["student", "teacher"])
 @pytest.mark.parametrize("divergence", SOFTMAX)
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -166,6 +166,7 @@ def test_rows_of_weight_0_may_hold_anything(backend: str) -> None:
     assert none.value == 0 and not none.gradients[0].any()
 
 
+@pytest.mark.pairs(2, "alpha", "reduction")
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("alpha", [0.5, 1.0])
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -267,6 +268,7 @@ def test_statistics_of_two_heads_where_the_labels_alone_count() -> None:
     assert torch.equal(alone[0], bare) and bare.requires_grad
 
 
+@pytest.mark.pairs(2, "divergence", "capped")
 @pytest.mark.parametrize("capped", [False, True])
 @pytest.mark.parametrize("divergence", ["forward_kl", "mse"])
 @pytest.mark.parametrize("backend", available("reference", "cpu", "triton"))
@@ -311,6 +313,7 @@ def test_two_heads_with_everything(backend: str, divergence: str, capped: bool) 
     torch.testing.assert_close(torch.stack(stats), torch.stack(expected[1]))
 
 
+@pytest.mark.pairs(2, "columns", "scale")
 @pytest.mark.parametrize("scale", [0.0, 1.0])
 @pytest.mark.parametrize("columns", [1, 7, 1000, 2049, 9001])
 @pytest.mark.parametrize("backend", available("cpu", "triton"))
@@ -332,6 +335,7 @@ def test_cross_entropy_kernels(backend: str, columns: int, scale: float) -> None
     assert error(loss, wanted[0]) <= SLACK[z.dtype] and error(gradient, wanted[1]) <= SLACK[z.dtype]
 
 
+@pytest.mark.pairs(2, "columns", "dtype")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("columns", [1, 7, 511, 513, 3000])
 @pytest.mark.parametrize("backend", available("reference", "cpu", "triton"))
@@ -398,6 +402,7 @@ def test_inplace_backward_writes_over_the_logits(reduction: str, dtype: torch.dt
     assert error(found.gradients[0], wanted.gradients[0]) <= (2 if reduction == "none" else 1) * SLACK[dtype]
 
 
+@pytest.mark.pairs(2, "mapped", "inplace")
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize(("mapped", "labelled"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -85,6 +85,7 @@ def test_a_teacher_sure_of_the_tail(backend: str, divergence: str) -> None:
     compare(backend, "bucket", divergence, (student, log_q[:, :5].float().to(DEVICE), indices))
 
 
+@pytest.mark.pairs(2, "target", "known", "columns")
 @pytest.mark.parametrize("columns", [(13, 5), (700, 300)])
 @pytest.mark.parametrize("known", [1e-6, 0.2, 0.9])
 @pytest.mark.parametrize("target", ["teacher", "optimum"])

@@ -243,6 +243,7 @@ def test_a_group_of_another_kind_is_refused() -> None:
         fd.logit_loss(torch.zeros(2, 3), torch.zeros(2, 3), group=3)
 
 
+@pytest.mark.pairs(3, "divergence", "case")
 @pytest.mark.parametrize("case", ["usual", "near", "masked"])
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "mse"])
 @pytest.mark.parametrize("backend", available("cpu", "triton", "cuda"))
