@@ -36,18 +36,15 @@ def attention_config(widest: int, itemsize: int, hip: bool) -> tuple[int, int, d
     return 64, 32, {"num_warps": 4, "num_stages": 3} | FUSION
 
 
-def gradient_options(
-    options: dict[str, int], constants: dict[str, object], float32: bool, hip: bool, queries: bool
-) -> dict[str, int]:
+def gradient_options(options: dict[str, int], constants: dict[str, object], float32: bool, hip: bool) -> dict[str, int]:
     """Of the gradients of queries and keys. Left alone, ptxas takes 64 or 80 registers for float32 and spills. With
-    16-bit heads wider than 64 four warps spill in the queries' on sm_89 and sm_120a (eight would in the forward on
-    sm_100a)."""
+    16-bit heads wider than 64 four warps spill (eight would in the forward on sm_100a)."""
     if hip:
         return options
     if float32:
         return {**options, "maxnreg": 128}
     wide = constants["PAD_S"] > 64 or constants["PAD_T"] > 64
-    return {**options, "num_warps": 8} if wide and queries else options
+    return {**options, "num_warps": 8} if wide else options
 
 
 def relation_config(widest: int, itemsize: int, hip: bool) -> tuple[int, int, dict[str, int]]:
@@ -133,8 +130,9 @@ def attention(
         scales = (student_scale, teacher_scale)
         _relation_gradient(student_q, teacher_q, means, mask, both, row_scale, stats, dq, rule, scales)
     elif need_grad:
-        by_rows |= gradient_options(options, constants, float32, hip, queries=True)
-        by_keys |= gradient_options(options, constants, float32, hip, queries=False)
+        of_gradients = gradient_options(options, constants, float32, hip)
+        by_rows |= of_gradients
+        by_keys |= of_gradients
         attention_dq_kernel[grid](*tensors, mask, key_end, begins, ends, row_scale, stats, dq, *scalars, **by_rows)
         attention_dk_kernel[grid](*tensors, mask, row_end, begins, ends, row_scale, stats, dk, *scalars, **by_keys)
     return rows, dq, None if dk is None else sum_of_groups(dk, student_k.shape[1])
@@ -288,7 +286,7 @@ def _aot_case(
     if kernel is attention_dk_kernel:
         outer, inner = inner, outer
     if kernel in (attention_dq_kernel, attention_dk_kernel):
-        options = gradient_options(options, constants, dtype == "fp32", hip, kernel is attention_dq_kernel)
+        options = gradient_options(options, constants, dtype == "fp32", hip)
     tensors = ("qs_ptr", "ks_ptr", "qt_ptr", "kt_ptr")
     strides = tuple(f"{x}_{axis}" for x in ("qs", "ks", "qt", "kt") for axis in "bhn")
     signature = {
