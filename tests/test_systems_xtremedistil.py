@@ -268,6 +268,15 @@ def test_a_dry_run_writes_nothing(files: dict[str, Any], tmp_path: Path) -> None
     assert len(stages) == 10 and found["data"]["unlabelled"] == "40 from 1 file"
 
 
+def test_processes_that_accelerate_does_not_know_write_nothing(
+    files: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="WORLD_SIZE is 2 in the environment, accelerate runs 1 process: on CPUs set"):
+        xtremedistil.run(config(files, tmp_path / "run"))
+    assert not (tmp_path / "run" / "outputs").exists()
+
+
 BAD = [
     ({"train": ()}, "train is empty, expected at least one file"),
     ({"shares": (0.5, 0.5)}, r"shares is \(0.5, 0.5\), expected three numbers"),

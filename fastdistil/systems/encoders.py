@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 
 from fastdistil.systems.folder import is_main_process
@@ -129,3 +131,16 @@ def inputs_by_size(ids: Tensor, mask: Tensor, most: int = 128) -> dict[int, dict
 def processes() -> int:
     """How many processes torchrun or accelerate started."""
     return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def process_state() -> PartialState:
+    """accelerate's state of the processes, made as the training loop makes it later: on CPUs where the environment asks
+    for them, which PartialState alone does not ask. Raises ValueError where accelerate knows nothing of processes that
+    torchrun started: each would take itself for the main one and write."""
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    if state.num_processes != processes():
+        raise ValueError(
+            f"WORLD_SIZE is {processes()} in the environment, accelerate runs {state.num_processes} process: on CPUs "
+            "set ACCELERATE_USE_CPU=true beside torchrun, or start with `accelerate launch`"
+        )
+    return state

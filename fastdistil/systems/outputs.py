@@ -10,7 +10,6 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from accelerate import PartialState
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from fastdistil import teacher as stores
 from fastdistil.data.encode import collate
 from fastdistil.fingerprint import of_teacher
 from fastdistil.models.vocab import trim_vocabulary
+from fastdistil.systems.encoders import process_state
 from fastdistil.teacher.format import DTYPES, INDEX, read_index
 
 WINDOW = 4096  # rows that are sorted by their length at a time
@@ -77,7 +77,7 @@ def cached(
     Raises ValueError where the store is of another teacher, of other rows or without one of the layers.
     """
     order = by_length(lengths(rows))
-    state = PartialState()
+    state = process_state()
     if state.is_main_process and not _complete(path):
         device = state.device
         loader = InBatches(rows, order, pad_id, batch_size)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from rich.console import Console
 from torch import nn
 
@@ -23,7 +22,7 @@ from fastdistil.data.encode import length_limit
 from fastdistil.data.text import Corpus, read, sources, tokenise
 from fastdistil.systems import card, measure, report
 from fastdistil.systems import plan as plans
-from fastdistil.systems.encoders import inputs_by_size, processes, remove_checkpoints, save_student
+from fastdistil.systems.encoders import inputs_by_size, process_state, processes, remove_checkpoints, save_student
 from fastdistil.systems.folder import RunFolder, is_main_process
 from fastdistil.train import Options
 from fastdistil.validation import mean_losses
@@ -33,7 +32,7 @@ def cut(config: TextRun, tokenizer: Any, folder: Path) -> list[Corpus]:
     """The run's text in pieces; one process cuts it, the others wait."""
     Corruption.of(tokenizer, config.corruption, config.whole_words)  # before any text is read
     cache = folder / "text" if config.cache is None else config.cache
-    with PartialState().main_process_first():
+    with process_state().main_process_first():
         return tokenise(
             config.text, tokenizer, cache, documents=config.documents, column=config.column, words=config.whole_words
         )

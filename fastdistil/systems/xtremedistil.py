@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -33,7 +32,7 @@ from fastdistil.recipes import xtremedistil as recipe
 from fastdistil.recipes.stages import Stage, run_stages
 from fastdistil.systems import card, measure, outputs, report, task_data
 from fastdistil.systems import plan as plans
-from fastdistil.systems.encoders import processes, remove_checkpoints, save_student
+from fastdistil.systems.encoders import process_state, processes, remove_checkpoints, save_student
 from fastdistil.systems.evaluate import Scorer
 from fastdistil.systems.folder import RunFolder, is_main_process
 from fastdistil.systems.memory import PeakMemory
@@ -186,9 +185,9 @@ def run(config: XtremeDistilConfig, *, console: Console | None = None) -> dict[s
         return folder.finished
     teacher, task = load_classifier(config.teacher, config.task)
     tokenizer = load_tokenizer(config.teacher)
-    with PartialState().main_process_first():  # the others find in the cache what one process has cut into pieces
+    with process_state().main_process_first():  # the others find in the cache what one process has cut into pieces
         data = task_data.read(config, task, teacher, tokenizer)
-    for line in data.notes:
+    for line in data.notes if is_main_process() else ():
         console.print(line, style="dim", highlight=False)
     table = int(teacher.get_input_embeddings().weight.shape[0])
     trimmed, pieces, collate = outputs.vocabulary(tokenizer, table, data.parts, config.trim)
