@@ -11,6 +11,7 @@ from text_cases import bert, wordpiece
 from fastdistil.models.frozen import freeze_word_embeddings, restore_frozen
 from fastdistil.recipes import terms
 from fastdistil.recipes.stages import Stage, run_stages
+from fastdistil.systems.models import new_classifier
 from fastdistil.train import Options, adamw
 
 
@@ -42,3 +43,5 @@ def test_frozen_embeddings_stay_through_saving_loading_and_another_stage(tmp_pat
     assert torch.equal(tagger.get_input_embeddings().weight, before)
     assert tagger.get_input_embeddings().weight.grad is None
     assert not restore_frozen(bert(tokenizer))
+    made, _ = new_classifier(str(tmp_path), "tokens", ["O", "B-X", "I-X"], 0)
+    assert not made.get_input_embeddings().weight.requires_grad, "so do the commands load it"

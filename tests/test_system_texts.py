@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from text_cases import SENTENCES, bert, sentencepiece, wordpiece, xlmr
 
 from fastdistil.configs.bistil import BistilConfig
@@ -19,6 +20,13 @@ from fastdistil.sparse import SparseDelta
 from fastdistil.systems import bistil, lightmbert, measure, report
 
 
+def _bare(tokenizer: Any) -> Any:
+    """A BertModel without a pooler, as encoders of sentences are saved."""
+    model = bert(tokenizer, "BertModel")
+    model.pooler = None
+    return model
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Texts of two languages and three teachers: BERT with an MLM head, BERT bare, XLM-R with one."""
@@ -26,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (out / "fr.txt").write_text("\n".join(SENTENCES[:160]), encoding="utf-8")
     (out / "sw.txt").write_text("\n".join(SENTENCES[160:260]), encoding="utf-8")
     for name, model, tokenizer in (
-        ("mlm", bert, wordpiece()), ("bare", lambda t: bert(t, "BertModel"), wordpiece()), ("xlmr", xlmr, sentencepiece()),
+        ("mlm", bert, wordpiece()), ("bare", _bare, wordpiece()), ("xlmr", xlmr, sentencepiece()),
     ):  # fmt: skip
         model(tokenizer).save_pretrained(out / name)
         tokenizer.save_pretrained(out / name)
@@ -64,6 +72,8 @@ def test_lightmbert_from_text_to_a_student_that_loads(folder: Path, tmp_path: Pa
     assert student.config.num_hidden_layers == 2
     assert torch.equal(student.get_input_embeddings().weight, theirs.get_input_embeddings().weight), "frozen"
     assert student(**tokenizer("abc dexy", return_tensors="pt")).last_hidden_state.shape[-1] == 16
+    weights = load_file(out / "student" / "model.safetensors")
+    assert teacher != "bare" or not any("pooler" in name for name in weights), "none was saved, none is drawn"
     assert restore_frozen(student) and not student.get_input_embeddings().weight.requires_grad
     assert not restore_frozen(theirs)
     assert {path.name for path in out.iterdir()} >= {"student", "report.md", "config.yaml"}

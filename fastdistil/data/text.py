@@ -23,8 +23,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from fastdistil.data.corruption import special_ids
+from fastdistil.data.tables import quiet
 
 PART = 20_000  # documents in a file
 _KINDS = {
@@ -77,6 +77,11 @@ def read(text: str, *, documents: str = "line", column: str | None = None, cache
     """
     if documents not in ("line", "paragraph"):
         raise ValueError(f"text: documents is {documents!r}, expected 'line' or 'paragraph'")
+    with quiet():
+        return _text_column(_load(text, documents, cache), text, column)
+
+
+def _load(text: str, documents: str, cache: Path | None) -> Any:
     path, kind = Path(text), _kind(text)
     if path.is_dir():
         found = datasets.load_from_disk(text)
@@ -94,7 +99,7 @@ def read(text: str, *, documents: str = "line", column: str | None = None, cache
         if "train" not in found:
             raise ValueError(f"text: {text} has the splits {sorted(found)}, expected train")
         found = found["train"]
-    return _text_column(found, text, column)
+    return found
 
 
 def _text_column(found: Any, text: str, column: str | None) -> Any:
@@ -156,18 +161,6 @@ def _cutter(tokenizer: Any, words: bool) -> Callable[[Mapping[str, list[str | No
         return found
 
     return cut
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without a bar of `datasets` for every file of 20,000 documents; ours counts them all."""
-    shown = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
 
 
 class Corpus:
@@ -304,7 +297,7 @@ def _cut_all(
     features = datasets.Features({**lists, "key": datasets.Value("int64")})
     cut, unknown, files = _cutter(tokenizer, words), 0, list[str]()
     folder.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=len(whole), desc=f"cutting {language}", unit="doc", disable=None, leave=False) as bar, _quiet():
+    with tqdm(total=len(whole), desc=f"cutting {language}", unit="doc", disable=None, leave=False) as bar, quiet():
         for first in range(0, len(whole), PART):
             part = whole.select(range(first, min(first + PART, len(whole))))
             path = folder / f"part-{first // PART:06d}.arrow"

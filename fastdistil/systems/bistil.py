@@ -31,8 +31,9 @@ from fastdistil.recipes import bistil as recipe
 from fastdistil.recipes.terms import Distillation, Term, labels
 from fastdistil.sparse import SparseDelta
 from fastdistil.systems import plan as plans
-from fastdistil.systems.encoders import check_tokenizer, empty_encoder, load_encoder, load_tokenizer
+from fastdistil.systems.encoders import check_tokenizer, empty_encoder, load_encoder
 from fastdistil.systems.folder import RunFolder
+from fastdistil.systems.models import load_tokenizer
 from fastdistil.systems.texts import (
     Ended,
     TextData,
@@ -128,7 +129,7 @@ def run(config: BistilConfig, *, console: Console | None = None) -> dict[str, An
     folder = RunFolder(config)
     if folder.finished is not None:
         return folder.finished
-    whole, tokenizer = load_encoder(config.teacher, NAME), load_tokenizer(config.teacher, NAME)
+    whole, tokenizer = load_encoder(config.teacher, NAME), load_tokenizer(config.teacher)
     check_tokenizer(whole, tokenizer, NAME)
     size, sizes = int(whole.get_input_embeddings().weight.shape[0]), sizes_of(config, whole)
     corpora = cut(config, tokenizer, folder.path)
@@ -184,7 +185,7 @@ def _said(language: str, check: Mapping[str, float]) -> str:
 
 def plan(config: BistilConfig) -> plans.Plan:
     """What the run would take, by formula, from the teacher's configuration and a sample of the text."""
-    teacher, tokenizer = empty_encoder(config.teacher), load_tokenizer(config.teacher, NAME)
+    teacher, tokenizer = empty_encoder(config.teacher), load_tokenizer(config.teacher)
     found = estimate(config, tokenizer)
     notes = []
     if config.trim:

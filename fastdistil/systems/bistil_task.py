@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from fastdistil.configs.bistil_task import BistilTaskConfig
 from fastdistil.data import files
 from fastdistil.data.encode import collate, encode_text, encode_words, length_limit
-from fastdistil.models.frozen import restore_frozen
 from fastdistil.models.student import without_dropout
 from fastdistil.models.trim import trim_model_
 from fastdistil.recipes import bistil as recipe
@@ -82,7 +81,6 @@ def load(config: BistilTaskConfig) -> Material:
     _cut_teacher(config, teacher, tokenizer)
     student, _ = new_classifier(config.student, config.task, own, config.seed)
     without_dropout(student)  # a classifier's own, too
-    restore_frozen(student)
     _check_pair(student, teacher)
     if config.head == "teacher":
         _copy_head(student, teacher)

@@ -15,6 +15,7 @@ from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 
 from fastdistil.systems.folder import is_main_process
+from fastdistil.systems.models import folder_of, without_report
 
 
 def model_class(config: Any) -> Any:
@@ -27,30 +28,29 @@ def model_class(config: Any) -> Any:
     return transformers.AutoModel
 
 
-def load_tokenizer(name: str, function: str) -> Any:
-    """The fast tokenizer of a folder or a hub name. Raises TypeError where it is a slow one."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    if not isinstance(tokenizer, transformers.PreTrainedTokenizerFast):
-        raise TypeError(f"{function}: {name} has a {type(tokenizer).__name__}, expected a fast tokenizer")
-    return tokenizer
-
-
 def load_encoder(name: str, function: str) -> Any:
-    """The model of a folder or a hub name in float32, with the head that it was saved with, in evaluation mode.
+    """The model of a folder, a run's folder or a hub name in float32 and evaluation mode, with the head that it was
+    saved with; without a pooler where none was saved.
 
-    Raises ValueError where weights of the encoder are missing: they would be random.
+    Raises ValueError where weights are missing: they would be random.
     """
-    config = transformers.AutoConfig.from_pretrained(name)
-    model, said = model_class(config).from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-    missing = sorted(x for x in said["missing_keys"] if "pooler" not in x)
-    if missing:
-        raise ValueError(f"{function}: {name} holds no weights for {missing[:4]} of a {type(model).__name__}")
+    folder = folder_of(name)
+    kind = model_class(transformers.AutoConfig.from_pretrained(folder))
+    with without_report():
+        model, said = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        if said["missing_keys"] and all("pooler" in key for key in said["missing_keys"]):
+            model, said = kind.from_pretrained(
+                folder, dtype=torch.float32, output_loading_info=True, add_pooling_layer=False
+            )
+    if said["missing_keys"]:
+        missing = ", ".join(sorted(said["missing_keys"])[:4])
+        raise ValueError(f"{function}: {name} holds no weights for {missing} of a {type(model).__name__}")
     return model.eval()
 
 
 def empty_encoder(name: str) -> Any:
     """The same without weights, on the meta device: for counting."""
-    config = transformers.AutoConfig.from_pretrained(name)
+    config = transformers.AutoConfig.from_pretrained(folder_of(name))
     kind = model_class(config)
     with torch.device("meta"):
         return kind(config) if hasattr(kind, "base_model_prefix") else kind.from_config(config)
@@ -67,7 +67,8 @@ def check_tokenizer(model: Any, tokenizer: Any, function: str) -> None:
 def check_reloads(model: Any, folder: Path, function: str) -> None:
     """Raises RuntimeError unless what lies in `folder` loads as `model` is: every tensor, and what it answers."""
     kind: Any = type(model)
-    loaded, said = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    bare = {"add_pooling_layer": False} if getattr(model, "pooler", model) is None else {}
+    loaded, said = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **bare)
     wrong = [f"{name}: {sorted(map(str, keys))[:3]}" for name, keys in said.items() if keys]
     ours, theirs = model.state_dict(), loaded.state_dict()
     wrong += [name for name, x in ours.items() if name not in theirs or not torch.equal(theirs[name], x.cpu())][:3]

@@ -21,8 +21,9 @@ from fastdistil.models.frozen import freeze_word_embeddings
 from fastdistil.recipes import lightmbert as recipe
 from fastdistil.recipes.terms import Distillation, labels
 from fastdistil.systems import plan as plans
-from fastdistil.systems.encoders import check_tokenizer, empty_encoder, load_encoder, load_tokenizer
+from fastdistil.systems.encoders import check_tokenizer, empty_encoder, load_encoder
 from fastdistil.systems.folder import RunFolder
+from fastdistil.systems.models import load_tokenizer
 from fastdistil.systems.texts import (
     Ended,
     TextData,
@@ -76,7 +77,7 @@ def run(config: LightmbertConfig, *, console: Console | None = None) -> dict[str
     folder = RunFolder(config)
     if folder.finished is not None:
         return folder.finished
-    teacher, tokenizer = load_encoder(config.teacher, NAME), load_tokenizer(config.teacher, NAME)
+    teacher, tokenizer = load_encoder(config.teacher, NAME), load_tokenizer(config.teacher)
     check_tokenizer(teacher, tokenizer, NAME)
     data = TextData.of(config, cut(config, tokenizer, folder.path), tokenizer, teacher)
     student = student_of(config, teacher)
@@ -101,7 +102,7 @@ def run(config: LightmbertConfig, *, console: Console | None = None) -> dict[str
 
 def plan(config: LightmbertConfig) -> plans.Plan:
     """What the run would take, by formula, from the teacher's configuration and a sample of the text."""
-    teacher, tokenizer = empty_encoder(config.teacher), load_tokenizer(config.teacher, NAME)
+    teacher, tokenizer = empty_encoder(config.teacher), load_tokenizer(config.teacher)
     student = student_of(config, teacher)
     found = estimate(config, tokenizer)
     pieces = sum(x["pieces"] for x in found.values())

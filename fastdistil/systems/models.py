@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 import fastdistil.models  # noqa: F401  registers the BiLSTM
 from fastdistil.data.files import Task
+from fastdistil.models.frozen import restore_frozen
 
 KEPT = ("student", "model")  # a run's folder keeps its model in one of these
 _AUTO: dict[Task, Any] = {"tokens": AutoModelForTokenClassification, "text": AutoModelForSequenceClassification}
@@ -83,16 +84,18 @@ def load_classifier(model: str, task: Task | Literal["auto"] = "auto") -> tuple[
 
 def new_classifier(model: str, task: Task, labels: Sequence[str], seed: int) -> tuple[Any, bool]:
     """A model for `labels` in float32, and whether its head is the checkpoint's own: so it is where that has the same
-    set of labels, in whatever order; else the head is drawn by `seed`."""
+    set of labels, in whatever order; else the head is drawn by `seed`. Word embeddings that its maker froze stay so."""
     folder = folder_of(model)
     config = AutoConfig.from_pretrained(folder)
     own = task_of(config) == task
     if own and sorted(labels_of(config)) == sorted(labels):
-        return _AUTO[task].from_pretrained(folder, dtype=torch.float32), True
+        made = _AUTO[task].from_pretrained(folder, dtype=torch.float32)
+        restore_frozen(made)
+        return made, True
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: i for i, label in enumerate(labels)}
     torch.manual_seed(seed)
-    with _no_report():
+    with without_report():
         made = _AUTO[task].from_pretrained(folder, config=config, dtype=torch.float32, ignore_mismatched_sizes=True)
     if own:  # a head of as many other labels was loaded into ours
         fresh = dict(_AUTO[task].from_config(config).named_parameters())
@@ -101,6 +104,7 @@ def new_classifier(model: str, task: Task, labels: Sequence[str], seed: int) -> 
             for name, parameter in made.named_parameters():
                 if not name.startswith(inside):
                     parameter.copy_(fresh[name])
+    restore_frozen(made)
     return made, False
 
 
@@ -112,7 +116,7 @@ def blank_classifier(model: str, task: Task, count: int) -> Any:
 
 
 @contextmanager
-def _no_report() -> Any:
+def without_report() -> Any:
     """Without transformers' report of the missing head."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()

@@ -24,6 +24,7 @@ from fastdistil.systems import card, measure, report
 from fastdistil.systems import plan as plans
 from fastdistil.systems.encoders import inputs_by_size, process_state, processes, remove_checkpoints, save_student
 from fastdistil.systems.folder import RunFolder, is_main_process
+from fastdistil.systems.models import folder_of
 from fastdistil.train import Options
 from fastdistil.validation import mean_losses
 
@@ -186,7 +187,7 @@ class Ended:
 
 def sizes_of(config: TextRun, teacher: Any) -> dict[str, float]:
     """Parameters and MiB on disk of the teacher, as it was loaded."""
-    return measure.sizes(teacher, Path(config.teacher) if Path(config.teacher).is_dir() else None)
+    return measure.sizes(teacher, Path(folder_of(config.teacher)) if Path(config.teacher).is_dir() else None)
 
 
 def finish(config: TextRun, folder: RunFolder, ended: Ended, started: float, console: Console) -> dict[str, Any]:
