@@ -15,14 +15,9 @@ import random
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from tokenizers import AddedToken
-from torch import Tensor
-from transformers import PreTrainedTokenizerFast
-
 from fastdistil.demo.corpora import TAGS, Sentence
 from fastdistil.demo.material import Source
 from fastdistil.models.trim import trim_model_
-from fastdistil.models.vocab import trim_vocabulary
 from fastdistil.systems.folder import write_text
 
 CODES = {"Chinese": "zh", "Turkish": "tr", "Greek": "el"}
@@ -53,13 +48,6 @@ def _lines(sentences: Iterable[Sentence]) -> str:
     return "".join(found)
 
 
-def _with_mask(source: Source) -> tuple[PreTrainedTokenizerFast, Tensor]:
-    """The tokenizer of the same pieces and XLM-R's <mask>, which texts are corrupted with, and the rows of its ids."""
-    tokenizer = copy.deepcopy(source.tokenizer)
-    tokenizer.add_special_tokens({"mask_token": AddedToken("<mask>", lstrip=True, special=True)})
-    return trim_vocabulary(tokenizer, source.rows.tolist())
-
-
 def write(source: Source, out: Path, say: Callable[[str], None]) -> None:
     """Write the folder, the same whatever the demo's seed. Files that are there stay."""
     out.mkdir(parents=True, exist_ok=True)
@@ -79,10 +67,9 @@ def write(source: Source, out: Path, say: Callable[[str], None]) -> None:
         return
     say(f"writing the encoder and texts into {out}")
     partial = out / "encoder.partial"
-    tokenizer, rows = _with_mask(source)
     model = copy.deepcopy(source.model)
-    trim_model_(model, rows)
+    trim_model_(model, source.rows)
     model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
+    source.student_tokenizer.save_pretrained(partial)
     write_text(partial / "README.md", CARD)
     partial.rename(out / "encoder")
