@@ -41,8 +41,9 @@ def test_yaml_gives_the_same_configuration_back(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text(to_yaml(config))
     assert build(Some, read_yaml(path)) == config
-    path.write_text("batch-size: 4\nlr: 1e-5\n")  # YAML 1.1 reads 1e-5 as text
-    assert build(Some, {"teacher": "t", "out": "o", **read_yaml(path)}).lr == 1e-5
+    path.write_text("batch-size: 4\nlr: 1e-5\nprecision: no\n")  # YAML 1.1 reads 1e-5 as text and no as false
+    read = build(Some, {"teacher": "t", "out": "o", **read_yaml(path)})
+    assert (read.lr, read.precision, read.batch_size) == (1e-5, "no", 4)
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,7 @@ def _converted(owner: str, name: str, kind: Any, value: Any) -> Any:
         return None
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
+        value = "no" if value is False and "no" in arguments else value  # YAML 1.1 reads no as false
         if value not in arguments:
             raise ValueError(f"{owner}: {name} is {value!r}, expected {' or '.join(map(repr, arguments))}")
         return value
@@ -174,11 +175,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return {str(name).replace("-", "_"): value for name, value in found.items()}
 
 
-def to_yaml(config: Configuration) -> str:
+def to_yaml(options: Configuration | Mapping[str, Any]) -> str:
     """Every option, as `read_yaml` reads it back."""
     import yaml
 
-    return str(yaml.safe_dump(config.plain(), sort_keys=False, allow_unicode=True))
+    plain = options.plain() if isinstance(options, Configuration) else dict(options)
+    return str(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
 
 
 def changed(config: C, **values: Any) -> C:

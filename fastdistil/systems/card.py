@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastdistil.configs.common import to_yaml
 from fastdistil.systems.folder import write_text
 
 UNKNOWN = "not stated"
@@ -63,7 +64,6 @@ def write(
         tags=["knowledge-distillation", "fastdistil"],
     )
     name = Path(teacher).name if local else teacher
-    options = "\n".join(f"  {key}: {value}" for key, value in configuration.items())
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {folder.parent.name}",
@@ -71,6 +71,6 @@ def write(
         f"Licence of the teacher: {licence_of(teacher)}. Licence of the data: {data_licence or UNKNOWN}. Both bind "
         "what is done with this model.",
         *([markdown_table(scores)] if scores else []),
-        f"```yaml\n{options}\n```",
+        f"```yaml\n{to_yaml(configuration)}```",
     ]
     write_text(folder / "README.md", "\n\n".join(parts) + "\n")

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from fastdistil.configs.common import to_yaml
 from fastdistil.systems.folder import RESULT, write_json, write_text
 
 Scores = Mapping[str, Mapping[str, Mapping[str, float | None]]]
@@ -129,21 +130,22 @@ def write(out: Path, metrics: Mapping[str, Any], *, notes: Sequence[str] = ()) -
     parts = [f"# {metrics['system']}", *notes]
     scores = metrics.get("scores")
     if scores:
-        _plot_scores(out / "scores.png", scores, metrics["metric"])
-        parts += ["## Scores", markdown_table(score_table(scores, metrics["metric"])), "![scores](scores.png)"]
+        parts += ["## Scores", markdown_table(score_table(scores, metrics["metric"]))]
+        if sum(map(len, scores.values())) > 1:  # one bar shows nothing
+            _plot_scores(out / "scores.png", scores, metrics["metric"])
+            parts += ["![scores](scores.png)"]
     if metrics.get("curves"):
         _plot_curves(out / "curves.png", metrics["curves"])
         parts += ["## Losses", "![losses by step](curves.png)"]
     if metrics.get("sizes"):
-        parts += [
-            "## What the student costs",
-            markdown_table(cost_table(metrics)),
-            f"Latency: median of a forward pass, {metrics['machine']['threads']} CPU threads, the same inputs.",
-        ]
+        several = len(metrics["sizes"]) > 1
+        parts += [f"## What the {'student' if several else 'model'} costs", markdown_table(cost_table(metrics))]
+        if metrics.get("latency_ms"):
+            threads = metrics["machine"]["threads"]
+            parts += [f"Latency: median of a forward pass, CPU threads: {threads}, the same inputs."]
     if metrics.get("student"):
         parts += [f"`{metrics['student']}/` opens with transformers' AutoModel and AutoTokenizer."]
-    listed = "\n".join(f"  {name}: {value}" for name, value in metrics["configuration"].items())
-    parts += ["## How it was made", f"```yaml\n{listed}\n```"]
+    parts += ["## How it was made", f"```yaml\n{to_yaml(metrics['configuration'])}```"]
     versions = ", ".join(f"{name} {value}" for name, value in metrics["machine"].items() if value is not None)
     parts += [f"{versions}. The whole run took {metrics['seconds']:.0f} s."]
     write_text(out / "report.md", "\n\n".join(parts) + "\n")
