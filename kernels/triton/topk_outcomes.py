@@ -145,9 +145,10 @@ def _outcomes(
     by_scores, zero, anchor = False, 0.0, 0.0
     own, other, log_own, curve = 1.0, 0.0, 0.0, 1.0
     if CENTRED:
-        p, q, delta, gap = _column(own_a, own_u, lse_a, lse_u, ref, log_ratio)
+        # Names of their own: what a loop below makes anew in another shape may not exist before it.
+        p_own, q_own, delta_own, gap_own = _column(own_a, own_u, lse_a, lse_u, ref, log_ratio)
         by_scores, zero, anchor, own, other, log_own, curve = origin_of_slopes(
-            p, q, delta, gap, tl.abs(own_a - own_u) < 1e6, beta, rest, RULE, MIXTURE
+            p_own, q_own, delta_own, gap_own, tl.abs(own_a - own_u) < 1e6, beta, rest, RULE, MIXTURE
         )
     p_rest, q_rest, delta_rest, gap_rest = _column(rho, omega, lse_a, lse_u, ref, log_ratio)
     value, slope_rest = _slope(
