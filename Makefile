@@ -21,7 +21,7 @@ SOURCES := pyproject.toml constraints.txt $(shell find csrc kernels -name '*.cpp
 PROGRESS = tee $(VENV)/install.log | { grep --line-buffered -E '^ *(\[[0-9]+/[0-9]+\]|-- fastdistil|Successfully|ERROR|error)' || true; }
 
 help:
-	@sed -n '2,4s/^# *//p' $(MAKEFILE_LIST); echo '  make lint    ruff, mypy and clang-format'; echo '  make bench   the CPU benchmarks into runs/bench'; echo '  make aot       every kernel compiled for every GPU: no spill'; echo '  make versions  the tests with other versions of torch, triton and transformers'; echo '  make fuzz      drawn cases against the truth, into docs/numerics.md'
+	@sed -n '2,4s/^# *//p' $(MAKEFILE_LIST); echo '  make lint    ruff, mypy and clang-format'; echo '  make bench   the CPU benchmarks into runs/bench'; echo '  make aot       every kernel compiled for every GPU: no spill'; echo '  make versions  the tests with other versions of torch, triton and transformers'; echo '  make fuzz      drawn cases against the truth, into docs/numerics.md'; echo '  make soak      every system killed at random moments and continued'
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -74,10 +74,14 @@ aot: $(VENV)/.test
 versions: $(VENV)/.test
 	$(BIN)/python tests/versions.py $(NAMES)
 
+# Minutes: every system killed at 20 random moments and continued, with the same student at the end.
+soak: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python tests/kill.py --kills $(or $(KILLS),20)
+
 bench: $(VENV)/.test
 	$(BIN)/fastdistil bench all --out runs/bench
 
 clean:
 	rm -rf build dist runs
 
-.PHONY: help demo test lint judge fuzz aot versions bench clean
+.PHONY: help demo test lint judge fuzz soak aot versions bench clean
