@@ -229,8 +229,8 @@ def attention(
     sees and over the heads of "prob_mse" or "score_mse", or over queries and heads of "prob_kl"; see `attention_loss`
     for the kinds and for `heads`.
 
-    What attention_loss has no map for is refused before the first step: softcaps, biases, sinks, windows that are
-    shorter than the batch. Needs a live teacher.
+    What attention_loss has no map for is refused: softcaps, biases and sinks before the first step, windows at the
+    first batch that is longer. Needs a live teacher.
     """
     if kind not in _MAPS:
         raise ValueError(f"terms.attention: kind is {kind!r}, expected one of {_MAPS}")
