@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import double_double as D
@@ -347,7 +347,25 @@ def topk(case: TopkCase) -> Problem:
 
     value = value_of(found, case.reduction, place.columns_s)
     value.rounding = value.rounding + (moved[1] if case.reduction == "none" else moved[1].sum(keepdims=True))
-    return Problem([s], loss, eager, value, [gradient])
+
+    def conditioning() -> None:
+        """Half a unit of the scores in the gradient; and of float64 values that come without their tail, what it has of
+        digits is what their rounding leaves it."""
+        p = np.exp(truth.log_softmax(a_[:, place.at_s]).double())
+        step = 2 * ULP["float64"] * (1 + math.log(place.columns_s))
+        gradient.extra = gradient.extra + found.tiny * step * np.linalg.norm(p * (1 - p), axis=-1)
+        if case.tail != "bucket" or case.values_dtype != "float64" or teacher.tail is not None:
+            return
+        rest, floor = truth.tail_of(exactly(teacher.values), ULP["float64"])
+        rest = np.maximum(rest.double(), floor)
+        for tail in (rest + floor, np.maximum(rest - floor, floor)):
+            other = replace(teacher, tail=torch.from_numpy(np.log(tail)))
+            other = terms(case, place, *topk_rows(case, place, other, a_), truth.tempered(x_s, 1.0))
+            apart = np.abs(deviation(other.value - found.value))
+            value.extra = value.extra + (apart if case.reduction == "none" else apart.sum(keepdims=True))
+            gradient.extra = gradient.extra + np.linalg.norm(deviation(other.gradient - found.gradient), axis=-1)
+
+    return Problem([s], loss, eager, value, [gradient], conditioning)
 
 
 def topk_options(case: Any, place: Setting, tail: Tensor | None) -> dict[str, Any]:
@@ -786,8 +804,17 @@ def linear(case: Any) -> Problem:
 
     def conditioning() -> None:
         """Logits are rounded: both sides' alike where their difference is exact, else each by itself. A CPU has it
-        exactly where `sampled_near`, but of a stored teacher or at two temperatures."""
+        exactly where `sampled_near`, but of a stored teacher or at two temperatures. Of heads of one width the exact
+        difference is a product itself, and the student's logit the teacher's plus it, rounded as both are."""
         near = equal and sampled_near(case, place, z_s.double(), z_t.double())
+        size_d, size_own = np.zeros_like(size_s), size_s.copy()
+        if equal and case.head != "apart":
+            (h_s, w_s, b_s), (h_t, w_t, b_t) = (
+                (x[0], x[1][at], x[2][at] * case.bias) for x, at in ((x_s, place.at_s), (x_t, place.at_t))
+            )
+            parts = np.abs(h_s - h_t) @ np.abs(w_s).T, np.abs(h_t) @ np.abs(w_s - w_t).T, np.abs(b_s - b_t)
+            size_d[:, place.at_s] = sum(parts)
+            size_own[:, place.at_s] = np.maximum(size_s[:, place.at_s], size_t[:, place.at_t])
         for shared in (True, False):
             moved_v, moved = np.zeros(case.rows), np.zeros_like(dz)
             for _ in range(DRAWS):
@@ -798,7 +825,9 @@ def linear(case: Any) -> Problem:
                         signs[second][:, place.at_t] = signs[first][:, place.at_s]
                 steps = signs[0] * size_s, signs[1] * size_t
                 if shared and equal:
+                    steps = signs[0] * size_own, steps[1]
                     steps[1][:, place.at_t] = steps[0][:, place.at_s]
+                    steps[0][...] += rng.choice([-1.0, 1.0], size_d.shape) * ULP["float32"] * size_d
                 other, their_slope = found_for(z_s + steps[0], z_t + steps[1], (signs[2], signs[3]))
                 moved_v = moved_v + deviation(other.value - found.value) ** 2
                 moved = moved + deviation(other.gradient * their_slope - dz) ** 2

@@ -225,13 +225,15 @@ def test_a_row_of_nan_is_seen(kind: str) -> None:
     assert rows.isnan().nonzero().tolist() == [[2]]
 
 
+@pytest.mark.parametrize("apart", [1e-3, 3e3])
 @pytest.mark.parametrize("spread", [30.0, 300.0])  # of logits whose cap is 20: the latter are nearly all at it
-def test_softcaps_of_a_difference(spread: float) -> None:
-    y, d = random(50, 40, scale=spread).float(), random(50, 40, scale=1e-3).float()
+def test_softcaps_of_a_difference(spread: float, apart: float) -> None:
+    y, d = random(50, 40, scale=spread).float(), random(50, 40, scale=apart).float()
     a, b = (x.double().cpu() / 20 for x in (y + d.double(), y))
     expected = 20 * torch.sinh(d.double().cpu() / 20) / (torch.cosh(a) * torch.cosh(b))
-    difference, teacher, own, raw = d.clone(), y.clone(), torch.empty_like(y), torch.empty_like(y)
-    cap_difference(difference, teacher, own, raw, 1.0, 20.0)
+    difference, teacher = d.clone(), y.clone()
+    own, raw, spare = (torch.empty_like(y) for _ in range(3))
+    cap_difference(difference, teacher, own, raw, spare, 1.0, 20.0)
     assert error(difference, expected) <= EXACT_VALUE
     assert error(own, 20 * torch.tanh(a)) <= EXACT_VALUE
     gradient = torch.ones_like(y)

@@ -102,6 +102,13 @@ def cross_entropy(z: DD, labels: Array) -> tuple[Array, Array]:
     return np.where(value >= -NEVER, np.inf, value), (D.exp(lp) - one.astype(np.float64)).double()
 
 
+def tail_of(u: Array, ulp: float) -> tuple[DD, Array]:
+    """What K logarithms of probabilities (N, K) leave of 1, and the rounding that it has where they have theirs."""
+    q = D.exp(D.where(np.isneginf(u), NEVER, np.maximum(u, -1e9)))
+    floor = np.maximum(ulp * (q.double() * np.abs(np.where(q.hi > 0, u, 0.0))).sum(-1), min(ulp, 2.0**-24))
+    return 1.0 - q.sum(), floor
+
+
 def topk(
     name: str, beta: float, tail: str, a: DD, u: Array, columns: Array, given: Array | None, ulp: float
 ) -> tuple[Array, Array]:
@@ -113,8 +120,7 @@ def topk(
     kept = D.where(columns < 0, 0.0, q)
     there = (columns >= 0) & ~np.isneginf(u)
     if given is None:
-        floor = np.maximum(ulp * (q.double() * np.abs(np.where(q.hi > 0, u, 0.0))).sum(-1), min(ulp, 2.0**-24))
-        rest = 1.0 - q.sum()
+        rest, floor = tail_of(u, ulp)
         rest = D.where(rest.hi < floor, floor, rest)
     else:
         rest = D.exp(D.where(np.isneginf(given), NEVER, np.maximum(given, -1e9)))

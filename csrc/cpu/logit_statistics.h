@@ -147,8 +147,8 @@ void statistics(Row<T>& row, Block<T>& block, bool part) {
   const auto column_at = [&row](int64_t i) {
     return Scores<T>{row.student[i], row.tempering.given ? T(0) : row.teacher[i], T(0)};
   };
-  if (!guess_shift(row.tempering, column_at(row.columns / 4), column_at(row.columns / 2),
-                   column_at(row.columns / 4 * 3)))
+  if (row.columns < 3 || !guess_shift(row.tempering, column_at(row.columns / 4), column_at(row.columns / 2),
+                                      column_at(row.columns * 3 / 4)))
     guess_among_many(row.tempering, row.columns, column_at);
   Found<T> found = add_row<kCentred>(row, block);
   const auto again = [&] {

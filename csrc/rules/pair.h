@@ -6,9 +6,9 @@
 namespace fastdistil {
 inline namespace FD_ISA {
 
-// How logits become differences of scores: s/T_s - t/T_t less that of one column, the shift's, or (s - t - shift) / T
-// where the temperatures agree. KL does not see such a constant, but subtracted late it would cost the difference its
-// digits.
+// How logits become differences of scores: (s - s')/T_s - (t - t')/T_t with one column's s' and t', the shift's, or
+// (s - t - shift) / T where the temperatures agree. KL does not see such a constant, but subtracted late it would cost
+// the difference its digits.
 template <class T>
 struct Tempering {
   T inv_student, inv_teacher;
@@ -25,7 +25,8 @@ struct Tempering {
   }
 
   FD_FUNCTION double difference(T s, T t) const {
-    return equal ? (static_cast<double>(s) - t - shift) * wide_student : s * wide_student - t * wide_teacher - shift;
+    if (equal) return (static_cast<double>(s) - t - shift) * wide_student;
+    return (static_cast<double>(s) - student) * wide_student - (static_cast<double>(t) - teacher) * wide_teacher;
   }
 };
 
@@ -63,7 +64,7 @@ FD_FUNCTION T score_difference(T s, T t, const Tempering<T>& row) {
     const T d = (x - static_cast<T>(row.shift)) + (kFinite || error == error ? error : T(0));
     return absent ? T(0) : d * row.inv_student;
   }
-  return absent ? T(0) : static_cast<T>((s * row.wide_student - t * row.wide_teacher) - row.shift);
+  return absent ? T(0) : static_cast<T>(row.difference(s, t));
 }
 
 template <class T>
@@ -80,8 +81,9 @@ FD_FUNCTION bool usable(T d) {
   return math::magnitude(d) < T(1e6);
 }
 
-// The first guess at a shift: one of three columns that another one agrees with, so that no single column spoils it.
-// misplaced() tells whether it was good. False where none was found and one of them is not on both sides.
+// The first guess at a shift: one of three columns, of three different ones, that another one agrees with, so that no
+// single column spoils it. misplaced() tells whether it was good. False where none was found and one of them is not on
+// both sides.
 template <class T>
 FD_FUNCTION bool guess_shift(Tempering<T>& row, Scores<T> first, Scores<T> second, Scores<T> third) {
   const T before = static_cast<T>(row.difference(first.a, first.b));
@@ -222,13 +224,14 @@ FD_FUNCTION Column<T> column(Scores<T> c, const RowTerms<T>& terms) {
     // Not q + gap: far below its teacher, p would be what is left of two numbers that cancel.
     return {q * e.whole, q, near, gap, q * e.excess, (terms.by_scores > T(0) ? c.d : near) - terms.turn_zero, T(0)};
   }
-  const bool is_near = math::magnitude(near) <= T(1);
   const T log_p = (c.a - row.own_max) * terms.inv_student - row.own_log, log_q = log_weight - terms.log_sum;
-  // Each has a rounding of its own size.
-  const bool by_difference = math::magnitude(c.d) + math::magnitude(row.reference + row.log_ratio) <=
-                             math::magnitude(log_p) + math::magnitude(log_q);
-  const T delta = is_near || by_difference ? near : log_p - log_q;
-  const T difference = q * math::expm1(is_near ? near : T(0)), own = math::exp(log_p);
+  // Each has a rounding of its own size: of small terms, what is left of them may be smaller yet.
+  const T size_near = math::magnitude(c.d) + math::magnitude(row.reference + row.log_ratio);
+  const T size_delta = math::magnitude(log_p) + math::magnitude(log_q);
+  const T size_left = math::magnitude(near) <= T(1) && size_delta < T(kNear) ? T(kNear) : size_delta;
+  const T delta = size_near <= size_left ? near : log_p - log_q;
+  const bool is_near = math::magnitude(delta) <= T(1);
+  const T difference = q * math::expm1(is_near ? delta : T(0)), own = math::exp(log_p);
   const T gap = is_near ? difference : own - q, p = is_near ? q + difference : own;
   // Of the three forms of a difference from the top's delta, that with the smallest terms (top_delta's own error is the
   // origin's too).
@@ -236,7 +239,6 @@ FD_FUNCTION Column<T> column(Scores<T> c, const RowTerms<T>& terms) {
           other = (c.b - terms.top_teacher) * terms.inv_teacher;
   const T size_d = math::magnitude(c.d) + math::magnitude(terms.turn_zero);
   const T size_top = math::magnitude(from_top) + math::magnitude(other);
-  const T size_delta = math::magnitude(log_p) + math::magnitude(log_q);
   const T by_logits = size_top <= size_delta ? from_top - other : delta - terms.top_delta;
   const T by_scores = size_d <= size_top && (is_near || size_d <= size_delta) ? c.d - terms.turn_zero : by_logits;
   const T turn = terms.by_scores > T(0) ? by_scores : delta - terms.turn_zero;
@@ -251,10 +253,15 @@ FD_FUNCTION RowTerms<T> row_terms(RowStats<T> stats, const Tempering<T>& temperi
       stats, tempering.inv_student, tempering.inv_teacher, T(0), mixture, {}, T(0), T(0), T(0), T(0), T(0), T(0)};
   const double log_sum = -::log(static_cast<double>(stats.inv_sum));
   terms.log_sum = static_cast<T>(log_sum);
-  // Where the rows lie far apart, D is the difference of their logarithms after all.
-  if (stats.log_ratio == T(INFINITY))
-    terms.stats.log_ratio =
-        static_cast<T>(tempering.difference(stats.own_max, stats.max) + (stats.own_log - log_sum) - stats.reference);
+  // Where the rows lie far apart, D is the difference of their logarithms after all; measured from the shift's column
+  // where it is smaller there.
+  if (stats.log_ratio == T(INFINITY)) {
+    const double whole = tempering.difference(stats.own_max, stats.max) + (stats.own_log - log_sum);
+    const double rest = whole - stats.reference;
+    const bool whole_is_smaller = math::magnitude(whole) < math::magnitude(rest);
+    terms.stats.log_ratio = static_cast<T>(whole_is_smaller ? whole : rest);
+    if (whole_is_smaller) terms.stats.reference = T(0);
+  }
   terms.stats.own_log += T(0) * stats.inv_sum;  // a teacher that is NaN, or nothing at all, stays visible on both sides
   if constexpr (Rule::centred) {
     const Scores<T> top = scores(stats.top_student, stats.top_teacher, tempering);

@@ -142,7 +142,7 @@ def run(
     capped = terms.student_softcap != 0
     with_own = differences and (terms.statistics or capped or labelled)
     with_raw = capped and (need_gradient or differences)
-    buffer_count = 2 + with_own + with_raw
+    buffer_count = 2 + with_own + with_raw + (differences and capped)
     step = chunk_rows(count, source.columns, scale.element_size(), chunk_bytes, buffer_count)
     padded = -(-source.columns // ALIGNED_COLUMNS) * ALIGNED_COLUMNS
     buffers = new_empty(scale, (buffer_count, step, padded))[:, :, : source.columns]
@@ -154,10 +154,12 @@ def run(
         chunk = slice(start, min(start + step, count))
         student, teacher, *rest = buffers[:, : chunk.stop - start]
         own = rest[0] if with_own else student  # the student's logits, as far as somebody reads them
-        raw = rest[-1] if with_raw else None  # the same before their softcap, in its units
+        raw = rest[with_own] if with_raw else None  # the same before their softcap, in its units
         source.fill(chunk, student, teacher)
         if differences:
-            cap_difference(student, teacher, own if with_own else None, raw, *terms.caps[:2])
+            cap_difference(
+                student, teacher, own if with_own else None, raw, rest[-1] if capped else None, *terms.caps[:2]
+            )
             if stretch != 1:
                 student.add_(teacher, alpha=1 - stretch)
                 teacher *= stretch
@@ -214,27 +216,35 @@ def cap(logits: Tensor, scale: float, cap: float, raw: Tensor | None = None) -> 
         torch.tanh(raw, out=logits).mul_(cap)
 
 
-# Beyond, a hyperbolic tangent is 1 and the slope of a softcap nothing, while cosh and sinh of twice that are finite.
-_SATURATED = 40.0
-
-
 def cap_difference(
-    difference: Tensor, teacher: Tensor, own: Tensor | None, raw: Tensor | None, scale: float, cap: float
+    difference: Tensor,
+    teacher: Tensor,
+    own: Tensor | None,
+    raw: Tensor | None,
+    spare: Tensor | None,
+    scale: float,
+    cap: float,
 ) -> None:
     """`cap` of both sides, of which the student's is the teacher's plus a difference. In `own` comes the student's
-    logit, in `raw` the same before its softcap, as in `cap`; a softcap needs both.
+    logit, in `raw` the same before its softcap, as in `cap`; a softcap needs both, and `spare` for its own use.
 
-    tanh(x) - tanh(y) = sinh(x - y) / (cosh(x) cosh(y)): no digit is lost where both are nearly 1."""
+    tanh(x) - tanh(y) = sinh(x - y) / (cosh(x) cosh(y)): no digit is lost where both are nearly 1. In numbers that do
+    not overflow, with d = |x - y| and m = min(|x|, |y|), or 0 where x and y differ in sign, it is
+    +-2 (1 - e^-2d) e^-2m / ((1 + e^-2|x|) (1 + e^-2|y|))."""
     if scale != 1:
         difference *= scale
         teacher *= scale
-    if cap != 0 and own is not None and raw is not None:
+    if cap != 0 and own is not None and raw is not None and spare is not None:
         teacher.div_(cap)
         torch.add(teacher, difference.div_(cap), out=raw)
-        difference.clamp_(-2 * _SATURATED, 2 * _SATURATED).sinh_()
+        torch.minimum(raw, teacher, out=spare)
+        torch.maximum(raw, teacher, out=own).neg_()
+        torch.maximum(own, spare, out=own).clamp_(min=0).mul_(-2).exp_()
+        torch.abs(difference, out=spare).mul_(-2).expm1_()
+        difference.sign_().mul_(spare).mul_(own)
         for side in (raw, teacher):
-            difference /= torch.clamp(side, -_SATURATED, _SATURATED, out=own).cosh_()
-        difference *= cap
+            difference /= torch.abs(side, out=own).mul_(-2).exp_().add_(1)
+        difference *= -2 * cap
         teacher.tanh_().mul_(cap)
     if own is not None:
         torch.add(teacher, difference, out=own)

@@ -27,12 +27,18 @@ def cross_entropy_rows(
     here = keep if whole is None else keep & (labels >= 0) & (labels < z.shape[1])
     column = torch.where(here, labels, 0)[:, None]
     if whole is None:
-        largest = z.amax(-1)
-        mass = (z - largest[:, None]).exp().sum(-1)
+        largest, top = z.max(-1, keepdim=True)
+        others = (z - largest).exp().scatter(1, top, 0.0).sum(-1, keepdim=True)
     else:
-        largest, mass = torch.where(keep[:, None], whole, 1.0).unbind(1)
-    below = torch.where(here, largest - z.gather(1, column)[:, 0], 0.0)
-    loss += torch.where(keep, row_scale * (below + (mass.log() if whole is None else 0.0)), 0.0)
+        largest, mass = (x[:, None] for x in torch.where(keep[:, None], whole, 1.0).unbind(1))
+        others = mass - 1.0
+    below = torch.where(here, (largest - z.gather(1, column))[:, 0], 0.0)
+    log_sum = others.log1p()[:, 0] if whole is None else 0.0
+    loss += torch.where(keep, row_scale * (below + log_sum), 0.0)
     if gradient is not None:
-        gradient += torch.where(keep, row_scale / mass, 0.0)[:, None] * (z - largest[:, None]).exp()
-        gradient.scatter_add_(1, column, -torch.where(here, row_scale, 0.0)[:, None])
+        p = (z - largest).exp() / (1.0 + others)
+        own = p.gather(1, column)
+        # Of a student that is sure of its label, p - 1 is what the other columns have.
+        less_one = torch.where(z.gather(1, column) == largest, -others / (1.0 + others), own - 1.0)
+        p.scatter_(1, column, torch.where(here[:, None], less_one, own))
+        gradient += torch.where(keep, row_scale, 0.0)[:, None] * p

@@ -98,13 +98,18 @@ def _shares(
 def _scores(student: Tensor, teacher: Tensor, rule: LogitRule, shifted: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Tempered scores a and b, and d = a - b less a constant that no softmax sees: exact where the rest is small."""
     t_s, t_t = rule["student_temperature"], rule["teacher_temperature"]
-    s, t = (student, teacher) if t_s == t_t else (student / t_s, teacher / t_t)
-    x = s - t
-    back = x - s
-    error = ((s - (x - back)) - (t + back)).nan_to_num(0.0, 0.0, 0.0)
-    shift = usable_reference(t, x) if shifted else torch.zeros_like(x[:, :1])
-    d = torch.where((s == t) & s.isinf(), 0.0, (x - shift) + error)
-    return (s / t_s, t / t_t, d / t_s) if t_s == t_t else (s, t, d)
+    absent = (student == teacher) & student.isinf()
+    if t_s != t_t:
+        a, b = student / t_s, teacher / t_t
+        top = teacher.argmax(-1, keepdim=True)
+        on_both = shifted & ((a - b).gather(-1, top).abs() < 1e6)
+        s, t = (x - torch.where(on_both, x.gather(-1, top), 0.0) for x in (student, teacher))
+        return a, b, torch.where(absent, 0.0, s / t_s - t / t_t)
+    x = student - teacher
+    back = x - student
+    error = ((student - (x - back)) - (teacher + back)).nan_to_num(0.0, 0.0, 0.0)
+    shift = usable_reference(teacher, x) if shifted else torch.zeros_like(x[:, :1])
+    return student / t_s, teacher / t_t, torch.where(absent, 0.0, (x - shift) + error) / t_s
 
 
 def _rows(student: Tensor, teacher: Tensor, rule: LogitRule) -> tuple[Tensor, Tensor]:

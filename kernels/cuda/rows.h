@@ -121,7 +121,7 @@ __device__ T combine_lanes(T x, Combine&& combine) {
 template <class E, class T>
 __device__ void guess_row_shift(Tempering<T>& row, const E* student, const E* teacher, int64_t columns) {
   const auto at = [&](int64_t i) { return Scores<T>{to_compute(student[i]), to_compute(teacher[i]), T(0)}; };
-  if (guess_shift(row, at(columns / 4), at(columns / 2), at(columns / 4 * 3))) return;
+  if (columns >= 3 && guess_shift(row, at(columns / 4), at(columns / 2), at(columns * 3 / 4))) return;
   constexpr int kMost = 16;
   const int n = columns < kMost ? static_cast<int>(columns) : kMost, lane = threadIdx.x % 32;
   const auto difference = [&](int i) {

@@ -100,7 +100,8 @@ def hidden_fwd_kernel(
     if KIND == "kl":
         middle = _difference_at(z_ptr, t_ptr, bias_ptr, size // 2, end > 0, HAS_BIAS, GELU)
         before = _difference_at(z_ptr, t_ptr, bias_ptr, size // 4, end > 0, HAS_BIAS, GELU)
-        behind = _difference_at(z_ptr, t_ptr, bias_ptr, size // 4 * 3, end > 0, HAS_BIAS, GELU)
+        behind = _difference_at(z_ptr, t_ptr, bias_ptr, size * 3 // 4, end > 0, HAS_BIAS, GELU)
+        behind = tl.where(size < 3, float("nan"), behind)  # no column is one of two that agree
         second, first = _agreed(before, middle, behind)
         offset = tl.where(second, middle, tl.where(first, before, 0.0))
         nothing = tl.full((), 0.0, tl.float32)
@@ -125,8 +126,10 @@ def hidden_fwd_kernel(
         log_mass_b = tl.log(mass_b)
         ratio = excess / mass_b
         near = (ratio > -0.9) & (ratio < 1e3)  # beyond, the plain difference of the logsumexps is good enough
-        plain = _scores(max_a, max_b, 1.0, 1.0, 0.0, 0.0, offset, 0.0, True) - ref + (log_mass_a - log_mass_b)
-        log_ratio = tl.where(near, log1p(tl.where(near, ratio, 0.0)), plain)
+        whole = _scores(max_a, max_b, 1.0, 1.0, 0.0, 0.0, offset, 0.0, True) + (log_mass_a - log_mass_b)
+        smaller = (near == 0) & (tl.abs(whole) < tl.abs(whole - ref))
+        ref = tl.where(smaller, 0.0, ref)
+        log_ratio = tl.where(near, log1p(tl.where(near, ratio, 0.0)), whole - ref)
     if KIND == "cosine":
         # w = (h part - t) / |t| is perpendicular to h; its squares add up to 1 - cos^2, w / |h| is the gradient.
         part = ht / hh

@@ -21,14 +21,15 @@ def _column(
     log_weight = (b - largest) * inv_t
     q = tl.exp(log_weight) * inv_sum
     c = (d - ref) - log_ratio
-    near = tl.abs(c) <= 1.0
     log_q = log_weight - log_sum
     log_p = (a - own_max) * inv_s - own_log
-    p = tl.exp(tl.where(near, c, log_p)) * tl.where(near, q, 1.0)
-    # Each difference has a rounding of its own size.
-    better = near | (tl.abs(d) + tl.abs(ref + log_ratio) <= tl.abs(log_p) + tl.abs(log_q))
+    # Each difference has a rounding of its own size: of small terms, what is left of them may be smaller yet.
+    size = tl.abs(d) + tl.abs(ref + log_ratio)
+    better = (size <= tl.abs(log_p) + tl.abs(log_q)) | ((tl.abs(c) <= 1.0) & (size <= 20.0))
     delta = tl.where(better, c, log_p - log_q)
-    return p, q, delta, tl.where(near, q * expm1_near(c), p - q)
+    near = tl.abs(delta) <= 1.0
+    p = tl.exp(tl.where(near, delta, log_p)) * tl.where(near, q, 1.0)
+    return p, q, delta, tl.where(near, q * expm1_near(delta), p - q)
 
 
 @triton.jit
@@ -93,8 +94,10 @@ def _pass(
     """The whole row's value and centre; with WRITE its gradient."""
     log_sum = -tl.log(inv_sum)
     if SOFTMAX:
-        # Where the rows lie far apart, D is the difference of their logarithms after all.
+        # Where the rows lie far apart, D is the difference of their logarithms after all; measured from the shift's
+        # column where it is smaller there.
         far = _scores(own_max, largest, inv_s, inv_t, low_s, low_t, shift, shift_t, EQUAL != 0) + (own_log - log_sum)
+        ref = tl.where((log_ratio == float("inf")) & (tl.abs(far) < tl.abs(far - ref)), 0.0, ref)
         log_ratio = tl.where(log_ratio == float("inf"), far - ref, log_ratio)
         # A slope may be a number where the teacher's row is none.
         own_log = tl.where((largest != largest) | (inv_sum != inv_sum), float("nan"), own_log)

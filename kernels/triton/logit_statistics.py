@@ -93,18 +93,18 @@ def _guess_among_many(s_ptr, t_ptr, V, inv_s, inv_t, EQUAL: tl.constexpr):
 def _guess(s_ptr, t_ptr, V, live, inv_s, inv_t, EQUAL: tl.constexpr):
     """The column of a shift that two of three agree about; where none do and one of them is not on both sides, one that
     most of sixteen agree about; else 0 (rules/pair.h: guess_shift)."""
-    place = V // 4
-    s0 = tl.load(s_ptr + place, mask=live, other=0.0).to(tl.float32)
-    t0 = tl.load(t_ptr + place, mask=live, other=0.0).to(tl.float32)
+    s0 = tl.load(s_ptr + V // 4, mask=live, other=0.0).to(tl.float32)
+    t0 = tl.load(t_ptr + V // 4, mask=live, other=0.0).to(tl.float32)
     s1 = tl.load(s_ptr + V // 2, mask=live, other=0.0).to(tl.float32)
     t1 = tl.load(t_ptr + V // 2, mask=live, other=0.0).to(tl.float32)
-    s2 = tl.load(s_ptr + 3 * place, mask=live, other=0.0).to(tl.float32)
-    t2 = tl.load(t_ptr + 3 * place, mask=live, other=0.0).to(tl.float32)
+    s2 = tl.load(s_ptr + V * 3 // 4, mask=live, other=0.0).to(tl.float32)
+    t2 = tl.load(t_ptr + V * 3 // 4, mask=live, other=0.0).to(tl.float32)
     if EQUAL == 2:
         t0 = tl.full((), 0.0, tl.float32)
         t1 = t0
         t2 = t0
     d0, d1, d2 = s0 * inv_s - t0 * inv_t, s1 * inv_s - t1 * inv_t, s2 * inv_s - t2 * inv_t
+    d2 = tl.where(V < 3, float("nan"), d2)  # no column is one of two that agree
     second, first = _agreed(d0, d1, d2)
     s = tl.where(second, s1, tl.where(first, s0, 0.0))
     t = tl.where(second, t1, tl.where(first, t0, 0.0))
