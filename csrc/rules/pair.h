@@ -225,8 +225,10 @@ FD_FUNCTION Column<T> column(Scores<T> c, const RowTerms<T>& terms) {
     return {q * e.whole, q, near, gap, q * e.excess, (terms.by_scores > T(0) ? c.d : near) - terms.turn_zero, T(0)};
   }
   const T log_p = (c.a - row.own_max) * terms.inv_student - row.own_log, log_q = log_weight - terms.log_sum;
-  // Each has a rounding of its own size: of small terms, what is left of them may be smaller yet.
-  const T size_near = math::magnitude(c.d) + math::magnitude(row.reference + row.log_ratio);
+  // Each has a rounding of its own size: of small terms, what is left of them may be smaller yet. At the teacher's
+  // largest column d and its reference are one number.
+  const T size_near = c.d == row.reference ? math::magnitude(row.log_ratio)
+                                           : math::magnitude(c.d) + math::magnitude(row.reference + row.log_ratio);
   const T size_delta = math::magnitude(log_p) + math::magnitude(log_q);
   const T size_left = math::magnitude(near) <= T(1) && size_delta < T(kNear) ? T(kNear) : size_delta;
   const T delta = size_near <= size_left ? near : log_p - log_q;

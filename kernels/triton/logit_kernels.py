@@ -23,8 +23,9 @@ def _column(
     c = (d - ref) - log_ratio
     log_q = log_weight - log_sum
     log_p = (a - own_max) * inv_s - own_log
-    # Each difference has a rounding of its own size: of small terms, what is left of them may be smaller yet.
-    size = tl.abs(d) + tl.abs(ref + log_ratio)
+    # Each difference has a rounding of its own size: of small terms, what is left of them may be smaller yet. At the
+    # teacher's largest column d and ref are one number.
+    size = tl.where(d == ref, tl.abs(log_ratio), tl.abs(d) + tl.abs(ref + log_ratio))
     better = (size <= tl.abs(log_p) + tl.abs(log_q)) | ((tl.abs(c) <= 1.0) & (size <= 20.0))
     delta = tl.where(better, c, log_p - log_q)
     near = tl.abs(delta) <= 1.0
