@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from test_capture import _inputs, _model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
+from transformers import PreTrainedTokenizerFast
 
 from fastdistil.models.capture import capture
 from fastdistil.models.student import with_blocks
-
-pytest.importorskip("transformers")
 
 
 class Forwarding(nn.Module):
@@ -77,13 +80,32 @@ def test_wrappers(wrap: type[nn.Module], head: bool) -> None:
     assert "forward" not in vars(model)
 
 
-def test_peft_and_sentence_transformers() -> None:
+@pytest.mark.parametrize("task", [None, "FEATURE_EXTRACTION"])
+def test_peft(task: str | None) -> None:
     peft = pytest.importorskip("peft")
-    for task in (None, "FEATURE_EXTRACTION"):
-        model = peft.get_peft_model(_model("bert"), peft.LoraConfig(task_type=task, target_modules=["query"]))
-        with capture(model, queries=[1], hidden_states=[3]) as captured:
-            output = model(**_inputs())[0]
-        assert torch.equal(captured.hidden_states[3], output)
+    model = peft.get_peft_model(_model("bert"), peft.LoraConfig(task_type=task, target_modules=["query"]))
+    with capture(model, queries=[1], hidden_states=[3]) as captured:
+        output = model(**_inputs())[0]
+    assert torch.equal(captured.hidden_states[3], output)
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+def test_sentence_transformers(family: str, tmp_path: Path) -> None:
+    library = pytest.importorskip("sentence_transformers")
+    _model(family).save_pretrained(tmp_path)
+    words = WordLevel({"[PAD]": 0, "[UNK]": 1, "a": 2, "dog": 3, "cat": 4}, unk_token="[UNK]")
+    tokenizer = Tokenizer(words)
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]").save_pretrained(tmp_path)
+    model = library.SentenceTransformer(str(tmp_path), device="cpu").eval()
+    features = model.preprocess(["a dog", "a cat a dog"])
+    for target in (model, model[0], model[0].auto_model):
+        with capture(target, queries=[1], hidden_states=[3]) as captured:
+            output = model(dict(features))["token_embeddings"]
+        assert captured.queries[1].shape == (2, 4, 4, 8) and torch.equal(captured.hidden_states[3], output)
+    with capture(model, hidden_states=[3]) as captured:
+        embedding = model.encode(["a dog"], convert_to_tensor=True)
+    torch.testing.assert_close(captured.hidden_states[3].mean(1), embedding)
 
 
 def test_several_models_in_one_wrapper() -> None:

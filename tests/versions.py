@@ -27,7 +27,8 @@ PAGE = ROOT / "docs/versions.md"
 RECORDS = ROOT / "tests/data/versions.jsonl"
 
 TOOLS = ("pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "mpmath", "rich", "typer", "matplotlib", "tqdm")
-TOOLS += ("safetensors", "datasets", "scikit-build-core", "pybind11", "ninja")
+TOOLS += ("safetensors", "datasets", "scikit-build-core", "pybind11", "ninja", "pyyaml", "seqeval", "tensorboard")
+TOOLS += ("peft", "sentence-transformers")
 SHOWN = ("torch", "triton", "numpy", "transformers", "tokenizers", "accelerate")
 NVIDIA = ("sm_80", "sm_89", "sm_90a", "sm_100a", "sm_120a")
 AMD = ("gfx942", "gfx950")
