@@ -57,6 +57,30 @@ def eager(model: Any, batch: dict[str, torch.Tensor]) -> Any:
     return out
 
 
+@pytest.mark.parametrize("student", ["Bert", "DistilBert"])
+def test_pairs_keep_their_token_types_where_a_model_knows_them(student: str) -> None:
+    models = []
+    for name in (student, "Bert"):
+        torch.manual_seed(len(models))
+        sizes = {"dim": 16, "n_heads": 2, "hidden_dim": 32, "n_layers": 1} if name == "DistilBert" else {**SIZES}
+        config = getattr(transformers, f"{name}Config")(
+            **{"vocab_size": 50, "num_labels": 3, "initializer_range": 0.3, **sizes}
+        )
+        models.append(transformers.AutoModelForSequenceClassification.from_config(config).eval())
+    batch = batch_of() | {"words": torch.ones(3)}
+    batch["token_type_ids"] = (torch.arange(10) >= 5).long().repeat(3, 1)
+    own = {k: batch[k] for k in ("input_ids", "attention_mask")}
+    theirs = own | {"token_type_ids": batch["token_type_ids"]}
+    logits = models[0](**(own if student == "DistilBert" else theirs)).logits
+    with torch.no_grad():
+        target = models[1](**theirs).logits
+        assert (target - models[1](**own).logits).abs().max() > 1e-3
+    expected = functional.kl_div(logits.log_softmax(-1), target.softmax(-1), reduction="sum") / 3
+    objective = Distillation(models[0], [terms.logits()], models[1])
+    (found,) = objective(batch, objective.counts(batch)).values()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("layer", [1, 2])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_maps_are_those_that_the_models_form(family: str, layer: int) -> None:

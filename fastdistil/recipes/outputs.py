@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -21,14 +22,25 @@ class Outputs:
     logits: Tensor | None = None
 
 
-def outputs_of(model: nn.Module, layers: Mapping[str, list[int]], ids: Tensor, mask: Tensor, logits: bool) -> Outputs:
-    """Run `model` on ids and mask (B, S): the `layers` of each part as `fd.capture` names parts, and its logits where
-    asked for.
+def inputs_of(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What of a batch (B, S) the model's forward pass takes: batches of pairs have token_type_ids, but not every model
+    knows them, as DistilBERT and a BiLSTM do not."""
+    names = ["input_ids", "attention_mask"]
+    if "token_type_ids" in batch:
+        found = transformers_models(model)  # what wraps it takes anything
+        forward = (found[0] if len(found) == 1 else model).forward
+        names += ["token_type_ids"] * ("token_type_ids" in inspect.signature(forward).parameters)
+    return {name: batch[name] for name in names}
+
+
+def outputs_of(
+    model: nn.Module, layers: Mapping[str, list[int]], inputs: Mapping[str, Tensor], logits: bool
+) -> Outputs:
+    """Run `model` on inputs (B, S): the `layers` of each part as `fd.capture` names parts; its logits where asked for.
 
     A model that is none of transformers' is called with output_hidden_states=True, and its output's hidden_states are
     the layers.
     """
-    inputs = {"input_ids": ids, "attention_mask": mask}
     if not transformers_models(model):
         out: Any = model(**inputs, output_hidden_states=True)
         captured = Captured(hidden_states={i: out.hidden_states[i] for i in layers.get("hidden_states", ())})

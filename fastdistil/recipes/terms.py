@@ -8,6 +8,7 @@ norm behind it. The batch holds
 | entry | shape | what |
 |---|---|---|
 | input_ids, attention_mask | (B, S) | pieces; 1 = real |
+| token_type_ids | (B, S) | of pairs: for the models that know them |
 | teacher_input_ids | (B, S) | the same pieces in the teacher's numbers, where those are others |
 | teacher_hidden_<l>, teacher_logits | (B, S, D_t); (B, S, C) or (B, C) | where the teacher does not run along |
 | labels | (B, S) or (B,) int64 | class |
@@ -29,7 +30,7 @@ import fastdistil as fd
 from fastdistil.fingerprint import of_teacher
 from fastdistil.models.capture import base_model, transformers_models
 from fastdistil.recipes.maps import MapRule, map_rules, pairs_of
-from fastdistil.recipes.outputs import Outputs, outputs_of
+from fastdistil.recipes.outputs import Outputs, inputs_of, outputs_of
 from fastdistil.train import Batch
 
 _MAPS = ("prob_mse", "prob_kl", "score_mse")
@@ -317,7 +318,7 @@ class Distillation(nn.Module):
     def _run_student(self, batch: Batch) -> Outputs:
         logits = any(isinstance(term, (_Logits, _Labels)) for term in self.terms)
         layers = self._layers(self.terms, "student")
-        return outputs_of(self.student, layers, batch["input_ids"], batch["attention_mask"], logits)
+        return outputs_of(self.student, layers, inputs_of(self.student, batch), logits)
 
     def _run_teacher(self, batch: Batch) -> Outputs:
         live = [term for term in self.terms if not isinstance(term, _Labels) and term.entry not in batch]
@@ -330,7 +331,8 @@ class Distillation(nn.Module):
         logits = any(isinstance(term, _Logits) for term in live)
         with torch.no_grad():
             model = self._teacher[0].to(ids.device)
-            return outputs_of(model, self._layers(live, "teacher"), ids, batch["attention_mask"], logits)
+            inputs = inputs_of(model, {**batch, "input_ids": ids})
+            return outputs_of(model, self._layers(live, "teacher"), inputs, logits)
 
     def _map_rules(self, batch: Batch) -> dict[str, MapRule]:
         """How the maps are formed of which terms compare them: asked of both models once, on a few tokens."""

@@ -6,7 +6,6 @@ metrics["languages"]["da"]["f1"]
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,13 +15,14 @@ from typing import Any
 import datasets
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 from fastdistil.configs.evaluate import EvaluateConfig
 from fastdistil.data import files
 from fastdistil.data.encode import collate, encode_text, encode_words, length_limit
 from fastdistil.data.scores import accuracy, entity_f1, macro_f1
 from fastdistil.data.tags import OUTSIDE, is_entity_tag, is_iob2
+from fastdistil.recipes.outputs import inputs_of
 from fastdistil.systems.models import labels_of, load_classifier, load_tokenizer
 from fastdistil.systems.report import mean, print_table
 
@@ -147,15 +147,6 @@ class Scorer:
         if self.iob2 and self.unseen:
             found.append(f"the data have no {', '.join(self.unseen)}: where the model says so, it is counted as wrong")
         return found
-
-
-def inputs_of(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What of a batch the model's forward pass takes: token_type_ids are in batches of pairs, but not every model, as a
-    BiLSTM, knows them."""
-    names = ["input_ids", "attention_mask"]
-    if "token_type_ids" in batch and "token_type_ids" in inspect.signature(model.forward).parameters:
-        names.append("token_type_ids")
-    return {name: batch[name] for name in names}
 
 
 def _groups(names: Sequence[str]) -> dict[str, list[int]]:

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from fastdistil.configs.finetune import FinetuneConfig
 from fastdistil.data import files
 from fastdistil.data.encode import collate, encode_text, encode_words, length_limit
+from fastdistil.recipes.outputs import inputs_of
 from fastdistil.systems import measure, report
-from fastdistil.systems.evaluate import METRICS, Scorer, cell, inputs_of
+from fastdistil.systems.evaluate import METRICS, Scorer, cell
 from fastdistil.systems.folder import RunFolder, is_main_process
 from fastdistil.systems.models import blank_classifier, labels_of, load_tokenizer, new_classifier
 from fastdistil.systems.plan import Plan, StagePlan, cost, show
