@@ -138,9 +138,11 @@ def excess(found: Tensor, part: Part, backend: str = "") -> tuple[float, float]:
     """The largest error of a row in units of what is allowed, and the largest relative error of a row that is not tiny.
     Infinities and NaN must agree."""
     x = found.detach().double().cpu().numpy().reshape(part.truth.shape)
-    too_large = np.abs(part.truth) > torch.finfo(getattr(torch, part.dtype)).max
-    truth = np.where(too_large, np.sign(part.truth) * np.inf, part.truth)
+    largest = torch.finfo(getattr(torch, part.dtype)).max
+    limit = largest * (1 + ULP[part.dtype] / 2)  # from here on the nearest number is infinite
+    truth = np.where(np.abs(part.truth) >= limit, np.sign(part.truth) * np.inf, part.truth)
     same = (x == truth) | (np.isnan(x) & np.isnan(truth))
+    same |= (np.abs(np.abs(part.truth) / limit - 1) < 2 * EXACT_VALUE) & (x * np.sign(part.truth) >= largest)
     with np.errstate(invalid="ignore"):
         error = np.linalg.norm(np.where(same, 0.0, x - truth), axis=-1)
     error = np.where(np.isnan(error), np.inf, error)

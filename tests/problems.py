@@ -23,7 +23,7 @@ Array = Any  # numpy.ndarray of float64
 
 # Temperatures this close are to be as exact as equal ones.
 NEARLY_EQUAL = 1e-4
-DRAWS = 8  # of the roundings that a case's condition is estimated with
+DRAWS = 32  # of the roundings that a case's condition is estimated with
 TWO_TEMPERATURES = ("logit", "linear")
 
 LARGEST = {"float64": 1e300, "float32": 1e30, "bfloat16": 1e30, "float16": 6e4}
@@ -602,8 +602,8 @@ def attention(case: Any) -> Problem:
         scores.append(truth.product(q, k) * scale)
         # A softmax does not see what all keys have in common.
         middle = k if case.form == "score_mse" else k - k.mean(2, keepdims=True)
-        sizes.append(scale * (np.abs(q) @ np.abs(middle).swapaxes(-1, -2)))
-        whole_sizes.append(scale * (np.abs(q) @ np.abs(k).swapaxes(-1, -2)))
+        sizes.append(scale * rounding_of_sums(q, middle))
+        whole_sizes.append(scale * rounding_of_sums(q, k))
     value, da = truth.maps(case.form, *scores, visible, case.mean_of_heads)
     counted = 1 if case.mean_of_heads else case.heads
     heads_of = np.broadcast_to(visible, (case.batch, 1, length, length))
@@ -659,17 +659,31 @@ def attention(case: Any) -> Problem:
         )
         part.extra = part.extra + norms[1]
         gradients.append(part)
+    if not relation and not case.mean_of_heads and case.form != "score_mse":
+        # The mean that comes off a row's slopes, and the sum that p is divided by, are one rounded number for all keys.
+        log_p = np.where(visible, scores[0].double(), -np.inf)
+        p = np.exp(log_p - np.where(visible, log_p, -1e30).max(-1, keepdims=True))
+        p = p / np.maximum(p.sum(-1, keepdims=True), 1e-300)
+        top = p.argmax(-1)[..., None]
+        mean = np.abs(np.take_along_axis(da, top, -1)) / np.maximum(np.take_along_axis(p, top, -1), 1e-300)
+        alike = 2 * ULP["float32"] * scales[0] * np.linalg.norm(mean * (p @ keys), axis=-1)
+        gradients[0].extra = gradients[0].extra + alike.reshape(-1)
 
     def conditioning() -> None:
-        """Scores are rounded: both sides' alike where their difference is exact, else each by itself. A CPU has it
-        exactly in heads where it is within 1/32 of a score of directions at random. Triton leaves 16-bit keys as they
-        are, with what they have in common."""
-        far = np.ones((*da.shape[:2], 1, 1), bool)
+        """Scores are rounded: both sides' alike where their difference is exact, else each by itself. Of factors of one
+        shape the exact difference is a product itself. Triton leaves 16-bit keys as they are, with what they have in
+        common."""
+        far = np.ones((case.batch, case.heads, length, 1), bool)
+        apart = np.zeros(sizes[0].shape)
         if not case.mean_of_heads:
-            spread = [np.linalg.norm(z, axis=-1, keepdims=True) for z in (x, np.repeat(y, groups, 1))]
-            square = scales[0] ** 2 * (spread[0] ** 2).mean((2, 3)) * (spread[1] ** 2).mean((2, 3)) / x.shape[-1]
-            far = ((scores[0] - scores[1]).double() ** 2).mean((2, 3)) > square / 1024
-            far = far[..., None, None]
+            far = far_rows(case, (x, keys, x_t, np.repeat(y_t, groups, 1)), scales, scores, visible, query)
+            if x.shape == x_t.shape:
+                between = y - y_t
+                if case.form != "score_mse":
+                    between = between - between.mean(2, keepdims=True)
+                middle = [z if case.form == "score_mse" else z - z.mean(2, keepdims=True) for z in (y, between)]
+                middle = [np.repeat(z, groups, 1) for z in middle]
+                apart = scales[0] * (rounding_of_sums(x - x_t, middle[0]) + rounding_of_sums(x_t, middle[1]))
 
         def condition(sizes: list[Array], shared: bool) -> tuple[Array, Array]:
             moved_v, moved = np.zeros_like(value), np.zeros_like(da)
@@ -677,6 +691,8 @@ def attention(case: Any) -> Problem:
                 signs = [rng.choice([-1.0, 1.0], s.shape) * ULP["float32"] for s in sizes]
                 steps = [sign * size for sign, size in zip(signs, sizes, strict=True)]
                 both = [scores[0] + steps[0], scores[1] + (steps[0] if shared and not case.mean_of_heads else steps[1])]
+                if shared:
+                    both[0] = both[0] + rng.choice([-1.0, 1.0], apart.shape) * ULP["float32"] * apart
                 v, g = truth.maps(case.form, *both, visible, case.mean_of_heads)
                 moved_v = moved_v + deviation(np.where(seen, v, 0.0) * unit - value) ** 2
                 moved = moved + deviation(g * unit - da) ** 2
@@ -692,7 +708,7 @@ def attention(case: Any) -> Problem:
 
         allow("extra", *condition(sizes, shared=True))
         moved_v, moved = condition(sizes, shared=False)
-        allow("extra", moved_v * (case.mean_of_heads | far[..., 0]), moved * far)
+        allow("extra", moved_v if case.mean_of_heads else moved_v * far[..., 0], moved * far)
         allow("rounding", moved_v, moved)
         if case.student_dtype != "float32" and case.form != "score_mse":
             moved_v, moved = condition(whole_sizes, shared=False)
@@ -742,6 +758,47 @@ def attention(case: Any) -> Problem:
 
     assert shape[1] == case.heads
     return Problem([q_s] if relation else [q_s, k_s], loss, eager, value_part, gradients, conditioning)
+
+
+def far_rows(
+    case: Any, factors: tuple[Array, ...], scales: list[float], scores: list[DD], visible: Array, query: Array
+) -> Array:
+    """Query rows (B, H, S, 1) in whose tile a CPU may have taken two float32 products: keys of one shape and less than
+    half of themselves apart have an exact difference; else a head is float64 from the first tile on in which the
+    scores' differences are within 1/32 of a score of directions at random (docs/losses.md, section 4). A difference's
+    mean square is taken to be a sixteenth of its squared range where a softmax follows, and tiles to be of 4 or 8 rows."""
+    x, y, _, y_t = factors
+    if case.form != "score_mse":
+        y, y_t = (z - z.mean(2, keepdims=True) for z in (y, y_t))
+    close = np.zeros(x.shape[:2], bool)
+    if x.shape == factors[2].shape:
+        close = ((y - y_t) ** 2).sum((2, 3)) <= 0.25 * (y_t**2).sum((2, 3))
+    shown = np.broadcast_to(visible, (*x.shape[:3], x.shape[2]))
+    keys = shown.sum(-1)
+    c = (scores[0] - scores[1]).double()
+    if case.form == "score_mse":
+        found = np.where(shown, c**2, 0.0).sum(-1)
+    else:
+        high, low = np.where(shown, c, -np.inf).max(-1), np.where(shown, c, np.inf).min(-1)
+        found = keys * np.where(keys > 0, high - low, 0.0) ** 2 / 16
+    expected = keys * scales[0] ** 2 * (x**2).sum(-1) * (y**2).mean((2, 3))[..., None]
+    far = np.zeros(x.shape[:3], bool)
+    for b, h in np.ndindex(*x.shape[:2]):
+        counted = np.flatnonzero(query[b])
+        for tile in (4, 8):
+            for first in range(0, len(counted) * (not close[b, h]), tile):
+                some = counted[first : first + tile]
+                if found[b, h, some].sum() < 0.9 * expected[b, h, some].sum() / 1024:
+                    break
+                far[b, h, some] = True
+    return far[..., None]
+
+
+def rounding_of_sums(x: Array, y: Array) -> Array:
+    """Of x y^T, in units of a float32's last place of 1: of n terms of one sign every partial sum is rounded, with a
+    variance of a third each, which is a half unit of the sum times sqrt(n) / 3; of others their sizes are more."""
+    turned = y.swapaxes(-1, -2)
+    return np.maximum(np.abs(x) @ np.abs(turned), np.abs(x @ turned) * (math.sqrt(x.shape[-1]) / 3))
 
 
 def rounded_maps(case: Any, value: Array, unit: float) -> Array:

@@ -118,6 +118,9 @@ def of_maps(
     if heads == "mean" and kind == "score_mse":  # the mean of the scores is one head's, as wide as all of them together
         assert keys is not None
         counts = queries[0].shape[1], queries[1].shape[1]
+        if keys[0].shape[1] < counts[0]:  # their gradient is a sum over heads, rounded once
+            wide = accumulator(keys[0].dtype)
+            queries, keys = ((xs[0].to(wide), xs[1].to(wide)) for xs in (queries, keys))
         queries, keys = ((_one_head(xs[0], counts[0]), _one_head(xs[1], counts[1])) for xs in (queries, keys))
         scales, heads = [scales[0] / counts[0], scales[1] / counts[1]], "each"
 

@@ -10,10 +10,6 @@ from torch import Tensor
 from fastdistil.reference.attention import without_mean
 from fastdistil.reference.exact import expm1_minus_x, softmax_difference, through_softmax
 
-# Where a difference is a smaller part of what it is a difference of, float32 has lost five bits of it and more.
-SMALLEST = 1 / 32
-SHARP = 0.75  # of a head's probability on one key
-
 
 class Keys(NamedTuple):
     """Of all heads (B, H, S, d), each less its mean over the keys, which no softmax sees; 0 where masked."""
@@ -29,7 +25,6 @@ class Means(NamedTuple):
     p: Tensor  # the student's, head by head
     q: Tensor  # the teacher's mean over the heads
     e: Tensor  # the student's mean minus the teacher's
-    kept: Tensor  # bool (): whether e has kept its digits in every row
 
 
 def keys(student_k: Tensor, teacher_k: Tensor, real: Tensor | None, same_shape: bool) -> Keys:
@@ -57,32 +52,9 @@ def means(
         dx = student_scale * (student_q - teacher_q) + (student_scale - teacher_scale) * teacher_q
         c = dx @ keys.student.mT + teacher_scale * teacher_q @ keys.difference.mT
         difference = softmax_difference(b, c, seen, a)
-        # The two products may cancel each other: their squares in all directions at random, against that of their sum.
-        size = (dx.square().sum(-1, keepdim=True) / dx.shape[-1]) @ keys.student.square().sum(-1, keepdim=True).mT
-        part, whole = (x.masked_fill(~seen, 0.0).sum(-1) for x in (c.square(), size))
-        q, e = difference.q.mean(1), difference.p_minus_q.mean(1)
-        return Means(p, q, e, _kept(part, whole) & kept_at_tops(p, e, q))
+        return Means(p, difference.q.mean(1), difference.p_minus_q.mean(1))
     q = b.masked_fill(~seen, float("-inf")).softmax(-1).masked_fill(~seen, 0.0).mean(1)
-    e = p.mean(1) - q
-    return Means(p, q, e, kept_digits(e, q) & kept_at_tops(p, e, q))
-
-
-def kept_digits(e: Tensor, q: Tensor) -> Tensor:
-    """Whether the difference e of two rounded maps (B, R, S) is no small part of one, q, in any row."""
-    return _kept(e.square().sum(-1), q.square().sum(-1))
-
-
-def kept_at_tops(p: Tensor, e: Tensor, q: Tensor) -> Tensor:
-    """Whether the difference e of the means (B, R, S) has its digits where heads p (B, H, R, S) are sharp: the gradient
-    there is made of the other slopes less that one. Different heads of the two sides may be sharp at one key, so that
-    the means agree there though no head agrees with its teacher's."""
-    largest, at = p.max(-1, keepdim=True)
-    there = [x[:, None].expand_as(p).gather(-1, at) for x in (e, q)]
-    return ~((largest > SHARP) & (there[0].abs() < SMALLEST * there[1]) & (there[0] != 0)).any()
-
-
-def _kept(part: Tensor, whole: Tensor) -> Tensor:
-    return ~((part < SMALLEST**2 * whole) & (part != 0)).any()
+    return Means(p, q, p.mean(1) - q)
 
 
 def attention(
@@ -100,7 +72,7 @@ def attention(
     student_q, keys, means, visible: as in `means`; row_scale: (B, R), rows with 0 are skipped. kind: "prob_mse" or
     "prob_kl", between the (B, R, S) means. Returns rows (B, R), dstudent_q, dstudent_k; None without `need_grad`.
     """
-    p, q, e, _ = means
+    p, q, e = means
     rows, dmean = compare(kind, q, e, None if kind == "prob_mse" else p.mean(1), row_scale)
     if not need_grad:
         return rows, None, None

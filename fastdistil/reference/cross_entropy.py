@@ -29,6 +29,7 @@ def cross_entropy_rows(
     if whole is None:
         largest, top = z.max(-1, keepdim=True)
         others = (z - largest).exp().scatter(1, top, 0.0).sum(-1, keepdim=True)
+        others += largest - largest  # NaN of a row without any number
     else:
         largest, mass = (x[:, None] for x in torch.where(keep[:, None], whole, 1.0).unbind(1))
         others = mass - 1.0
