@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
+from squares import Squares, collate, examples
 from torch import nn
 
 from fastdistil.fingerprint import of_data, same_data
@@ -19,36 +20,6 @@ from fastdistil.recipes import terms
 from fastdistil.recipes.stages import Stage, run_stages, set_trainable
 from fastdistil.sparse import SparseAdamW
 from fastdistil.train import Options, batch_indices, train
-
-
-class Squares(nn.Module):
-    """Mean over real entries of (w . x - y)^2; examples have different numbers of real entries. Dropout optional."""
-
-    def __init__(self, dropout=0.0):
-        super().__init__()
-        torch.manual_seed(1)
-        self.layer = nn.Linear(4, 1)
-        self.drop = nn.Dropout(dropout)
-
-    def forward(self, batch, items):
-        error = self.layer(self.drop(batch["x"])).squeeze(-1) - batch["y"]
-        return {"squares": (error.square() * batch["mask"]).sum() / items["squares"]}
-
-    def counts(self, batch):
-        return {"squares": batch["mask"].sum()}
-
-
-def examples(n=24):
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(1, 7, (n,), generator=generator).tolist()
-    return [(torch.randn(k, 4, generator=generator), torch.randn(k, generator=generator)) for k in lengths]
-
-
-def collate(rows):
-    x, y, mask = torch.zeros(len(rows), 6, 4), torch.zeros(len(rows), 6), torch.zeros(len(rows), 6)
-    for i, (a, b) in enumerate(rows):
-        x[i, : len(a)], y[i, : len(b)], mask[i, : len(a)] = a, b, 1
-    return {"x": x, "y": y, "mask": mask}
 
 
 def test_accumulation_equals_one_big_batch():
@@ -235,15 +206,16 @@ CHILD = """
 import sys, time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-import test_train as t
+import squares
 import torch
+from fastdistil.train import Options, train
 torch.set_num_threads(1)
-module = t.Squares(dropout=0.3)
+module = squares.Squares(dropout=0.3)
 def collate(rows):
     print("step", flush=True)
     time.sleep(0.01)
-    return t.collate(rows)
-t.train(module, t.examples(), collate, t.Options(40, lr=0.05, save_every=3), out=Path({out!r}))
+    return squares.collate(rows)
+train(module, squares.examples(), collate, Options(40, lr=0.05, save_every=3), out=Path({out!r}))
 """
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_train import Squares, collate, examples
+from squares import Squares, collate, examples
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, TrainerCallback
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_train import Squares, collate, examples
+from squares import Squares, collate, examples
 from torch import nn
 
 from fastdistil.batches import Shuffled, generator_of, stream
