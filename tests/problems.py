@@ -462,6 +462,7 @@ def hidden(case: HiddenCase) -> Problem:
         leaves, curved = [rounded(z_s, dtype)], False
         t = rounded(z_t, case.teacher_dtype)
         h, slope, size_h = DD(exactly(leaves[0])), np.ones((case.rows, case.columns)), None
+        bent = np.zeros(slope.shape)
     else:
         # The teacher is the projected student and its difference: the projection is what makes them near.
         x = case.student_length * rng.standard_normal((case.rows, case.width))
@@ -473,10 +474,14 @@ def hidden(case: HiddenCase) -> Problem:
         if case.bias:
             leaves.append(rounded(case.student_length * rng.standard_normal(case.columns), dtype))
             h, size_h = h + exactly(leaves[2]), size_h + np.abs(exactly(leaves[2]))
-        slope = np.ones(h.shape)
+        slope, bent = np.ones(h.shape), np.zeros(h.shape)
         curved = case.gelu and (np.abs(truth.gelu(h)[0]).max(-1) > 1e-30).all()  # what float32 holds
         if curved:
             found, slope = truth.gelu(h)
+            # The slope's rounding: of the two terms that it is the sum of, and of what it is the slope at.
+            z = h.double()
+            bell = np.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+            bent = ULP["float32"] * (np.abs(slope - z * bell) + np.abs(z) * bell + size_h * bell * np.abs(2 - z * z))
             h, size_h = DD(found), size_h * np.abs(slope) + np.abs(h.double())
         unit = np.abs(h.double()).max() or 1.0
         z_t = {"same": 0.0, "near": case.noise}.get(case.student, 3.0) * unit * rng.standard_normal(
@@ -519,7 +524,7 @@ def hidden(case: HiddenCase) -> Problem:
             v, g = truth.hidden(form, h + rng.choice([-1.0, 1.0], h.shape) * ULP["float32"] * size_h, t_)
             moved_v = moved_v + deviation(_times(factor, v) - value) ** 2
             moved = moved + (deviation(_rowwise(factor, g) - dh) * slope) ** 2
-        moved_v, moved = three_sigma(moved_v), three_sigma(moved)
+        moved_v, moved = three_sigma(moved_v), three_sigma(moved) + 3 * np.abs(dh) * bent
         more = through_head(dz, moved, moved, *inputs[:2], case.bias, dtype)
         for part, rounded_ in zip(gradients, more, strict=True):
             if near:

@@ -22,12 +22,13 @@ def logit_config(columns: int, lanes: int, most: int = 2048) -> tuple[int, dict[
     return block, {"num_warps": max(1, block // (8 * lanes))} | FUSION
 
 
-def forward_config(columns: int, lanes: int, rule: Rule, difference: bool = False) -> tuple[int, dict[str, int]]:
-    """The forward's. Left alone, ptxas takes 64 or 80 registers and spills: 80 hold all but the mixtures, and keep
-    three blocks of 256 threads; 96 hold those, and keep five blocks of 128; of a given difference 112, and four."""
+def forward_config(columns: int, lanes: int, rule: Rule, labels: bool = False) -> tuple[int, dict[str, int]]:
+    """The forward's. Left alone, ptxas takes 64 or 80 registers and spills: 80 hold rules without a mean, and keep
+    three blocks of 256 threads; 96 hold those with one, and labels (88 would keep no block more); 112 the mixtures, and
+    keep four blocks of 128."""
     mixture = rule.relative in (jsd, skew_kl, skew_reverse_kl)
     block, options = logit_config(columns, lanes, 1024 if mixture else 2048)
-    registers = 112 if mixture else 96 if rule.centred else 80
+    registers = 112 if mixture else 96 if rule.centred or labels else 80
     return block, options | ({"maxnreg": registers} if lanes == 32 else {})
 
 
@@ -45,7 +46,7 @@ def rounding(x: float) -> float:
 
 
 def _arguments(
-    student: Tensor, teacher: Tensor, gradient: Tensor | None, rule: dict[str, Any], forward: bool
+    student: Tensor, teacher: Tensor, gradient: Tensor | None, rule: dict[str, Any], forward: bool, labels: bool = False
 ) -> tuple[list[Any], dict[str, Any]]:
     """What both kernels share: sizes, strides and temperatures, and the compile-time choices."""
     divergence = RULES[rule["divergence"]]
@@ -53,7 +54,7 @@ def _arguments(
     rows, columns = student.shape
     lanes = 64 if torch.version.hip else 32
     difference = bool(rule.get("difference"))
-    config = partial(forward_config, rule=divergence, difference=difference) if forward else logit_config
+    config = partial(forward_config, rule=divergence, labels=labels) if forward else logit_config
     block, options = config(columns, lanes)
     stride = student.stride(0) if gradient is None else gradient.stride(0)
     tensors = (student, teacher) if gradient is None else (student, teacher, gradient)
@@ -80,7 +81,7 @@ def logit_fwd(
     **rule: Any,
 ) -> None:
     """As fastdistil.backends.cpu_logit.logit_fwd, for float32, bfloat16 and float16."""
-    sizes, constants = _arguments(student, teacher, gradient, rule, forward=True)
+    sizes, constants = _arguments(student, teacher, gradient, rule, forward=True, labels=labels is not None)
     factor = rule["value_factor"]
     if student.shape[0]:
         logit_fwd_kernel[(student.shape[0],)](
@@ -146,7 +147,7 @@ def _aot_case(
     difference: bool = False,
 ) -> dict[str, Any]:
     forward = kernel is logit_fwd_kernel
-    block, options = forward_config(119_547, lanes, rule, difference) if forward else logit_config(119_547, lanes)
+    block, options = forward_config(119_547, lanes, rule, labels) if forward else logit_config(119_547, lanes)
     pointers = dict.fromkeys(("student_ptr", "teacher_ptr", "gradient_ptr"), f"*{dtype}")
     floats = dict.fromkeys(("scale_ptr", "label_scale_ptr", "dloss_ptr", "loss_ptr", "stats_ptr"), "*fp32")
     floats["labels_ptr"] = "*i64"
