@@ -45,7 +45,8 @@ def _build(family: str, blocks: int = 3) -> torch.nn.Module:
     elif family == "gpt2":
         config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=64, vocab_size=99)
         config.scale_attn_by_inverse_layer_idx = True
-    model = transformers.AutoModel.from_config(config, attn_implementation="sdpa").eval()
+    implementation = "eager" if family == "gemma2" and not GEMMA2_HAS_SDPA else "sdpa"
+    model = transformers.AutoModel.from_config(config, attn_implementation=implementation).eval()
     with torch.no_grad():  # maps that are far from flat, and biases that are far from 0
         for p in model.parameters():
             p.mul_(4.0)
@@ -63,6 +64,8 @@ def _call(family: str, padding: str | None) -> dict[str, torch.Tensor]:
     return inputs
 
 
+# transformers 5.17 has it, without the softcap; 5.24 refuses it.
+GEMMA2_HAS_SDPA = transformers.models.gemma2.modeling_gemma2.Gemma2PreTrainedModel._supports_sdpa
 BIDIRECTIONAL = ["bert", "xlm-roberta", "distilbert", "modernbert", "bart", "t5", "whisper"]
 CAUSAL = ["opt", "llama", "qwen3", "gemma", "gemma3", "gemma2", "mistral", "gpt2"]
 
@@ -74,6 +77,8 @@ def _rebuilt(captured: Any, layer: int) -> torch.Tensor:
 @pytest.mark.parametrize("family", BIDIRECTIONAL + CAUSAL)
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_the_map_of_eager_attention_is_rebuilt(family: str, implementation: str) -> None:
+    if family == "gemma2" and implementation == "sdpa" and not GEMMA2_HAS_SDPA:
+        pytest.skip("this transformers refuses it")
     model = _build(family)
     for padding in (None, "right", "left"):
         inputs = _call(family, padding)
@@ -122,8 +127,10 @@ def test_windows_biases_and_caps() -> None:
 
     assert record("modernbert", 1).window is None and record("modernbert", 2).window == (2, 2)
     assert record("mistral", 1).window == (3, 0) and record("llama", 1).window is None
-    assert record("gemma2", 1).softcap is None and record("gemma2", 1, "eager").softcap == 0.5
-    assert record("gemma2", 1).window == (3, 0) and record("gemma2", 2).window is None
+    for implementation, softcap in (("sdpa", None), ("eager", 0.5)):
+        if implementation == "eager" or GEMMA2_HAS_SDPA:
+            first, second = (record("gemma2", layer, implementation) for layer in (1, 2))
+            assert first.softcap == softcap and first.window == (3, 0) and second.window is None
     bias = record("t5", 2).bias
     assert bias.shape == (1, 2, 11, 11) and bias.requires_grad and record("bert", 1).bias is None
 

@@ -132,12 +132,13 @@ class Trap:
 
 
 OUT = torch.sparse_coo_tensor(torch.tensor([[9], [0]]), torch.ones(1), (2, 2), check_invariants=False)
+NOT_READ = "is no file of composable-sft that can be read as tensors alone"  # torch 2.14 checks positions itself
 FOREIGN = [
-    ({"diffs": {"x": Trap()}}, "is no file of composable-sft that can be read as tensors alone"),
+    ({"diffs": {"x": Trap()}}, NOT_READ),
     ({"model": {}}, ".*holds neither 'diffs' nor 'body'"),
     ([1, 2], ".*holds neither 'diffs' nor 'body'"),
     ({"diffs": {"x": torch.ones(2)}}, "x: is Tensor, expected a sparse COO tensor"),
-    ({"diffs": {"x": OUT}}, r"x: its positions leave a tensor of shape \(2, 2\)|can be read as tensors alone"),
+    ({"diffs": {"x": OUT}}, rf"x: its positions leave a tensor of shape \(2, 2\)|{NOT_READ}"),
     (
         {"diffs": {"x": {"size": (2, 2), "index_steps": [5], "values": torch.ones(1)}}},
         "x: its positions leave a tensor",
@@ -151,7 +152,7 @@ FOREIGN = [
         {"diffs": {"x": {"size": (2,), "index_steps": [1], "values": torch.tensor([math.nan])}}},
         r"SparseDelta: values\['x'\] holds NaN",
     ),
-    ({"diffs": {3: OUT}}, "diffs: cannot be applied"),
+    ({"diffs": {3: OUT}}, f"diffs: cannot be applied|{NOT_READ}"),
     ({"diffs": {}, "abs": {"h": 3}}, "h: is int, expected a floating tensor"),
     ({"diffs": {}, "block_sparses": {"x": {}}}, "block_sparses: cannot be applied"),
 ]
