@@ -9,8 +9,6 @@ always a small part, also where the means lie far apart. This saves memory, not 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -19,12 +17,6 @@ from fastdistil.reference.attention import sum_of_groups
 
 # Elements of one map's block, all heads of it; about ten such tensors are alive at a time.
 BLOCK_ELEMENTS = {"cpu": 2**18, "gpu": 2**24}
-
-
-class _Operands(NamedTuple):
-    student_q: Tensor
-    teacher_q: Tensor
-    keys: reference.Keys
 
 
 def attention(
@@ -44,14 +36,19 @@ def attention(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """As `fastdistil.reference.attention.attention`, with row_scale and rows (B, 1, S); `whole`: as one block."""
     dtype, (batch, heads, length, _), device = row_scale.dtype, student_q.shape, student_q.device
-    tensors, scales = (student_q, student_k, teacher_q, teacher_k), (student_scale, teacher_scale)
-    wide = whole or device.type == "cpu"
-    operands = _operands(tensors, key_mask, row_scale, torch.float64 if wide else dtype)
+    compute = torch.float64 if whole or device.type == "cpu" else dtype
+    real = None if key_mask is None else key_mask[:, None, :, None]
+    student_keys, teacher_keys = (
+        _filled(k, compute, real).repeat_interleave(q.shape[1] // k.shape[1], 1)
+        for q, k in ((student_q, student_k), (teacher_q, teacher_k))
+    )
+    keys = reference.keys(student_keys, teacher_keys, real, student_q.shape == teacher_q.shape)
+    del student_keys, teacher_keys
     rows = torch.empty_like(row_scale)
     dq, dk = None, None
     if need_grad:
         dq = torch.empty(student_q.shape, dtype=dtype, device=device)
-        dk = torch.zeros(operands.keys.student.shape, dtype=dtype, device=device)
+        dk = torch.zeros(keys.student.shape, dtype=dtype, device=device)
     block = BLOCK_ELEMENTS["cpu" if device.type == "cpu" else "gpu"] // max(1, batch * heads * length)
     block = max(1, length if whole else block)
     tokens = torch.arange(length, device=device)
@@ -64,10 +61,12 @@ def attention(
             visible = visible & (tokens <= tokens[r, None])
         if sequence is not None:
             visible = visible & (sequence == sequence[r, None])
-        means = _means(operands, r, visible, scales)
-        q_s, scale = operands.student_q[:, :, r], row_scale[:, 0, r].to(means.q.dtype)
+        counted = (row_scale[:, :, r] != 0)[..., None]
+        q_s, q_t = (_filled(x[:, :, r], compute, counted) for x in (student_q, teacher_q))
+        means = reference.means(q_s, q_t, keys, visible, student_scale, teacher_scale)
+        scale = row_scale[:, 0, r].to(compute)
         rows[:, 0, r], dq_block, dk_block = reference.attention(
-            q_s, operands.keys, means, visible, scale, kind, student_scale, need_grad
+            q_s, keys, means, visible, scale, kind, student_scale, need_grad
         )
         if dq is not None and dk is not None and dq_block is not None and dk_block is not None:
             dq[:, :, r] = dq_block
@@ -75,26 +74,7 @@ def attention(
     return rows, dq, None if dk is None else sum_of_groups(dk, student_k.shape[1])
 
 
-def _operands(
-    tensors: tuple[Tensor, Tensor, Tensor, Tensor],
-    key_mask: Tensor | None,
-    row_scale: Tensor,
-    dtype: torch.dtype,
-) -> _Operands:
-    """In dtype, with zeros where nothing is visible, and as many key heads as query heads."""
-    student_q, student_k, teacher_q, teacher_k = tensors
-    skipped = (row_scale == 0)[..., None]
-    real = None if key_mask is None else key_mask[:, None, :, None]
-    q_s, q_t = (_filled(x.to(dtype), skipped) for x in (student_q, teacher_q))
-    k_s, k_t = (_filled(x.to(dtype), None if real is None else ~real) for x in (student_k, teacher_k))
-    k_s, k_t = (k.repeat_interleave(q.shape[1] // k.shape[1], 1) for k, q in ((k_s, q_s), (k_t, q_t)))
-    return _Operands(q_s, q_t, reference.keys(k_s, k_t, real, student_q.shape == teacher_q.shape))
-
-
-def _filled(x: Tensor, where: Tensor | None) -> Tensor:
-    return x if where is None else x.masked_fill(where, 0.0)
-
-
-def _means(operands: _Operands, r: slice, visible: Tensor, scales: tuple[float, float]) -> reference.Means:
-    q_s, q_t, keys = operands
-    return reference.means(q_s[:, :, r], q_t[:, :, r], keys, visible, *scales)
+def _filled(x: Tensor, dtype: torch.dtype, real: Tensor | None) -> Tensor:
+    """In dtype, with zeros where nothing is visible."""
+    x = x.to(dtype)
+    return x if real is None else x.masked_fill(~real, 0.0)
