@@ -23,7 +23,7 @@ Array = Any  # numpy.ndarray of float64
 
 # Temperatures this close are to be as exact as equal ones.
 NEARLY_EQUAL = 1e-4
-DRAWS = 32  # of the roundings that a case's condition is estimated with
+DRAWS = 16  # of the roundings that a case's condition is estimated with
 TWO_TEMPERATURES = ("logit", "linear")
 
 LARGEST = {"float64": 1e300, "float32": 1e30, "bfloat16": 1e30, "float16": 6e4}
