@@ -24,11 +24,10 @@ def logit_config(columns: int, lanes: int, most: int = 2048) -> tuple[int, dict[
 
 def forward_config(columns: int, lanes: int, rule: Rule, labels: bool = False) -> tuple[int, dict[str, int]]:
     """The forward's. Left alone, ptxas takes 64 or 80 registers and spills: 80 hold rules without a mean, and keep
-    three blocks of 256 threads; 96 hold those with one, and labels (88 would keep no block more); 112 the mixtures, and
-    keep four blocks of 128."""
+    three blocks of 256 threads; 128 hold all, and keep two of those, or four of the mixtures' 128, as 96 and 112 do."""
     mixture = rule.relative in (jsd, skew_kl, skew_reverse_kl)
     block, options = logit_config(columns, lanes, 1024 if mixture else 2048)
-    registers = 112 if mixture else 96 if rule.centred or labels else 80
+    registers = 128 if rule.centred or labels else 80
     return block, options | ({"maxnreg": registers} if lanes == 32 else {})
 
 
