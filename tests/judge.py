@@ -140,7 +140,7 @@ def excess(found: Tensor, part: Part, backend: str = "") -> tuple[float, float]:
     x = found.detach().double().cpu().numpy().reshape(part.truth.shape)
     largest = torch.finfo(getattr(torch, part.dtype)).max
     limit = largest * (1 + ULP[part.dtype] / 2)  # from here on the nearest number is infinite
-    truth = np.where(np.abs(part.truth) >= limit, np.sign(part.truth) * np.inf, part.truth)
+    truth = np.where(np.abs(part.truth) >= limit, np.copysign(np.inf, part.truth), part.truth)
     same = (x == truth) | (np.isnan(x) & np.isnan(truth))
     same |= (np.abs(np.abs(part.truth) / limit - 1) < 2 * EXACT_VALUE) & (x * np.sign(part.truth) >= largest)
     with np.errstate(invalid="ignore"):

@@ -23,6 +23,7 @@ Array = Any  # numpy.ndarray of float64
 
 # Temperatures this close are to be as exact as equal ones.
 NEARLY_EQUAL = 1e-4
+MILLION = 4.75  # standard deviations that one number of a million exceeds, upwards
 DRAWS = 16  # of the roundings that a case's condition is estimated with
 TWO_TEMPERATURES = ("logit", "linear")
 
@@ -90,6 +91,15 @@ def three_sigma(squares: Array) -> Array:
     return 3 * np.sqrt(squares / DRAWS)
 
 
+def furthest(x: Array) -> Array:
+    """The norm (R,) of rows (R, C) of independent numbers, three standard deviations of each given, that one row of a
+    million exceeds: chi-squared of as many as count, by Wilson and Hilferty. Of five numbers and more it is their own."""
+    squares = (x**2).sum(-1)
+    many = squares**2 / np.maximum((x**4).sum(-1), 1e-300)
+    part = 2 / (9 * np.maximum(many, 1.0))
+    return np.sqrt(squares) * np.maximum(1.0, (1 - part + MILLION * np.sqrt(part)) ** 1.5 / 3)
+
+
 def rounding_of_scores(
     function: Callable[[DD, DD], tuple[Array, Array]], a: DD, b: DD, rng: np.random.Generator, whole: bool
 ) -> tuple[Array, Array]:
@@ -136,7 +146,6 @@ class Terms:
     gradient: Array
     norm: Array
     tiny: Array
-    rounded_p: Array  # of the label's probability, on backends that subtract 1 from it
 
 
 @dataclass
@@ -207,16 +216,15 @@ def terms(case: Any, place: Setting, value: Array, gradient: Array, z_s: DD) -> 
         sum(values), sum(np.abs(x) for x in values), np.zeros(case.rows), sum(parts),
         sum(np.linalg.norm(x, axis=-1) for x in parts),
         np.abs(first) * factor * max(1.0, 1 / case.temperature) + second,
-        second * ULP["float32"] * (1 + math.log2(place.columns_s)),
     )  # fmt: skip
 
 
 def value_of(found: Terms, reduction: str, columns: int) -> Part:
-    each = found.value, found.size, found.tiny, found.value_extra, found.rounded_p
+    each = found.value, found.size, found.tiny, found.value_extra
     if reduction != "none":
         each = tuple(x.sum(keepdims=True) for x in each)
     part = Part.of_values(*each[:3], columns)
-    part.extra, part.rounding = part.extra + each[3], each[4]
+    part.extra = part.extra + each[3]
     return part
 
 
@@ -249,7 +257,6 @@ def logit(case: LogitCase) -> Problem:
     free = truth.infinite_by_underflow(case.divergence, case.beta, a_, b_) & (found.tiny > 0)
     found.value_extra = np.where(free, np.inf, found.value_extra)
     gradient = Part.of_gradient(found.gradient, found.norm, found.tiny, case.student_dtype)
-    gradient.rounding = math.sqrt(2) * found.rounded_p
     value = value_of(found, case.reduction, place.columns_s)
 
     def conditioning() -> None:
@@ -319,7 +326,6 @@ def topk(case: TopkCase) -> Problem:
     a_ = truth.tempered(x_s, case.temperature)
     found = terms(case, place, *topk_rows(case, place, teacher, a_), truth.tempered(x_s, 1.0))
     gradient = Part.of_gradient(found.gradient, found.norm, found.tiny, case.student_dtype)
-    gradient.rounding = math.sqrt(2) * found.rounded_p
     if case.tail == "zero":  # a difference of two numbers, which float64 rounds
         found.value_extra = found.value_extra + 64 * ULP["float64"] * found.tiny
     # The K + 1 scores are float64, relative to the largest (Triton's are not). A distance r from it weighs e^-r, so that
@@ -568,9 +574,9 @@ def through_head(
     dz: Array, extra: Array, moved: Array, x: Array, matrix: Array, bias: bool, dtype: str, softmax: bool = True
 ) -> list[Part]:
     """The gradients of x, matrix and bias of z = x matrixᵀ + bias, from that of z (N, V), with what is allowed in z
-    carried on, and the rounding of these products themselves: half a unit of their terms; of a softmax another, since
-    its rows have one rounded logarithm of a sum in common, which moves all of a row's dz alike."""
-    unit, parts = ULP["float32"] * (2 if softmax else 1), []
+    carried on, and the rounding of these products themselves: half a unit of their terms; of a softmax three others: of
+    the exponential, of the logarithm of a sum, which moves all of a row's dz alike, and of their product."""
+    unit, parts = ULP["float32"] * (4 if softmax else 1), []
     tiny = np.abs(dz).max(initial=0.0)
     for left, right, rows_of_its_own in ((dz, matrix, True), (dz.T, x, False), (dz.T, np.ones((len(dz), 1)), False)):
         allowed, movement = (e if rows_of_its_own else e.T for e in (extra, moved))
@@ -581,7 +587,7 @@ def through_head(
             found, terms, carried, changed = (e.reshape(1, -1) for e in (found, terms, carried, changed))
         part = Part.of_gradient(found, np.linalg.norm(found, axis=-1), np.full(len(found), 1e-10 * tiny), dtype)
         part.extra = part.extra + np.linalg.norm(terms, axis=-1) + np.linalg.norm(carried, axis=-1)
-        part.rounding = np.linalg.norm(changed, axis=-1)
+        part.rounding = furthest(changed)
         parts.append(part)
     return parts if bias else parts[:2]
 
@@ -695,7 +701,9 @@ def attention(case: Any) -> Problem:
             for _ in range(DRAWS):
                 signs = [rng.choice([-1.0, 1.0], s.shape) * ULP["float32"] for s in sizes]
                 steps = [sign * size for sign, size in zip(signs, sizes, strict=True)]
-                both = [scores[0] + steps[0], scores[1] + (steps[0] if shared and not case.mean_of_heads else steps[1])]
+                if shared and not case.mean_of_heads:  # of the side whose scores are the larger numbers
+                    steps = [signs[0] * np.maximum(*sizes)] * 2
+                both = [scores[0] + steps[0], scores[1] + steps[1]]
                 if shared:
                     both[0] = both[0] + rng.choice([-1.0, 1.0], apart.shape) * ULP["float32"] * apart
                 v, g = truth.maps(case.form, *both, visible, case.mean_of_heads)
@@ -707,7 +715,7 @@ def attention(case: Any) -> Problem:
             moved_q, moved_k = carried(moved, keys, scales[0]), grouped(carried(turned(moved), x, scales[0]), True)
             carried_on = [np.hypot(moved_q, moved_k)] if relation else [moved_q, moved_k]
             for part, z, (_, _, each) in zip(gradients, carried_on, pairs, strict=True):
-                setattr(part, kind, getattr(part, kind) + np.linalg.norm(by_rows(z, each), axis=-1))
+                setattr(part, kind, getattr(part, kind) + furthest(by_rows(z, each)))
             total = moved_v.reshape(-1) if case.reduction == "none" else moved_v.sum()
             setattr(value_part, kind, getattr(value_part, kind) + total)
 
@@ -853,11 +861,10 @@ def linear(case: Any) -> Problem:
     dz = found.gradient * slope
     # 16-bit states: the gradient in the logits is rounded once, before its products.
     extra = (SMALLEST_TRUTH * found.tiny)[:, None] * slope
-    rounded_p = math.sqrt(2 / place.columns_s) * found.rounded_p[:, None] * slope
     if case.student_dtype != "float32":
         extra = extra + 2 * ULP[case.student_dtype] * np.abs(dz)
     softmax = case.divergence != "mse" or case.label_weight > 0
-    gradients = through_head(dz, extra, rounded_p, x_s[0], x_s[1], case.bias, case.student_dtype, softmax)
+    gradients = through_head(dz, extra, np.zeros_like(dz), x_s[0], x_s[1], case.bias, case.student_dtype, softmax)
     value = value_of(found, case.reduction, place.columns_s)
     wanted = [True, not case.frozen, case.bias and not case.frozen]
     gradients = [g for g, w in zip(gradients, wanted, strict=False) if w]

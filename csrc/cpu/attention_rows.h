@@ -16,6 +16,12 @@ inline namespace FD_ISA {
 // Beyond this spread of c, e^c' has lost the weights of a row: there the plain softmaxes are the better ones.
 constexpr double kLargestSpread = 40;
 
+// The weight of a key this far below the teacher's largest is below the smallest normal number, and taken for 0, and
+// with it the student's, which is e^c' times as much: beyond this spread that could be seen.
+template <class T>
+constexpr T kLowestWeight = sizeof(T) == 8 ? 708 : 87;
+constexpr double kSpreadOfLost = 16;
+
 // In heads this narrow the terms of a query's gradient, a sum over keys, may cancel all at once: then the rounding of
 // small probabilities counts, and prob_mse takes those of a student that is further than this from its teacher from its
 // own scores, whose digits e^c' does not have.
@@ -56,18 +62,20 @@ inline T squares(const T* x, int64_t n) {
 // What the rows' rules must know first; with kSubtract c still holds the student's scores a, and becomes a - b.
 template <bool kSubtract, class T>
 inline Spread<T> spread(AttentionRow<T> row) {
-  T largest = -INFINITY, low = INFINITY, high = -INFINITY;
+  T largest = -INFINITY, lowest = INFINITY, low = INFINITY, high = -INFINITY;
   int odd = 0;
-#pragma omp simd reduction(max : largest, high) reduction(min : low) reduction(| : odd)
+#pragma omp simd reduction(max : largest, high) reduction(min : lowest, low) reduction(| : odd)
   for (int64_t i = 0; i < row.keys; ++i) {
     const T b = row.b[i], c = kSubtract ? row.c[i] - b : row.c[i];
     if (kSubtract) row.c[i] = c;
     largest = b > largest ? b : largest;
+    lowest = b < lowest ? b : lowest;
     low = c < low ? c : low;
     high = c > high ? c : high;
     odd |= !(math::magnitude(c) < T(1e30));  // NaN, infinite
   }
-  return {largest, high - low, !odd && high - low <= T(kLargestSpread)};
+  const T width = high - low, most = largest - lowest > kLowestWeight<T> ? T(kSpreadOfLost) : T(kLargestSpread);
+  return {largest, width, !odd && width <= most};
 }
 
 template <class T>

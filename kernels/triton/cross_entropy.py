@@ -8,27 +8,35 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from fastdistil.kernels.triton.numerics import FUSION
+from fastdistil.kernels.triton.numerics import FUSION, log1p
 from torch import Tensor
 
 
 @triton.jit
 def _softmax(z_ptr, V, BLOCK: tl.constexpr):
-    """The row's maximum and its sum of exp(z - maximum)."""
+    """The row's maximum and the sum of exp(z - maximum) over all other columns: where one is far above the rest,
+    1 + others has no digits of them."""
     lanes = tl.arange(0, BLOCK)
     largest = tl.full((BLOCK,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
+    others = tl.zeros((BLOCK,), tl.float32)
     for begin in range(0, V, BLOCK):
         columns = begin + lanes
         z = tl.load(z_ptr + columns, mask=columns < V, other=float("-inf"))
-        new = tl.maximum(largest, z)
-        unit = tl.where(new == float("-inf"), 0.0, new)
-        total = total * tl.exp(largest - unit) + tl.exp(z - unit)  # at first 0 * e^-inf
+        above = z > largest
+        new = tl.where(above, z, largest)
+        share = tl.exp(tl.where(above, largest, z) - tl.where(new == float("-inf"), 0.0, new))
+        others = tl.where(above, others * share, others) + share
         largest = new
     top = tl.max(largest, 0)
     unit = tl.where(largest == float("-inf"), 0.0, largest)
-    total = tl.where(largest == float("-inf"), 0.0, total * tl.exp(unit - top))
-    return top, tl.sum(total, 0)
+    others += tl.where(lanes == tl.min(tl.where(largest == top, lanes, BLOCK), 0), 0.0, 1.0)
+    return top, tl.sum(tl.where(largest == float("-inf"), 0.0, others * tl.exp(unit - top)), 0)
+
+
+@triton.jit
+def label_slope(z, top, others):
+    """p - 1 of the label, whose logit is z: of a row that is sure of it, what all other columns have."""
+    return tl.where(z == top, -others, tl.exp(z - top) - (1.0 + others)) / (1.0 + others)
 
 
 @triton.jit
@@ -44,25 +52,27 @@ def cross_entropy_kernel(
         z_ptr = logits_ptr + row * logits_stride
         if PART:
             top = tl.load(whole_ptr + 2 * row)
-            mass = tl.load(whole_ptr + 2 * row + 1)
+            others = tl.load(whole_ptr + 2 * row + 1) - 1.0
         else:
-            top, mass = _softmax(z_ptr, V, BLOCK)
+            top, others = _softmax(z_ptr, V, BLOCK)
         label = tl.load(labels_ptr + row)
         exists = (label >= 0) & (label < V)
+        own = tl.load(z_ptr + label, mask=exists, other=float("nan"))
         if PART:
-            share = tl.where(exists, top - tl.load(z_ptr + label, mask=exists, other=0.0), 0.0)
+            share = tl.where(exists, top - own, 0.0)
         else:  # a label that is no column shows as NaN: reading there would not be allowed
-            share = tl.log(mass) + (top - tl.load(z_ptr + label, mask=exists, other=float("nan")))
+            share = log1p(others) + (top - own)
         tl.store(loss_ptr + row, tl.load(loss_ptr + row) + scale * share)
         if GRADIENT:
             g_ptr = gradient_ptr + row * gradient_stride
-            factor = scale / mass
+            factor = scale / (1.0 + others)
+            there = scale * label_slope(own, top, others)
             lanes = tl.arange(0, BLOCK)
             for begin in range(0, V, BLOCK):
                 columns = begin + lanes
                 z = tl.load(z_ptr + columns, mask=columns < V, other=float("-inf"))
                 g = tl.load(g_ptr + columns, mask=columns < V, other=0.0)
-                g += factor * tl.exp(z - top) - tl.where(columns == label, scale, 0.0)
+                g += tl.where(columns == label, there, factor * tl.exp(z - top))
                 tl.store(g_ptr + columns, g, mask=columns < V)
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from fastdistil.kernels.triton.cross_entropy import label_slope
 from fastdistil.kernels.triton.divergence import origin_of_slopes
 from fastdistil.kernels.triton.logit_statistics import _body, _edge, _layout, _load, _scores, _statistics
-from fastdistil.kernels.triton.numerics import expm1_near
+from fastdistil.kernels.triton.numerics import expm1_near, log1p
 
 
 @triton.jit
@@ -37,7 +38,7 @@ def _column(
 def _tile(
     s_ptr, t_ptr, g_ptr, columns, exists, live, factor, largest, inv_sum, log_sum, shift, shift_t, log_ratio, centre,
     ref, own_max, own_log, inv_s, inv_t, low_s, low_t, beta, rest, by_scores, zero, top_a, top_b, anchor, own, other,
-    log_own, curve, label, label_max, label_factor, label_share,
+    log_own, curve, label, label_max, label_factor, label_there,
     RULE: tl.constexpr, CENTRED: tl.constexpr, SOFTMAX: tl.constexpr, EQUAL: tl.constexpr, WRITE: tl.constexpr,
     LABELS: tl.constexpr,
 ):  # fmt: skip
@@ -63,8 +64,8 @@ def _tile(
         g = p * (slope - centre) if CENTRED else slope
         g = tl.where(live, g * factor, 0.0)
         if LABELS:
-            z = tl.load(s_ptr + columns, mask=exists & (label_share != 0.0), other=float("-inf")).to(tl.float32)
-            g += label_factor * tl.exp(z - label_max) - tl.where(columns == label, label_share, 0.0)
+            z = tl.load(s_ptr + columns, mask=exists & (label_factor != 0.0), other=float("-inf")).to(tl.float32)
+            g += tl.where(columns == label, label_there, label_factor * tl.exp(z - label_max))
         tl.store(g_ptr + columns, g.to(g_ptr.dtype.element_ty), mask=exists)
     return tl.sum(value, 0), tl.sum(p * slope, 0) if CENTRED else 0.0
 
@@ -88,7 +89,7 @@ def _origin(
 def _pass(
     student_ptr, teacher_ptr, gradient_ptr, row, V, student_stride, teacher_stride, gradient_stride, live, factor,
     largest, inv_sum, shift, shift_t, log_ratio, centre, ref, own_max, own_log, top_s, top_t, inv_s, inv_t, low_s,
-    low_t, beta, rest, label, label_max, label_factor, label_share,
+    low_t, beta, rest, label, label_max, label_factor, label_there,
     RULE: tl.constexpr, CENTRED: tl.constexpr, MIXTURE: tl.constexpr, SOFTMAX: tl.constexpr, EQUAL: tl.constexpr,
     WRITE: tl.constexpr, LABELS: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -115,7 +116,7 @@ def _pass(
         student_ptr + row * student_stride, teacher_ptr + row * teacher_stride, gradient_ptr + row * gradient_stride,
         columns, exists, live, factor, largest, inv_sum, log_sum, shift, shift_t, log_ratio, centre, ref, own_max,
         own_log, inv_s, inv_t, low_s, low_t, beta, rest, by_scores, zero, top_a, top_t, anchor, own, other, log_own,
-        curve, label, label_max, label_factor, label_share, RULE, CENTRED, SOFTMAX, EQUAL, WRITE, LABELS,
+        curve, label, label_max, label_factor, label_there, RULE, CENTRED, SOFTMAX, EQUAL, WRITE, LABELS,
     )  # fmt: skip
     s_body = _body(student_ptr, row, student_stride, VEC)
     t_body = _body(teacher_ptr, row, teacher_stride, VEC)
@@ -125,7 +126,7 @@ def _pass(
         v, f = _tile(
             s_body, t_body, g_body, begin + lanes, begin + lanes < body, live, factor, largest, inv_sum, log_sum,
             shift, shift_t, log_ratio, centre, ref, own_max, own_log, inv_s, inv_t, low_s, low_t, beta, rest, by_scores,
-            zero, top_a, top_t, anchor, own, other, log_own, curve, label - head, label_max, label_factor, label_share,
+            zero, top_a, top_t, anchor, own, other, log_own, curve, label - head, label_max, label_factor, label_there,
             RULE, CENTRED, SOFTMAX, EQUAL, WRITE, LABELS,
         )  # fmt: skip
         value += v
@@ -134,25 +135,31 @@ def _pass(
 
 
 @triton.jit
-def _add_to_own(s_ptr, columns, mask, largest, total):
-    """One more tile in the maximum and the sum of exponentials of the student's logits as they are."""
+def _add_to_own(s_ptr, columns, mask, largest, others, LANES: tl.constexpr):
+    """One more tile in the largest of the student's logits as they are, and in the other exponentials' sum."""
     z = tl.load(s_ptr + columns, mask=mask, other=float("-inf")).to(tl.float32)
-    new = tl.maximum(largest, tl.max(z, 0))
-    m = tl.where(new == float("-inf"), 0.0, new)
-    return new, tl.where(total == 0.0, 0.0, total * tl.exp(largest - m)) + tl.sum(tl.exp(z - m), 0)
+    lanes = tl.arange(0, LANES)
+    top = tl.max(z, 0)
+    first = tl.full((), LANES, tl.int32)  # that of the largest, where it is in this tile
+    if top > largest:
+        others = tl.where(largest == float("-inf"), 0.0, (1.0 + others) * tl.exp(largest - top))
+        largest = top
+        first = tl.min(tl.where(z == top, lanes, LANES), 0)
+    m = tl.where(largest == float("-inf"), 0.0, largest)
+    return largest, others + tl.sum(tl.where(lanes == first, 0.0, tl.exp(z - m)), 0)
 
 
 @triton.jit
 def _own_softmax(student_ptr, row, V, stride, VEC: tl.constexpr, BLOCK: tl.constexpr):
-    """The row's largest logit and its sum of exp(z - largest)."""
+    """The row's largest logit and the sum of exp(z - largest) over all other columns."""
     head, body = _layout(row, stride, V, VEC)
     edge, exists = _edge(head, body, V, VEC)
-    largest, total = _add_to_own(student_ptr + row * stride, edge, exists, float("-inf"), 0.0)
+    largest, others = _add_to_own(student_ptr + row * stride, edge, exists, float("-inf"), 0.0, 2 * VEC)
     s_body = _body(student_ptr, row, stride, VEC)
     lanes = tl.arange(0, BLOCK)
     for begin in range(0, body, BLOCK):
-        largest, total = _add_to_own(s_body, begin + lanes, begin + lanes < body, largest, total)
-    return largest, total
+        largest, others = _add_to_own(s_body, begin + lanes, begin + lanes < body, largest, others, BLOCK)
+    return largest, others
 
 
 @triton.jit
@@ -174,16 +181,17 @@ def logit_fwd_kernel(
     largest, inv_sum, shift, log_ratio, ref, own_max, own_log = 0.0, 1.0 / V, 0.0, 0.0, 0.0, 0.0, 0.0
     top_s, top_t, shift_t = 0.0, 0.0, 0.0
     value, centre = 0.0, 0.0
-    label, label_max, label_factor, label_share, entropy = 0, 0.0, 0.0, 0.0, 0.0
+    label, label_max, label_factor, label_there, entropy = 0, 0.0, 0.0, 0.0, 0.0
     if LABELS:  # first: it brings the student's row into the cache
         label_share = tl.load(label_scale_ptr + row)
         if label_share != 0.0:
             label = tl.load(labels_ptr + row).to(tl.int32)
-            label_max, mass = _own_softmax(student_ptr, row, V, student_stride, VEC, BLOCK)
-            label_factor = label_share / mass
+            label_max, others = _own_softmax(student_ptr, row, V, student_stride, VEC, BLOCK)
+            label_factor = label_share / (1.0 + others)
             exists = (label >= 0) & (label < V)  # a label that is no column shows as NaN
             z = tl.load(student_ptr + row * student_stride + label, mask=exists, other=float("nan")).to(tl.float32)
-            entropy = label_share * (tl.log(mass) + (label_max - z))
+            label_there = label_share * label_slope(z, label_max, others)
+            entropy = label_share * (log1p(others) + (label_max - z))
     if PHASE == 2:
         largest, inv_sum = tl.load(stats_ptr), tl.load(stats_ptr + 1)
         shift, log_ratio = tl.load(stats_ptr + 2), tl.load(stats_ptr + 3)
@@ -200,14 +208,14 @@ def logit_fwd_kernel(
         value, centre = _pass(
             student_ptr, teacher_ptr, gradient_ptr, row, V, student_stride, teacher_stride, gradient_stride, live,
             scale * gradient_factor, largest, inv_sum, shift, shift_t, log_ratio, 0.0, ref, own_max, own_log, top_s,
-            top_t, inv_s, inv_t, low_s, low_t, beta, rest, label, label_max, label_factor, label_share,
+            top_t, inv_s, inv_t, low_s, low_t, beta, rest, label, label_max, label_factor, label_there,
             RULE, CENTRED, MIXTURE, SOFTMAX, EQUAL, GRADIENT and not CENTRED, LABELS, VEC, BLOCK,
         )  # fmt: skip
     if GRADIENT and CENTRED and PHASE == 0:
         _pass(
             student_ptr, teacher_ptr, gradient_ptr, row, V, student_stride, teacher_stride, gradient_stride, live,
             scale * gradient_factor, largest, inv_sum, shift, shift_t, log_ratio, centre, ref, own_max, own_log, top_s,
-            top_t, inv_s, inv_t, low_s, low_t, beta, rest, label, label_max, label_factor, label_share,
+            top_t, inv_s, inv_t, low_s, low_t, beta, rest, label, label_max, label_factor, label_there,
             RULE, CENTRED, MIXTURE, SOFTMAX, EQUAL, True, LABELS, VEC, BLOCK,
         )  # fmt: skip
     tl.store(loss_ptr + row, tl.where(live, value * value_factor * scale, 0.0) + entropy)
