@@ -91,8 +91,13 @@ def three_sigma(squares: Array) -> Array:
     return 3 * np.sqrt(squares / DRAWS)
 
 
+def of_one(squares: Array) -> Array:
+    """`three_sigma` of single numbers, such as values: what one of a million exceeds."""
+    return furthest(three_sigma(squares)[..., None])
+
+
 def furthest(x: Array) -> Array:
-    """The norm (R,) of rows (R, C) of independent numbers, three standard deviations of each given, that one row of a
+    """The norm (...,) of rows (..., C) of independent numbers, three standard deviations of each given, that one row of a
     million exceeds: chi-squared of as many as count, by Wilson and Hilferty. Of five numbers and more it is their own."""
     squares = (x**2).sum(-1)
     many = squares**2 / np.maximum((x**4).sum(-1), 1e-300)
@@ -114,7 +119,7 @@ def rounding_of_scores(
         moved.append(DD(x.hi, x.lo)[None] + size * signs)
     with np.errstate(invalid="ignore"):
         value, gradient = (deviation(x[1:] - x[:1]) ** 2 for x in function(*moved))
-    return three_sigma(value.sum(0)), three_sigma(gradient.sum((0, -1)))
+    return of_one(value.sum(0)), three_sigma(gradient.sum((0, -1)))
 
 
 def absent_columns(case: LogitCase, a: Array, b: Array, rng: np.random.Generator) -> tuple[Array, Array]:
@@ -530,7 +535,7 @@ def hidden(case: HiddenCase) -> Problem:
             v, g = truth.hidden(form, h + rng.choice([-1.0, 1.0], h.shape) * ULP["float32"] * size_h, t_)
             moved_v = moved_v + deviation(_times(factor, v) - value) ** 2
             moved = moved + (deviation(_rowwise(factor, g) - dh) * slope) ** 2
-        moved_v, moved = three_sigma(moved_v), three_sigma(moved) + 3 * np.abs(dh) * bent
+        moved_v, moved = of_one(moved_v), three_sigma(moved) + 3 * np.abs(dh) * bent
         more = through_head(dz, moved, moved, *inputs[:2], case.bias, dtype)
         for part, rounded_ in zip(gradients, more, strict=True):
             if near:
@@ -709,7 +714,7 @@ def attention(case: Any) -> Problem:
                 v, g = truth.maps(case.form, *both, visible, case.mean_of_heads)
                 moved_v = moved_v + deviation(np.where(seen, v, 0.0) * unit - value) ** 2
                 moved = moved + deviation(g * unit - da) ** 2
-            return three_sigma(moved_v), three_sigma(moved)
+            return of_one(moved_v), three_sigma(moved)
 
         def allow(kind: str, moved_v: Array, moved: Array) -> None:
             moved_q, moved_k = carried(moved, keys, scales[0]), grouped(carried(turned(moved), x, scales[0]), True)
@@ -900,7 +905,7 @@ def linear(case: Any) -> Problem:
                 other, their_slope = found_for(z_s + steps[0], z_t + steps[1], (signs[2], signs[3]))
                 moved_v = moved_v + deviation(other.value - found.value) ** 2
                 moved = moved + deviation(other.gradient * their_slope - dz) ** 2
-            moved_v, moved = three_sigma(moved_v), three_sigma(moved)
+            moved_v, moved = of_one(moved_v), three_sigma(moved)
             moved_v = moved_v if case.reduction == "none" else moved_v.sum(keepdims=True)
             rounded_ = through_head(dz, moved, moved, x_s[0], x_s[1], case.bias, case.student_dtype)
             everywhere = shared or not near

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import cuda_emulator
 import pytest
+import rows
 import test_logit
 import test_rows
 import test_sparse_select
@@ -102,8 +103,8 @@ def test_every_divergence(either: Emulator, divergence: str, dtype: torch.dtype)
 
 @pytest.mark.parametrize("columns", [1, 7, 1000, 1024, 2049, 9001])
 def test_ugly_shapes(either: Emulator, columns: int) -> None:
-    for rows in (0, 1, 5):
-        test_logit.test_ugly_shapes(HOST, rows, columns)
+    for n in (0, 1, 5):
+        test_logit.test_ugly_shapes(HOST, n, columns)
 
 
 def test_logits_as_on_other_backends(either: Emulator) -> None:
@@ -126,6 +127,12 @@ def test_logits_as_on_other_backends(either: Emulator) -> None:
 def test_rows_as_training_makes_them(either: Emulator) -> None:
     """Without labels, whose kernel is Triton's."""
     test_rows.judge_some("logit", 15, [HOST], 3000, every_isa=False, labels=False)
+
+
+def test_rows_that_ever_failed(either: Emulator) -> None:
+    for case in map(rows.from_line, test_rows.LINES):
+        if case.loss == "logit" and not case.label_weight and rows.size(case) <= 3000:
+            test_rows.check(case, [HOST], every_isa=False)
 
 
 @pytest.mark.parametrize(("dtype", "noise"), [(torch.float32, 1e-4), (torch.bfloat16, 1e-2)], ids=str)

@@ -43,21 +43,13 @@ void add_block(const Block<T>& block, int n, const Tempering<T>& tempering, Mass
 template <class T>
 struct Found {
   Masses<T, double> masses;
-  int64_t top = -1;        // the teacher's largest column
-  bool near = true;        // every column lies near its teacher's
-  bool unmatched = false;  // the student has no logit at `top`
-  bool lost = false;       // masses.difference has lost its digits on the way
+  int64_t top = -1;   // the teacher's largest column
+  bool near = true;   // every column lies near its teacher's
+  bool lost = false;  // masses.difference has lost its digits on the way
 
-  // Masses are measured by column `at` from here on. Where the student has none there, its logit is taken to be that of
-  // which the scores' difference is 0, up to rounding, which is kept: at logits of 1e4 it is 1e-4 of the mass.
+  // Masses are measured by column `at` from here on.
   void raise(Scores<T> c, int64_t at, const Tempering<T>& row) {
     const Masses<T, double> before = masses;
-    unmatched = !usable(c.d);
-    if (unmatched && c.b > T(-INFINITY)) {
-      const double b = c.b;
-      c.a = static_cast<T>(row.equal ? b + row.shift : (b * row.wide_teacher + row.shift) / row.wide_student);
-      c.d = static_cast<T>(row.difference(c.a, c.b));
-    }
     masses.raise(c, row);
     if (masses.max > T(-INFINITY)) top = at;
     lost = lost || loses(before, row.inv_student);
@@ -159,7 +151,7 @@ void statistics(Row<T>& row, Block<T>& block, bool part) {
   if (misplaced(found.masses)) {
     row.tempering.shift_to(found.masses.own, found.masses.max);
     again();
-  } else if (found.unmatched && row.tempering.shift == 0 && shift_to_common(row)) {
+  } else if (found.masses.unmatched && row.tempering.shift == 0 && shift_to_common(row)) {
     again();
   }
   const Masses<T, double>& masses = found.masses;

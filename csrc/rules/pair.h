@@ -132,7 +132,8 @@ template <class T, class Accumulator>
 struct Masses {
   T max = -INFINITY, own = -INFINITY, reference = 0;  // of the teacher's largest column: b, a and d
   Accumulator sum = 0, difference = 0;
-  bool lost = false;  // a largest column had no difference to measure against
+  Accumulator spent = 0;   // the terms that X had when the unit changed, in the unit of today
+  bool unmatched = false;  // the student has no logit at the teacher's largest column
 
   FD_FUNCTION Unit<T> unit() const {
     return {max > T(-INFINITY) ? max : T(0), own > T(-INFINITY) ? own : T(0), reference};
@@ -140,9 +141,11 @@ struct Masses {
 
   // To another largest column. 0 stays 0, however far away they are.
   FD_FUNCTION void move(T max, T own, T reference, T inv_student, T inv_teacher) {
+    if (this->max == max && this->own == own && this->reference == reference) return;  // else inf * 0
     const Accumulator turn = static_cast<Accumulator>(this->reference) - reference;
     const Accumulator other = math::exp((static_cast<Accumulator>(this->own) - own) * inv_student);
     const Accumulator factor = math::exp((static_cast<Accumulator>(this->max) - max) * inv_teacher);
+    spent = spent + sum == Accumulator(0) ? spent : (spent + sum) * other;
     const Accumulator turned = math::magnitude(turn) <= Accumulator(1) ? factor * math::expm1(turn) : other - factor;
     difference = (difference == Accumulator(0) ? Accumulator(0) : difference * other) +
                  (sum == Accumulator(0) ? Accumulator(0) : sum * turned);
@@ -150,19 +153,31 @@ struct Masses {
     this->max = max, this->own = own, this->reference = reference;
   }
 
-  // A column comes that may be the largest yet.
+  // A column comes that may be the largest yet. Where the student has none there, its logit is taken to be that of
+  // which the scores' difference is 0, up to rounding, which is kept: at logits of 1e4 it is 1e-4 of the mass.
   FD_FUNCTION void raise(Scores<T> c, const Tempering<T>& row) {
     if (c.b > max) {
-      const bool comparable = usable(c.d);  // else d = 0 is what is measured against
-      lost = lost || !comparable;
-      const T shift = static_cast<T>(row.shift);
-      const T level = row.equal ? c.b + shift : (c.b * row.inv_teacher + shift) / row.inv_student;
-      move(c.b, comparable ? c.a : level, comparable ? c.d : T(0), row.inv_student, row.inv_teacher);
+      unmatched = !usable(c.d);
+      if (unmatched) {
+        const double b = c.b;
+        c.a = static_cast<T>(row.equal ? b + row.shift : (b * row.wide_teacher + row.shift) / row.wide_student);
+        c.d = static_cast<T>(row.difference(c.a, c.b));
+      }
+      move(c.b, c.a, c.d, row.inv_student, row.inv_teacher);
     } else if (max == T(-INFINITY) && c.a > own) {
       move(max, c.a, T(0), row.inv_student, row.inv_teacher);
     }
   }
 };
+
+// Whether X has lost its digits on the way: it was once the difference of masses far larger than the student's, which
+// is what counts in the unit of today, or was infinite.
+template <class T, class Accumulator>
+FD_FUNCTION bool lost(const Masses<T, Accumulator>& masses) {
+  const Accumulator mass = masses.difference + masses.sum;
+  return !(masses.spent <= Accumulator(16) * mass) ||
+         (masses.spent > Accumulator(0) && !(mass < Accumulator(INFINITY)));
+}
 
 // Whether the row's differences still hold a constant that costs them digits: r is far from 0 and all columns' d are
 // near it, as the mean of the others' expm1(d - r) says. Of a teacher that leaves the others no mass one cannot tell.

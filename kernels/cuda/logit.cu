@@ -76,9 +76,9 @@ __device__ void own_softmax(const E* student, const E* teacher, int64_t columns,
 
 template <class E>
 __device__ Part<Compute<E>> masses_of(const E* student, const E* teacher, int64_t columns,
-                                      const Tempering<Compute<E>>& tempering) {
+                                      const Tempering<Compute<E>>& tempering, const Part<Compute<E>>& from) {
   using T = Compute<E>;
-  Masses<T, T> masses;
+  Masses<T, T> masses = masses_from(from, tempering);
   Part<T> own = no_part<T>();
   for_columns(student, teacher, columns, [&](int64_t, T s, T t) {
     const Scores<T> c = scores(s, t, tempering);
@@ -89,9 +89,7 @@ __device__ Part<Compute<E>> masses_of(const E* student, const E* teacher, int64_
     if (!(math::magnitude(c.d) <= T(kNear))) own.far = T(1);
     if (s > own.top_student) own.top_student = s, own.top_teacher = t;
   });
-  own.max = masses.max, own.own = masses.own, own.reference = masses.reference;
-  own.sum = masses.sum, own.difference = masses.difference;
-  if (masses.lost) own.far = T(2);
+  take(own, masses);
   return merge_block(own, tempering);
 }
 
@@ -100,11 +98,13 @@ __device__ RowStats<Compute<E>> statistics(const E* student, const E* teacher, i
                                            Tempering<Compute<E>>& tempering, bool part) {
   using T = Compute<E>;
   guess_row_shift(tempering, student, teacher, columns);
-  Part<T> all = masses_of(student, teacher, columns, tempering);
-  // The same for every thread of the block, here and below.
-  if (shift_again<kTop>(all, tempering)) {
-    all = masses_of(student, teacher, columns, tempering);
-  }
+  const auto read = [&](const Part<T>& from) { return masses_of(student, teacher, columns, tempering, from); };
+  const auto common = [&] {
+    Common<T> own;
+    for_columns(student, teacher, columns, [&](int64_t, T s, T t) { own.add(scores(s, t, tempering)); });
+    return merge_block(own.part(), tempering);
+  };
+  const Part<T> all = read_row(tempering, read, common);
   RowStats<T> stats{};
   stats.max = all.max > T(-INFINITY) || part ? all.max : T(NAN);
   stats.inv_sum = static_cast<T>(1.0 / all.sum), stats.reference = all.reference;

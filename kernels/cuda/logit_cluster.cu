@@ -58,8 +58,8 @@ class Worker {
   }
 
   template <bool kWait>
-  __device__ Part<float> masses_of(const Row<E>& row) {
-    Masses<float, float> masses;
+  __device__ Part<float> masses_of(const Row<E>& row, const Part<float>& from) {
+    Masses<float, float> masses = masses_from(from, tempering_);
     Part<float> own = no_part<float>();
     chunks_.template for_columns<kWait, false>(row, nullptr, tempering_, [&](const auto& found, bool near, E*) {
       Scores<float> largest = found[0];
@@ -73,18 +73,25 @@ class Worker {
       short_form ? add<true>(found, masses) : add<false>(found, masses);
       if (!near) own.far = 1.0f;
     });
-    own.max = masses.max, own.own = masses.own, own.reference = masses.reference;
-    own.sum = masses.sum, own.difference = masses.difference;
-    if (masses.lost) own.far = 2.0f;
+    take(own, masses);
     return exchange(own);
   }
 
   __device__ void statistics(const Row<E>& row, int64_t r) {
-    Part<float> all = masses_of<true>(row);
-    // The same for every thread of the cluster, here and below.
-    if (shift_again<Rule::centred>(all, tempering_)) {
-      all = masses_of<false>(row);
-    }
+    bool first = true;
+    const auto read = [&](const Part<float>& from) {
+      if (!first) return masses_of<false>(row, from);
+      first = false;
+      return masses_of<true>(row, from);
+    };
+    const auto common = [&] {
+      Common<float> own;
+      chunks_.template for_columns<false, false>(row, nullptr, tempering_, [&](const auto& found, bool, E*) {
+        for (const Scores<float>& c : found) own.add(c);
+      });
+      return exchange(own.part());
+    };
+    Part<float> all = read_row(tempering_, read, common);
     if (!Rule::centred) all.top_student = all.top_teacher = 0;
     RowStats<float> stats{};
     stats.max = all.max > -INFINITY ? all.max : NAN, stats.inv_sum = static_cast<float>(1.0 / all.sum);
@@ -155,7 +162,7 @@ class Worker {
       own = finish<false>(row, write ? nullptr : next, 0);
     else
       own = finish<true>(row, next, factor);
-    const Part<float> all = exchange({0, 0, 0, 0, 0, 0, own.value, own.centre});
+    const Part<float> all = exchange({0, 0, 0, 0, 0, 0, 0, own.value, own.centre, 0});
     centre_ = static_cast<float>(all.difference);
     if (Rule::centred && write) finish<true>(row, next, factor);
     if (hopper::cluster_rank() != 0 || threadIdx.x != 0) return;

@@ -42,17 +42,27 @@ __device__ int ahead(const E* p) {
   return static_cast<int>((16 - reinterpret_cast<uintptr_t>(p) % 16) % 16 / sizeof(E));
 }
 
-// Masses of a part of a row (csrc/rules/pair.h); `far` is 1 where a column of it lies too far from the teacher's.
-// top_*: the student's largest logit, and the teacher's in that column.
+// Masses of a part of a row (csrc/rules/pair.h); `far` is 1 where a column of it lies too far from the teacher's,
+// `unmatched` where the student has none at the teacher's largest. top_*: the student's largest logit, and the
+// teacher's in that column.
 template <class T>
 struct Part {
-  T max, own, reference, far, top_student, top_teacher;
-  double sum, difference;
+  T max, own, reference, far, unmatched, top_student, top_teacher;
+  double sum, difference, spent;
+
+  __device__ Masses<T, double> masses() const { return {max, own, reference, sum, difference, spent}; }
 };
 
 template <class T>
 __device__ Part<T> no_part() {
-  return {T(-INFINITY), T(-INFINITY), T(0), T(0), T(-INFINITY), T(-INFINITY), 0, 0};
+  return {T(-INFINITY), T(-INFINITY), T(0), T(0), T(0), T(-INFINITY), T(-INFINITY), 0, 0, 0};
+}
+
+template <class T>
+__device__ void take(Part<T>& part, const Masses<T, T>& masses) {
+  part.max = masses.max, part.own = masses.own, part.reference = masses.reference;
+  part.sum = masses.sum, part.difference = masses.difference, part.spent = masses.spent;
+  part.unmatched = masses.unmatched ? T(1) : T(0);
 }
 
 template <class T>
@@ -70,27 +80,61 @@ __device__ Part<T> merge(Part<T> own, const Tempering<T>& row, Reduce&& reduce) 
   all.reference = largest(own.max == all.max ? own.reference : T(-INFINITY));
   all.own = largest(own.max == all.max && own.reference == all.reference ? own.own : T(-INFINITY));
   all.far = largest(own.far);
+  all.unmatched = largest(own.max == all.max ? own.unmatched : T(0));
   all.top_student = largest(own.top_student);
   all.top_teacher = largest(own.top_student == all.top_student ? own.top_teacher : T(-INFINITY));
-  Masses<T, double> masses{own.max, own.own, own.reference, own.sum, own.difference};
+  Masses<T, double> masses = own.masses();
   masses.move(all.max, all.own, all.reference, row.inv_student, row.inv_teacher);
-  all.sum = total(masses.sum), all.difference = total(masses.difference);
+  all.sum = total(masses.sum), all.difference = total(masses.difference), all.spent = total(masses.spent);
   return all;
 }
 
-// Whether the row is to be read again, with another shift: the teacher's largest column's or, where a largest column
-// had no difference, the student's (of rules with kTop, which know it).
-template <bool kTop, class T>
-__device__ bool shift_again(const Part<T>& all, Tempering<T>& row) {
-  if (misplaced(Masses<T, double>{all.max, all.own, all.reference, all.sum, all.difference})) {
-    row.shift_to(all.own, all.max);
-    return true;
+// The teacher's largest logit so far among the columns that both sides have, and the student's there.
+template <class T>
+struct Common {
+  T teacher = -INFINITY, student = -INFINITY;
+
+  __device__ void add(Scores<T> c) {
+    if (c.b > teacher && usable(c.d)) teacher = c.b, student = c.a;
   }
-  if (!kTop || all.far != T(2) || row.shift != 0 ||
-      !usable(static_cast<T>(row.difference(all.top_student, all.top_teacher))))
-    return false;
-  row.shift_to(all.top_student, all.top_teacher);
-  return true;
+  __device__ Part<T> part() const {
+    Part<T> part = no_part<T>();
+    part.max = teacher, part.own = student;
+    return part;
+  }
+};
+
+// Measured from the whole's largest column on, whatever the shift is now.
+template <class T>
+__device__ Masses<T, T> masses_from(const Part<T>& all, const Tempering<T>& row) {
+  Masses<T, T> masses;
+  const T none = static_cast<T>(INFINITY);
+  masses.raise({all.own, all.max, all.unmatched > T(0) ? none : scores(all.own, all.max, row).d}, row);
+  return masses;
+}
+
+// The row's masses, and its shift as good as can be: read(from) is a pass that measures from there on, common() one for
+// the largest column of both sides. All threads decide alike.
+template <class T, class Read, class Find>
+__device__ Part<T> read_row(Tempering<T>& row, Read&& read, Find&& common) {
+  Part<T> all = no_part<T>();
+  for (bool repeated = false, shifted = false;;) {  // one place for read(), whose loop is long
+    all = read(all);
+    if (!repeated && !shifted && lost(all.masses())) {
+      repeated = true;
+      continue;
+    }
+    if (shifted) return all;
+    shifted = true;
+    if (misplaced(all.masses())) {
+      row.shift_to(all.own, all.max);
+      continue;
+    }
+    if (all.unmatched == T(0) || row.shift != 0) return all;
+    const Part<T> found = common();
+    if (found.max == T(-INFINITY)) return all;
+    row.shift_to(found.own, found.max);
+  }
 }
 
 // The student's own softmax so far.

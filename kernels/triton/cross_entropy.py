@@ -36,7 +36,8 @@ def _softmax(z_ptr, V, BLOCK: tl.constexpr):
 @triton.jit
 def label_slope(z, top, others):
     """p - 1 of the label, whose logit is z: of a row that is sure of it, what all other columns have."""
-    return tl.where(z == top, -others, tl.exp(z - top) - (1.0 + others)) / (1.0 + others)
+    sure = (z == top) & (top > float("-inf"))
+    return tl.where(sure, -others, tl.exp(z - top) - (1.0 + others)) / (1.0 + others)
 
 
 @triton.jit
