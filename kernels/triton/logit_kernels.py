@@ -154,7 +154,9 @@ def _own_softmax(student_ptr, row, V, stride, VEC: tl.constexpr, BLOCK: tl.const
     """The row's largest logit and the sum of exp(z - largest) over all other columns."""
     head, body = _layout(row, stride, V, VEC)
     edge, exists = _edge(head, body, V, VEC)
-    largest, others = _add_to_own(student_ptr + row * stride, edge, exists, float("-inf"), 0.0, 2 * VEC)
+    nothing = tl.full((), 0.0, tl.float32)
+    start = student_ptr + row * stride
+    largest, others = _add_to_own(start, edge, exists, nothing + float("-inf"), nothing, 2 * VEC)
     s_body = _body(student_ptr, row, stride, VEC)
     lanes = tl.arange(0, BLOCK)
     for begin in range(0, body, BLOCK):
