@@ -62,7 +62,7 @@ class Contender:
             buffer.copy_(self.problem.tensors[name])
             handle = torch.zeros((), device=buffer.device, requires_grad=True)
             alias = torch.empty(0, dtype=buffer.dtype, device=buffer.device).set_(buffer)  # type: ignore[call-overload]
-            fresh[name] = _Output.apply(handle, alias)  # type: ignore[no-untyped-call]
+            fresh[name] = _Output.apply(handle, alias)
         self.inputs = {**self.problem.tensors, **fresh}
 
     def forward(self) -> Tensor:
@@ -121,7 +121,8 @@ def _common(case: Case) -> Loss:
 
     def loss(x: Tensors) -> Tensor:
         p, q = F.log_softmax(x["student"] / temperature, -1), F.softmax(x["teacher"] / temperature, -1)
-        return F.kl_div(p, q, reduction="batchmean") * temperature**2
+        found: Tensor = F.kl_div(p, q, reduction="batchmean") * temperature**2
+        return found
 
     return loss
 
@@ -141,10 +142,10 @@ def _two_reads(loss: Loss) -> Loss:
 
 def _fastdistil(case: Case, backend: str, inplace: bool) -> Loss:
     if case.op == "logits":
-        logit = partial(fastdistil.logit_loss, **case.options, inplace_backward=inplace, backend=backend)
+        logit: Any = partial(fastdistil.logit_loss, **case.options, inplace_backward=inplace, backend=backend)
         return lambda x: logit(x["student"], x["teacher"])
     if case.op == "topk":
-        topk = partial(fastdistil.topk_logit_loss, **case.options, backend=backend)
+        topk: Any = partial(fastdistil.topk_logit_loss, **case.options, backend=backend)
         return lambda x: topk(x["student"], x["values"], x["indices"])
     if case.op == "attention":
         attention = partial(fastdistil.attention_loss, kind=case.options["kind"], backend=backend)
@@ -152,7 +153,7 @@ def _fastdistil(case: Case, backend: str, inplace: bool) -> Loss:
 
     if case.op == "linear":
         options = {key: value for key, value in case.options.items() if key != "frozen"}
-        linear = partial(fastdistil.linear_logit_loss, **options, backend=backend)
+        linear: Any = partial(fastdistil.linear_logit_loss, **options, backend=backend)
         return lambda x: linear(*(x[f"{w}_{part}"] for w in ("student", "teacher") for part in ("hidden", "weight")))
 
     def hidden(x: Tensors) -> Tensor:
@@ -170,7 +171,7 @@ def _products(case: Case) -> Loss:
     if case.options["divergence"] == "mse":
         raise Unavailable("the mse of two heads needs none of these products")
     names = ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight")
-    loss: Loss = lambda x: _Products.apply(*(x[name] for name in names))  # type: ignore[no-untyped-call] # noqa: E731
+    loss: Loss = lambda x: _Products.apply(*(x[name] for name in names))  # noqa: E731
     return loss
 
 

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 from fastdistil.benchmarks.cases import Case
-from fastdistil.benchmarks.contenders import Unavailable, build
+from fastdistil.benchmarks.contenders import build
 from fastdistil.benchmarks.measure import child
+from fastdistil.benchmarks.peers import Unavailable
 from fastdistil.benchmarks.problems import errors, make, truth
 from fastdistil.benchmarks.record import Record, environment, source_root
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -167,8 +167,8 @@ def _error_panel(axes: Any, series: Series) -> None:
     axes.spines["bottom"].set_bounds(right * 2, left / 1.3)
     axes.text(right * 1.7, 1.3, "100%: nothing is right", fontsize=8.5, color="#777777")
     sizes = [0.58 * (1 + text.count("\n")) for text in texts]  # decades
-    for text, y, shade in zip(texts, _spread(ends, sizes), colors, strict=True):
-        axes.text(left / 1.6, 10**y, text, color=shade, fontsize=9, va="center", linespacing=1.1)
+    for text, height, shade in zip(texts, _spread(ends, sizes), colors, strict=True):
+        axes.text(left / 1.6, 10**height, text, color=shade, fontsize=9, va="center", linespacing=1.1)
 
 
 CASES_A_PICTURE = 10
@@ -235,7 +235,7 @@ def _decades(series: Series) -> tuple[float, float]:
 
 def scaling(records: list[Record], axis: str, path: Path) -> Path:
     """Time and extra memory against V or S."""
-    quantities = {
+    quantities: dict[str, Callable[[Record], Any]] = {
         "median time, ms": lambda r: r["time_us"]["both"]["p50"] / 1e3,
         "peak extra memory, MiB": lambda r: r.get("peak_mem_mib"),
     }

@@ -87,7 +87,10 @@ def _of_log_softmax(module: Any, case: Case) -> Loss:
 
 def _orda(case: Case, device: torch.device) -> Loss:
     module = _module("orda_kernel", "orda-kernel")
-    kinds = {"forward_kl": {"kl_divergence": "forward"}, "jsd": {"kl_divergence": "skew_js", "kl_beta": 0.5}}
+    kinds: dict[str, dict[str, Any]] = {
+        "forward_kl": {"kl_divergence": "forward"},
+        "jsd": {"kl_divergence": "skew_js", "kl_beta": 0.5},
+    }
     if case.op != "linear" or case.options["divergence"] not in kinds:
         raise Unavailable("orda-kernel has no such loss")
     options: dict[str, Any] = {
@@ -128,7 +131,7 @@ def _linear_cross_entropy(case: Case, device: torch.device) -> Loss:
         target = F.linear(x["teacher_hidden"] / temperature, x["teacher_weight"]).softmax(-1)
         entropy = -torch.xlogy(target, target).sum(-1).mean()
         found: Tensor = function(x["student_hidden"] / temperature, x["student_weight"], target) - entropy
-        return found * temperature**2
+        return found * float(temperature) ** 2
 
     return loss
 

@@ -143,9 +143,9 @@ def arm(bench: Bench, system: str, name: str, make: Callable[[Path], Path]) -> d
             "parameters": facts.get("sizes", {}).get("student", {}).get("parameters"),
         }
         done.write_text(json.dumps(found, indent=1))
-    found = json.loads(done.read_text())
-    print(system, name, found, flush=True)
-    return found
+    result: dict[str, Any] = json.loads(done.read_text())
+    print(system, name, result, flush=True)
+    return result
 
 
 def xtremedistil(bench: Bench) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from fastdistil.benchmarks import exactness, sharing, sparse, steps
 from fastdistil.benchmarks.cases import OPS, Case, operations, select, traffic_bytes
-from fastdistil.benchmarks.contenders import Contender, Unavailable, build
+from fastdistil.benchmarks.contenders import Contender, build
 from fastdistil.benchmarks.measure import (
     OtherLoad,
     floor_of,
@@ -21,6 +21,7 @@ from fastdistil.benchmarks.measure import (
     quantiles,
     time_interleaved,
 )
+from fastdistil.benchmarks.peers import Unavailable
 from fastdistil.benchmarks.problems import errors, make, truth
 from fastdistil.benchmarks.record import (
     Record,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,7 @@ def chosen_sum(mask: SparseMask, tuned: dict[str, Tensor], base: dict[str, Tenso
 
 
 def dense_step(
-    params: list[Tensor], optimizer: torch.optim.Optimizer, masks: list[Tensor] | None
+    params: Sequence[Tensor], optimizer: torch.optim.Optimizer, masks: list[Tensor] | None
 ) -> Callable[[], object]:
     def run() -> None:
         if masks is not None:

@@ -5,6 +5,8 @@ The kernels and how they share the work are in `attention_kernels.py`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 from fastdistil.kernels.triton.attention_kernels import (
@@ -36,7 +38,7 @@ def attention_config(widest: int, itemsize: int, hip: bool) -> tuple[int, int, d
     return 64, 32, {"num_warps": 4, "num_stages": 3} | FUSION
 
 
-def gradient_options(options: dict[str, int], constants: dict[str, object], float32: bool, hip: bool) -> dict[str, int]:
+def gradient_options(options: dict[str, int], constants: dict[str, Any], float32: bool, hip: bool) -> dict[str, int]:
     """Of the gradients of queries and keys. Left alone, ptxas takes 64 or 80 registers for float32 and spills. With
     16-bit heads wider than 64 four warps spill (eight would in the forward on sm_100a)."""
     if hip:

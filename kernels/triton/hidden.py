@@ -139,7 +139,7 @@ def hidden_fwd_kernel(
         # Float32 has not the digits of an angle below 1/16, nor the range of the squares of extreme lengths.
         ordinary = (hh > 1e-30) & (tt > 1e-30) & (hh < 1e30) & (tt < 1e30) & (part * (ht / tt) < 0.99609375)
         wide = (scale != 0) & (ordinary == 0)
-        wide_part = part.to(tl.float64)
+        wide_part = part.to(tl.float64)  # type: ignore[attr-defined]  # a float, mypy thinks
         wide_inverse_h = inverse_h.to(tl.float64)
         wide_inverse_t = inverse_t.to(tl.float64)
         if wide:

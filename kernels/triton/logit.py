@@ -132,7 +132,10 @@ def aot_cases() -> list[dict[str, Any]]:
     return cases
 
 
-_KERNELS = {logit_fwd_kernel: {"GRADIENT": True, "PHASE": 0, "LABELS": False}, logit_bwd_kernel: {"KEEP_UNIT": True}}
+_KERNELS: dict[Any, dict[str, Any]] = {
+    logit_fwd_kernel: {"GRADIENT": True, "PHASE": 0, "LABELS": False},
+    logit_bwd_kernel: {"KEEP_UNIT": True},
+}
 
 
 def _aot_case(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from fastdistil.kernels.triton.logit_kernels import _body, _layout
+from fastdistil.kernels.triton.logit_statistics import _body, _layout
 from fastdistil.kernels.triton.topk_outcomes import (
     _known,
     _log1p_small,
