@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import io
 import json
 import pkgutil
@@ -39,6 +40,10 @@ TARGETS = {
 }
 # In PTX, which the assembler takes over one to one, and on AMD.
 WIDE = re.compile(r"ld\.global\S*\.(?:v4\.[bfu]32|v2\.[bfu]64|v8\.[bfu]32)|(?:global|buffer)_load_dwordx4")
+
+
+# Newer versions ask for it (3.9 does, 3.6 does not), and without it some kernels take other registers and spill.
+ALLOCATION = [flag for flag in ["--regAllocOptLevel=2"] if flag in inspect.getsource(nvidia)]
 
 
 def assembler(arch: int) -> str:
@@ -110,7 +115,7 @@ def assemble(text: str, arch: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder, "k.ptx")
         ptx.write_text(text)
-        command = [assembler(TARGETS[arch][0].arch), "-v", f"--gpu-name={arch}", ptx, "-o", Path(folder, "o")]
+        command = [assembler(TARGETS[arch][0].arch), "-v", *ALLOCATION, f"--gpu-name={arch}", ptx, "-o", Path(folder, "o")]
         return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 

@@ -39,14 +39,16 @@ def attention_config(widest: int, itemsize: int, hip: bool) -> tuple[int, int, d
 
 
 def gradient_options(options: dict[str, int], constants: dict[str, Any], float32: bool, hip: bool) -> dict[str, int]:
-    """Of the gradients of queries and keys. Left alone, ptxas takes 64 or 80 registers for float32 and spills. With
-    16-bit heads wider than 64 four warps spill (eight would in the forward on sm_100a)."""
+    """Of the gradients of queries and keys. Left alone, ptxas takes 64 or 80 registers for float32 and spills; at 64
+    columns it spills with 128 and with 168 on sm_89 (Triton 3.9), where it takes 118 of 255. With 16-bit heads wider
+    than 64 four warps spill (eight would in the forward on sm_100a), and three stages on sm_80."""
+    sizes = constants["PAD_S"], constants["PAD_T"]
     if hip:
         return options
     if float32:
-        return {**options, "maxnreg": 128}
-    wide = constants["PAD_S"] > 64 or constants["PAD_T"] > 64
-    return {**options, "num_warps": 8} if wide else options
+        return {**options, "maxnreg": 255 if sizes == (64, 64) else 128}
+    wide = max(sizes) > 64
+    return {**options, "num_warps": 8, "num_stages": 2} if wide else options
 
 
 def relation_config(widest: int, itemsize: int, hip: bool) -> tuple[int, int, dict[str, int]]:
@@ -56,7 +58,7 @@ def relation_config(widest: int, itemsize: int, hip: bool) -> tuple[int, int, di
     if hip:
         return outer, inner, options
     if itemsize == 4:
-        return 16, 16, options
+        return 16, 16, {**options, "maxnreg": 128}
     return outer, 16, {**options, "num_stages": 2, "num_warps": 8 if widest > 64 else 4}
 
 
