@@ -115,7 +115,15 @@ def assemble(text: str, arch: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder, "k.ptx")
         ptx.write_text(text)
-        command = [assembler(TARGETS[arch][0].arch), "-v", *ALLOCATION, f"--gpu-name={arch}", ptx, "-o", Path(folder, "o")]
+        command = [
+            assembler(TARGETS[arch][0].arch),
+            "-v",
+            *ALLOCATION,
+            f"--gpu-name={arch}",
+            ptx,
+            "-o",
+            Path(folder, "o"),
+        ]
         return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 

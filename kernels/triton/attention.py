@@ -41,14 +41,15 @@ def attention_config(widest: int, itemsize: int, hip: bool) -> tuple[int, int, d
 def gradient_options(options: dict[str, int], constants: dict[str, Any], float32: bool, hip: bool) -> dict[str, int]:
     """Of the gradients of queries and keys. Left alone, ptxas takes 64 or 80 registers for float32 and spills; at 64
     columns it spills with 128 and with 168 on sm_89 (Triton 3.9), where it takes 118 of 255. With 16-bit heads wider
-    than 64 four warps spill (eight would in the forward on sm_100a), and three stages on sm_80."""
+    than 64 four warps spill (eight would in the forward on sm_100a), as do three stages on sm_80 and 128 registers on
+    sm_100a (3.9)."""
     sizes = constants["PAD_S"], constants["PAD_T"]
     if hip:
         return options
     if float32:
         return {**options, "maxnreg": 255 if sizes == (64, 64) else 128}
     wide = max(sizes) > 64
-    return {**options, "num_warps": 8, "num_stages": 2} if wide else options
+    return {**options, "num_warps": 8, "num_stages": 2, "maxnreg": 168} if wide else options
 
 
 def relation_config(widest: int, itemsize: int, hip: bool) -> tuple[int, int, dict[str, int]]:
