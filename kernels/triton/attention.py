@@ -49,7 +49,7 @@ def gradient_options(options: dict[str, int], constants: dict[str, Any], float32
     if float32:
         return {**options, "maxnreg": 255 if sizes == (64, 64) else 128}
     wide = max(sizes) > 64
-    return {**options, "num_warps": 8, "num_stages": 2, "maxnreg": 168} if wide else options
+    return {**options, "num_warps": 8, "num_stages": 2, "maxnreg": 255} if wide else options
 
 
 def relation_config(widest: int, itemsize: int, hip: bool) -> tuple[int, int, dict[str, int]]:
