@@ -486,14 +486,17 @@ def hidden(case: HiddenCase) -> Problem:
             leaves.append(rounded(case.student_length * rng.standard_normal(case.columns), dtype))
             h, size_h = h + exactly(leaves[2]), size_h + np.abs(exactly(leaves[2]))
         slope, bent = np.ones(h.shape), np.zeros(h.shape)
-        curved = case.gelu and (np.abs(truth.gelu(h)[0]).max(-1) > 1e-30).all()  # what float32 holds
+        # A GELU is rounded as its argument is: of a row without larger ones nothing may be left.
+        curved = (
+            case.gelu and (np.abs(truth.gelu(h)[0]) > 1e-4 * np.abs(h.double()).max(-1, keepdims=True)).any(-1).all()
+        )
         if curved:
             found, slope = truth.gelu(h)
             # The slope's rounding: of the two terms that it is the sum of, and of what it is the slope at.
             z = h.double()
             bell = np.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
             bent = ULP["float32"] * (np.abs(slope - z * bell) + np.abs(z) * bell + size_h * bell * np.abs(2 - z * z))
-            h, size_h = DD(found), size_h * np.abs(slope) + np.abs(h.double())
+            h, size_h = DD(found), size_h * np.abs(slope) + np.maximum(np.abs(z) / 2, np.abs(found))
         unit = np.abs(h.double()).max() or 1.0
         z_t = {"same": 0.0, "near": case.noise}.get(case.student, 3.0) * unit * rng.standard_normal(
             h.shape
@@ -536,8 +539,16 @@ def hidden(case: HiddenCase) -> Problem:
             moved_v = moved_v + deviation(_times(factor, v) - value) ** 2
             moved = moved + (deviation(_rowwise(factor, g) - dh) * slope) ** 2
         moved_v, moved = of_one(moved_v), three_sigma(moved) + 3 * np.abs(dh) * bent
+        alike = np.zeros_like(dz)
+        if form == "cosine":
+            # A difference of two numbers, both rounded, the first by a quotient that the whole row has in common.
+            lengths = length * np.maximum(np.linalg.norm(t_.double(), axis=-1), 1e-45)
+            first, second = (x * (factor / lengths)[:, None] for x in (y, d))
+            moved = moved + 3 * ULP["float32"] * (np.abs(first - second) + np.abs(first)) * np.abs(slope)
+            alike = ULP["float32"] * (first - second) * slope
         more = through_head(dz, moved, moved, *inputs[:2], case.bias, dtype)
-        for part, rounded_ in zip(gradients, more, strict=True):
+        for part, rounded_, product in zip(gradients, more, through_head_alike(alike, *inputs[:2]), strict=False):
+            rounded_.rounding = rounded_.rounding + product
             if near:
                 part.rounding = part.rounding + rounded_.rounding
             else:
@@ -595,6 +606,12 @@ def through_head(
         part.rounding = furthest(changed)
         parts.append(part)
     return parts if bias else parts[:2]
+
+
+def through_head_alike(dz: Array, x: Array, matrix: Array) -> list[Array]:
+    """The norms of what dz (N, V) becomes in the gradients of x (of every row), matrix and bias: of a rounding that the
+    columns of a row have in common."""
+    return [np.linalg.norm(dz @ matrix, axis=-1), np.linalg.norm(dz.T @ x, keepdims=True)[0], np.linalg.norm(dz.sum(0))]
 
 
 def attention(case: Any) -> Problem:

@@ -22,12 +22,15 @@ def logit_config(columns: int, lanes: int, most: int = 2048) -> tuple[int, dict[
     return block, {"num_warps": max(1, block // (8 * lanes))} | FUSION
 
 
-def forward_config(columns: int, lanes: int, rule: Rule, labels: bool = False) -> tuple[int, dict[str, int]]:
-    """The forward's. Left alone, ptxas takes 64 or 80 registers and spills: 80 hold rules without a mean, and keep
-    three blocks of 256 threads; 128 hold all, and keep two of those, or four of the mixtures' 128, as 96 and 112 do."""
+def forward_config(
+    columns: int, lanes: int, rule: Rule, itemsize: int, labels: bool = False
+) -> tuple[int, dict[str, int]]:
+    """The forward's. Left alone, ptxas takes 64 or 80 registers and spills: 80 hold rules without a mean of 16 bits,
+    and keep three blocks of 256 threads (float32's spill on sm_100a with Triton 3.9); 128 hold all, and keep two of
+    those, or four of the mixtures' 128, as 96 and 112 do."""
     mixture = rule.relative in (jsd, skew_kl, skew_reverse_kl)
     block, options = logit_config(columns, lanes, 1024 if mixture else 2048)
-    registers = 128 if rule.centred or labels else 80
+    registers = 128 if rule.centred or labels or itemsize == 4 else 80
     return block, options | ({"maxnreg": registers} if lanes == 32 else {})
 
 
@@ -53,7 +56,11 @@ def _arguments(
     rows, columns = student.shape
     lanes = 64 if torch.version.hip else 32
     difference = bool(rule.get("difference"))
-    config = partial(forward_config, rule=divergence, labels=labels) if forward else logit_config
+    config = (
+        partial(forward_config, rule=divergence, itemsize=student.element_size(), labels=labels)
+        if forward
+        else logit_config
+    )
     block, options = config(columns, lanes)
     stride = student.stride(0) if gradient is None else gradient.stride(0)
     tensors = (student, teacher) if gradient is None else (student, teacher, gradient)
@@ -149,7 +156,7 @@ def _aot_case(
     difference: bool = False,
 ) -> dict[str, Any]:
     forward = kernel is logit_fwd_kernel
-    block, options = forward_config(119_547, lanes, rule, labels) if forward else logit_config(119_547, lanes)
+    block, options = forward_config(119_547, lanes, rule, itemsize, labels) if forward else logit_config(119_547, lanes)
     pointers = dict.fromkeys(("student_ptr", "teacher_ptr", "gradient_ptr"), f"*{dtype}")
     floats = dict.fromkeys(("scale_ptr", "label_scale_ptr", "dloss_ptr", "loss_ptr", "stats_ptr"), "*fp32")
     floats["labels_ptr"] = "*i64"
