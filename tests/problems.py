@@ -636,6 +636,10 @@ def attention(case: Any) -> Problem:
         # A softmax does not see what all keys have in common.
         middle = k if case.form == "score_mse" else k - k.mean(2, keepdims=True)
         sizes.append(scale * rounding_of_sums(q, middle))
+        if case.mean_of_heads and case.form == "score_mse":  # one product of all heads' columns and of both sides
+            joined = [z.swapaxes(1, 2).reshape(*z[:, 0].shape[:2], -1) for z in (q, middle)]
+            together = rounding_of_sums(*joined, sides=2)[:, None]
+            sizes[-1] = np.broadcast_to(scale * together / math.sqrt(case.heads), sizes[-1].shape)
         whole_sizes.append(scale * rounding_of_sums(q, k))
     value, da = truth.maps(case.form, *scores, visible, case.mean_of_heads)
     counted = 1 if case.mean_of_heads else case.heads
@@ -829,11 +833,11 @@ def far_rows(
     return far[..., None]
 
 
-def rounding_of_sums(x: Array, y: Array) -> Array:
+def rounding_of_sums(x: Array, y: Array, sides: int = 1) -> Array:
     """Of x y^T, in units of a float32's last place of 1: of n terms of one sign every partial sum is rounded, with a
     variance of a third each, which is a half unit of the sum times sqrt(n) / 3; of others their sizes are more."""
     turned = y.swapaxes(-1, -2)
-    return np.maximum(np.abs(x) @ np.abs(turned), np.abs(x @ turned) * (math.sqrt(x.shape[-1]) / 3))
+    return np.maximum(np.abs(x) @ np.abs(turned), np.abs(x @ turned) * (math.sqrt(sides * x.shape[-1]) / 3))
 
 
 def rounded_maps(case: Any, value: Array, unit: float) -> Array:
