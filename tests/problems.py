@@ -629,17 +629,16 @@ def attention(case: Any) -> Problem:
     visible = (real[:, None, None, :] & query[:, None, :, None]) & (np.tri(length, dtype=bool) | (not case.causal))
     x, y, x_t, y_t = (exactly(z) for z in (q_s, k_s, q_t, k_t))
     scales = [z.shape[-1] ** -0.5 for z in (x, x_t)]
+    # Between means over heads score_mse's scores are one product of all heads' columns and of both sides.
+    one_product = case.mean_of_heads and case.form == "score_mse"
+    rounding = rounding_of_heads if one_product else rounding_of_sums
     scores, sizes, whole_sizes = [], [], []
     for q, k, scale in ((x, y, scales[0]), (x_t, y_t, scales[1])):
         k = np.repeat(k, groups, 1)
         scores.append(truth.product(q, k) * scale)
         # A softmax does not see what all keys have in common.
         middle = k if case.form == "score_mse" else k - k.mean(2, keepdims=True)
-        sizes.append(scale * rounding_of_sums(q, middle))
-        if case.mean_of_heads and case.form == "score_mse":  # one product of all heads' columns and of both sides
-            joined = [z.swapaxes(1, 2).reshape(*z[:, 0].shape[:2], -1) for z in (q, middle)]
-            together = rounding_of_sums(*joined, sides=2)[:, None]
-            sizes[-1] = np.broadcast_to(scale * together / math.sqrt(case.heads), sizes[-1].shape)
+        sizes.append(scale * rounding(q, middle))
         whole_sizes.append(scale * rounding_of_sums(q, k))
     value, da = truth.maps(case.form, *scores, visible, case.mean_of_heads)
     counted = 1 if case.mean_of_heads else case.heads
@@ -712,22 +711,23 @@ def attention(case: Any) -> Problem:
         common."""
         far = np.ones((case.batch, case.heads, length, 1), bool)
         apart = np.zeros(sizes[0].shape)
+        alike = one_product or not case.mean_of_heads
         if not case.mean_of_heads:
             far = far_rows(case, (x, keys, x_t, np.repeat(y_t, groups, 1)), scales, scores, visible, query)
-            if x.shape == x_t.shape:
-                between = y - y_t
-                if case.form != "score_mse":
-                    between = between - between.mean(2, keepdims=True)
-                middle = [z if case.form == "score_mse" else z - z.mean(2, keepdims=True) for z in (y, between)]
-                middle = [np.repeat(z, groups, 1) for z in middle]
-                apart = scales[0] * (rounding_of_sums(x - x_t, middle[0]) + rounding_of_sums(x_t, middle[1]))
+        if alike and x.shape == x_t.shape:
+            between = y - y_t
+            if case.form != "score_mse":
+                between = between - between.mean(2, keepdims=True)
+            middle = [z if case.form == "score_mse" else z - z.mean(2, keepdims=True) for z in (y, between)]
+            middle = [np.repeat(z, groups, 1) for z in middle]
+            apart = scales[0] * (rounding(x - x_t, middle[0]) + rounding(x_t, middle[1]))
 
         def condition(sizes: list[Array], shared: bool) -> tuple[Array, Array]:
             moved_v, moved = np.zeros_like(value), np.zeros_like(da)
             for _ in range(DRAWS):
                 signs = [rng.choice([-1.0, 1.0], s.shape) * ULP["float32"] for s in sizes]
                 steps = [sign * size for sign, size in zip(signs, sizes, strict=True)]
-                if shared and not case.mean_of_heads:  # of the side whose scores are the larger numbers
+                if shared and alike:  # of the side whose scores are the larger numbers
                     steps = [signs[0] * np.maximum(*sizes)] * 2
                 both = [scores[0] + steps[0], scores[1] + steps[1]]
                 if shared:
@@ -831,6 +831,14 @@ def far_rows(
                     break
                 far[b, h, some] = True
     return far[..., None]
+
+
+def rounding_of_heads(x: Array, y: Array) -> Array:
+    """As `rounding_of_sums`, of the sum over both sides and all heads, whose mean is taken: each head's equal share."""
+    heads = x.shape[1]
+    joined = [z.swapaxes(1, 2).reshape(len(z), z.shape[2], -1) for z in (x, y)]
+    whole = rounding_of_sums(*joined, sides=2)[:, None] / math.sqrt(heads)
+    return np.repeat(whole, heads, 1)
 
 
 def rounding_of_sums(x: Array, y: Array, sides: int = 1) -> Array:

@@ -55,7 +55,7 @@ def _problems(record: dict) -> list[str]:
 
 # Element types whose kernels `make test` compiles for a simple rule alone, and those that it compiles for one of each kind of
 # rule; `make aot` all for all: their twins' registers run out first. In logit.cu float32's are as many as 16 bits', float64's
-# have a limit of 255, not of 128; in logit_cluster.cu each rule takes as many for one type as for the other, 98 of 128 at most.
+# have a limit of 255, not of 128; in logit_cluster.cu each rule takes as many for one type as for the other, 100 of 128 at most.
 MIXTURE = "std::is_same_v<Rule, JensenShannon>"
 KINDS = f"std::is_same_v<Rule, ForwardKL> || {MIXTURE}"
 FEW = {
