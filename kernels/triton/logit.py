@@ -27,10 +27,10 @@ def forward_config(
 ) -> tuple[int, dict[str, int]]:
     """The forward's. Left alone, ptxas takes 64 or 80 registers and spills: 80 hold rules without a mean of 16 bits,
     and keep three blocks of 256 threads (float32's spill on sm_100a with Triton 3.9); 128 hold all, and keep two of
-    those, or four of the mixtures' 128, as 96 and 112 do."""
+    those, or four of the mixtures' 128, as 96 and 112 do; with labels a mixture's jsd spilled with 128 on sm_100a."""
     mixture = rule.relative in (jsd, skew_kl, skew_reverse_kl)
     block, options = logit_config(columns, lanes, 1024 if mixture else 2048)
-    registers = 128 if rule.centred or labels or itemsize == 4 else 80
+    registers = 168 if mixture and labels else 128 if rule.centred or labels or itemsize == 4 else 80
     return block, options | ({"maxnreg": registers} if lanes == 32 else {})
 
 
