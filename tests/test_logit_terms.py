@@ -356,7 +356,7 @@ def test_row_moments_kernels(backend: str, columns: int, dtype: torch.dtype) -> 
     def moment(weight: Tensor, x: Tensor) -> Tensor:
         return torch.where(weight == 0, 0.0, weight * (x - x.amax(-1, keepdim=True))).sum(-1)
 
-    wanted = [a.amax(-1), p.sum(-1), moment(p, a), b.amax(-1), q.sum(-1), moment(q, b), moment(q, a)]
+    wanted = [a.amax(-1), p.sum(-1) - 1, moment(p, a), b.amax(-1), q.sum(-1) - 1, moment(q, b), moment(q, a)]
     allowed = SLACK[torch.float64 if dtype == torch.float64 else torch.float32]
     for i, truth in enumerate(wanted):
         assert error(found[keep, i], truth) <= allowed, i
@@ -367,12 +367,37 @@ def test_row_moments_kernels(backend: str, columns: int, dtype: torch.dtype) -> 
 def test_moments_of_parts_merge_into_the_whole() -> None:
     student, teacher = 5 * torch.randn(4, 50, dtype=torch.float64), 5 * torch.randn(4, 50, dtype=torch.float64)
     student[1, :20], teacher[1, :20], teacher[2, 20:27] = -torch.inf, -torch.inf, -torch.inf
+    student[3, 22], teacher[3, 48] = 60.0, 40.0  # so sure that 1 + the others is 1
     scale = torch.ones(4, dtype=torch.float64)
     whole = row_statistics.moments(student, teacher, scale, (2.0, 1.0), "reference")
     parts = (slice(0, 20), slice(20, 27), slice(27, 50))
     found = [row_statistics.moments(student[:, p], teacher[:, p], scale, (2.0, 1.0), "reference") for p in parts]
     merged = row_statistics.merged(torch.stack(found), torch.tensor([20, 7, 23]))
     assert error(merged, whole) <= SLACK[torch.float64]
+    assert ((merged[3, [1, 4]] / whole[3, [1, 4]]) - 1).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("columns", [7, 513, 3000])
+@pytest.mark.parametrize("backend", available("reference", "cpu", "triton"))
+def test_statistics_of_sure_rows(backend: str, columns: int) -> None:
+    """Entropies from 1e-2 down to 1e-13, of which 1 + the other columns' sum has no digits; truth: the same logits in
+    float64, whose own 1 + sum has three digits left at worst, so that the sum is taken without the largest column."""
+    student, teacher = torch.randn(2, 5, columns, device=DEVICE)
+    at = torch.tensor([0, columns - 1, columns // 2, 3, 5], device=DEVICE)
+    margin = torch.tensor([8.0, 14.0, 20.0, 26.0, 32.0], device=DEVICE)
+    student[torch.arange(5), at] += margin
+    teacher[torch.arange(5), at.flip(0)] += margin
+    _, found = fd.logit_loss(student, teacher, return_stats=True, backend=backend)
+
+    def entropy(z: Tensor) -> Tensor:
+        top, column = z.max(-1, keepdim=True)
+        others = (z - top).exp().scatter(1, column, 0.0)
+        log_sum = others.sum(-1).log1p()
+        p = (z - top).exp() / (1 + others.sum(-1, keepdim=True))
+        return log_sum - (p * (z - top)).sum(-1)
+
+    for ours_, z in ((found.student_entropy, student), (found.teacher_entropy, teacher)):
+        assert (ours_ / entropy(z.double()) - 1).abs().max() <= 5e-6
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())

@@ -97,7 +97,9 @@ def test_a_folder_is_one_run(tmp_path):
     with pytest.raises(ValueError, match=r"lr was 0.0001, is 0.5"):
         RunFolder(changed(again, lr=0.5))
     write_json(config.out / "metrics.json", {"f1": 1.0})
-    assert RunFolder(again).finished == {"f1": 1.0}
+    made_by = (config.out / "config.yaml").read_text()
+    assert RunFolder(changed(again, save_every=8)).finished == {"f1": 1.0}
+    assert (config.out / "config.yaml").read_text() == made_by  # a run that has ended keeps the options that made it
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.tex").touch()

@@ -3,9 +3,9 @@
 // Bytes: the logits are read twice, the second time from the cache where a row fits, and the gradient is read and
 // written once.
 //
-// With args.whole a row's other columns are elsewhere, the largest logit of all and the sum of exp(z - largest) are
-// given, apart, since a confident row's sum is lost in their logsumexp. A label outside [0, V) is not here; the loss
-// gets the label's distance from the largest logit, and the logarithm of the sum is still to be added.
+// With args.whole a row's other columns are elsewhere, and the largest logit of all is given with the sum of
+// exp(z - largest) over all columns but that one. A label outside [0, V) is not here; the loss gets the label's
+// distance from the largest logit, and log1p of that sum is still to be added.
 #include "../rules/cross_entropy_args.h"
 
 #include <cmath>
@@ -32,7 +32,7 @@ void row(const CrossEntropyArgs& args, int64_t r) {
   const int64_t columns = args.columns, label = static_cast<const int64_t*>(args.labels)[r];
   const bool part = args.whole != nullptr, here = !part || (label >= 0 && label < columns);
   const T* whole = static_cast<const T*>(args.whole) + 2 * r;
-  const LogSum<T> own = part ? LogSum<T>{whole[0], whole[1] - 1.0} : softmax(logits, columns);
+  const LogSum<T> own = part ? LogSum<T>{whole[0], static_cast<double>(whole[1])} : softmax(logits, columns);
   T& loss = static_cast<T*>(args.loss)[r];
   if (part)
     loss += here ? scale * (own.max - logits[label]) : T(0);

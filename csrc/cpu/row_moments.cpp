@@ -5,12 +5,11 @@
 #include "../rules/row_moments_args.h"
 
 #include "elements.h"
+#include "log_sum.h"
 
 namespace fastdistil {
 inline namespace FD_ISA {
 namespace {
-
-constexpr int kBlock = 512;  // columns whose sums stay in the logits' precision
 
 template <class T>
 struct Top {
@@ -18,9 +17,7 @@ struct Top {
   int64_t begin = 0;  // of the first block that holds it
 
   void add(const T* x, int64_t at, int n) {
-    T largest = -INFINITY;
-#pragma omp simd reduction(max : largest)
-    for (int i = 0; i < n; ++i) largest = x[i] > largest ? x[i] : largest;
+    const T largest = block_max(x, n);
     if (largest > max) max = largest, begin = at;
   }
 };
@@ -36,6 +33,37 @@ int64_t column_of(const Top<Compute<E>>& top, const E* row, int64_t columns) {
 template <class T>
 T moment(T w, T x) {
   return w == T(0) ? T(0) : w * x;
+}
+
+// One side of a row: its largest logit and the first column that holds it, and the inverse of the temperature.
+template <class T>
+struct Side {
+  T max;
+  int64_t column;
+  T inv;
+
+  T centred(T z) const { return (z - max) * inv; }
+  // The column among those of a block that begins there; -1 where it is another's.
+  int within(int64_t begin, int n) const {
+    return column >= begin && column < begin + n ? static_cast<int>(column - begin) : -1;
+  }
+};
+
+// Adds a block's columns [from, to) to the sums; with kTop, at_s and at_t are its largest columns, or -1.
+template <bool kTop, class T>
+void add(double* sums, const Side<T>& s, const Side<T>& t, const T* zs, const T* zt, int from, int to, int at_s,
+         int at_t) {
+  T others_s = 0, first_s = 0, others_t = 0, first_t = 0, cross = 0;
+#pragma omp simd reduction(+ : others_s, first_s, others_t, first_t, cross)
+  for (int i = from; i < to; ++i) {
+    const T a = s.centred(zs[i]), b = t.centred(zt[i]);
+    const T p = math::exp_nonpositive(a), q = math::exp_nonpositive(b);
+    others_s += kTop && i == at_s ? p - T(1) : p;
+    others_t += kTop && i == at_t ? q - T(1) : q;
+    first_s += moment(p, a), first_t += moment(q, b), cross += moment(q, a);
+  }
+  sums[kStudentOthers] += others_s, sums[kStudentFirst] += first_s, sums[kTeacherOthers] += others_t;
+  sums[kTeacherFirst] += first_t, sums[kCross] += cross;
 }
 
 template <class E>
@@ -55,26 +83,26 @@ void row(const RowMomentsArgs& args, int64_t r) {
   };
   Top<T> top_s, top_t;
   for_blocks([&](const T* zs, const T* zt, int64_t begin, int n) { top_s.add(zs, begin, n), top_t.add(zt, begin, n); });
-  const T inv_s = static_cast<T>(1.0 / args.student_temperature),
-          inv_t = static_cast<T>(1.0 / args.teacher_temperature);
-  const T max_s = top_s.max > T(-INFINITY) ? top_s.max : T(0), max_t = top_t.max > T(-INFINITY) ? top_t.max : T(0);
+  auto side = [&](const Top<T>& top, const E* logits, double temperature) {
+    return Side<T>{top.max > T(-INFINITY) ? top.max : T(0), column_of(top, logits, args.columns),
+                   static_cast<T>(1.0 / temperature)};
+  };
+  const Side<T> own = side(top_s, student, args.student_temperature);
+  const Side<T> other = side(top_t, teacher, args.teacher_temperature);
   double sums[kMoments] = {};
-  for_blocks([&](const T* zs, const T* zt, int64_t, int n) {
-    T sum_s = 0, first_s = 0, sum_t = 0, first_t = 0, cross = 0;
-#pragma omp simd reduction(+ : sum_s, first_s, sum_t, first_t, cross)
-    for (int i = 0; i < n; ++i) {
-      const T a = (zs[i] - max_s) * inv_s, b = (zt[i] - max_t) * inv_t;
-      const T p = math::exp_nonpositive(a), q = math::exp_nonpositive(b);
-      sum_s += p, sum_t += q;
-      first_s += moment(p, a), first_t += moment(q, b), cross += moment(q, a);
+  for_blocks([&](const T* zs, const T* zt, int64_t begin, int n) {
+    const int at_s = own.within(begin, n), at_t = other.within(begin, n);
+    for (int from = 0; from < n; from += kSummed) {
+      const int to = std::min(n, from + kSummed);
+      if (at_s < 0 && at_t < 0)
+        add<false>(sums, own, other, zs, zt, from, to, at_s, at_t);
+      else
+        add<true>(sums, own, other, zs, zt, from, to, at_s, at_t);
     }
-    sums[kStudentSum] += sum_s, sums[kStudentFirst] += first_s, sums[kTeacherSum] += sum_t;
-    sums[kTeacherFirst] += first_t, sums[kCross] += cross;
   });
   for (int i = 0; i < kMoments; ++i) out[i] = static_cast<T>(sums[i]);
-  out[kStudentMax] = top_s.max * inv_s, out[kTeacherMax] = top_t.max * inv_t;
-  out[kStudentTop] = static_cast<T>(column_of(top_s, student, args.columns));
-  out[kTeacherTop] = static_cast<T>(column_of(top_t, teacher, args.columns));
+  out[kStudentMax] = top_s.max * own.inv, out[kTeacherMax] = top_t.max * other.inv;
+  out[kStudentTop] = static_cast<T>(own.column), out[kTeacherTop] = static_cast<T>(other.column);
 }
 
 template <class E>

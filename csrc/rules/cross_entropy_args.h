@@ -9,7 +9,7 @@ struct CrossEntropyArgs {
   const void* logits;     // (N, V), row stride logits_stride
   const void* labels;     // (N,) int64, a column where row_scale is not 0
   const void* row_scale;  // (N,); rows of scale 0 are not read
-  const void* whole;      // (N, 2) dense, of rows whose other columns are elsewhere, or null: see cross_entropy.cpp
+  const void* whole;      // (N, 2) dense, of rows with columns elsewhere, or null: see cross_entropy.cpp
   void* loss;             // (N,): row_scale times the row's value is added
   void* gradient;         // (N, V), row stride gradient_stride: its gradient is added; or null
   int64_t rows, columns;  // N, V

@@ -8,10 +8,10 @@ namespace fastdistil {
 // Columns of a row's moments, of tempered logits a = z_s / T_s and b = z_t / T_t.
 enum RowMoment : int {
   kStudentMax,
-  kStudentSum,    // sum of exp(a - max)
-  kStudentFirst,  // sum of exp(a - max) (a - max)
+  kStudentOthers,  // A - 1, A = sum of exp(a - max): without the first largest column, 1 itself
+  kStudentFirst,   // sum of exp(a - max) (a - max)
   kTeacherMax,
-  kTeacherSum,
+  kTeacherOthers,
   kTeacherFirst,
   kCross,       // sum of exp(b - max b) (a - max a)
   kStudentTop,  // the first column that holds the maximum

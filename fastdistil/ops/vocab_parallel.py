@@ -58,11 +58,11 @@ class Ranks:
             if student.device.type == "cpu":  # a GPU would have to be waited for
                 self._check(labels[scale != 0])
             own = row_statistics.moments(student, student, scale, (1.0, 1.0), backend)
-            # Apart: in largest + log(mass) a confident row's log(mass) would be lost.
-            largest_and_mass = row_statistics.merged(_gather(own, self.group), self.widths)[:, :2]
+            # Apart: in largest + log(1 + others) a confident row's others would be lost.
+            whole = row_statistics.merged(_gather(own, self.group), self.widths)[:, :2]
             share = torch.zeros_like(loss)
-            kernel(student, labels - self.begin, scale, share, gradient, largest_and_mass.to(scale.dtype).contiguous())
-            loss += self.sum(share) + torch.where(scale == 0, 0.0, scale * largest_and_mass[:, 1].log()).to(loss.dtype)
+            kernel(student, labels - self.begin, scale, share, gradient, whole.to(scale.dtype).contiguous())
+            loss += self.sum(share) + torch.where(scale == 0, 0.0, scale * whole[:, 1].log1p()).to(loss.dtype)
 
         return rows
 

@@ -18,9 +18,9 @@ def cross_entropy_rows(
     the logits to gradient (N, V). Rows of scale 0 may hold anything, their label too. All but the labels (int64) have
     one dtype, float32 or float64.
 
-    With whole (N, 2), the largest logit m and the sum of exp(z - m) of rows whose other columns are elsewhere, a label
-    outside [0, V) is not here: such a row's loss gets nothing, the others' m minus the label's logit, to which the
-    logarithm of the sum is still to be added; the gradient is that of these columns.
+    With whole (N, 2), of rows whose other columns are elsewhere the largest logit m and the sum of exp(z - m) over all
+    columns but that one, a label outside [0, V) is not here: such a row's loss gets nothing, the others' m minus the
+    label's logit, to which log1p of the sum is still to be added; the gradient is that of these columns.
     """
     keep = row_scale != 0
     z = torch.where(keep[:, None], logits, 0.0)
@@ -31,8 +31,7 @@ def cross_entropy_rows(
         others = (z - largest).exp().scatter(1, top, 0.0).sum(-1, keepdim=True)
         others += largest - largest  # NaN of a row without any number
     else:
-        largest, mass = (x[:, None] for x in torch.where(keep[:, None], whole, 1.0).unbind(1))
-        others = mass - 1.0
+        largest, others = (x[:, None] for x in torch.where(keep[:, None], whole, 0.0).unbind(1))
     below = torch.where(here, (largest - z.gather(1, column))[:, 0], 0.0)
     log_sum = others.log1p()[:, 0] if whole is None else 0.0
     loss += torch.where(keep, row_scale * (below + log_sum), 0.0)

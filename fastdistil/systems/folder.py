@@ -31,7 +31,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 class RunFolder:
-    """Opens `config.out` for the run of `config` and writes its configuration there.
+    """Opens `config.out` for the run of `config` and writes its configuration there, unless the run has ended.
 
     Raises ValueError where the folder holds something else, another configuration, or a run that `config.resume` does
     not ask to continue. `finished` holds metrics.json's content where the run has ended before.
@@ -61,6 +61,7 @@ class RunFolder:
                 )
             if (self.path / RESULT).is_file():
                 self.finished = json.loads((self.path / RESULT).read_text(encoding="utf-8"))
+                return
         else:
             raise ValueError(f"{name}: out is {self.path}, which holds other files, expected a new or an empty folder")
         self.path.mkdir(parents=True, exist_ok=True)

@@ -46,14 +46,15 @@ def cross_entropy_kernel(
     GRADIENT: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """loss (N,) and, with GRADIENT, gradient (N, V) += scale times the row's cross entropy and its gradient; PART: the
-    columns of a row that has others elsewhere; the whole row's largest logit and mass are at whole_ptr (N, 2)."""
+    columns of a row that has others elsewhere; whole_ptr (N, 2) has the whole row's largest logit and the sum of
+    exp(z - largest) over all other columns."""
     row = tl.program_id(0).to(tl.int64)
     scale = tl.load(scale_ptr + row)
     if scale != 0.0:
         z_ptr = logits_ptr + row * logits_stride
         if PART:
             top = tl.load(whole_ptr + 2 * row)
-            others = tl.load(whole_ptr + 2 * row + 1) - 1.0
+            others = tl.load(whole_ptr + 2 * row + 1)
         else:
             top, others = _softmax(z_ptr, V, BLOCK)
         label = tl.load(labels_ptr + row)
