@@ -82,8 +82,8 @@ def row_moments_kernel(
 
 
 def row_moments_config(columns: int) -> tuple[int, dict[str, int]]:
-    """Columns a tile, four a thread: one 16-byte load of float32; with eight, sm_100a spills at the 80 registers that it
-    takes. Not yet tuned on a GPU."""
+    """Columns a tile, four a thread: one 16-byte load of float32; with eight, sm_100a spills at the 80 registers that
+    it takes. Not yet tuned on a GPU."""
     block = min(max(triton.next_power_of_2(columns), 128), 1024)
     return block, {"num_warps": block // 128} | FUSION
 
