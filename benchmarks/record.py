@@ -25,7 +25,7 @@ STEMS = {  # parts of the names of an op's own files
     "terms": ("cross_entropy", "row_moments", "row_statistics", "vocab_parallel"),  # of no case yet
 }  # fmt: skip
 FORWARDING = ("bindings", "dispatch", "sparse_dispatch")  # files that only hand calls on
-SOURCE_FOLDERS = ("csrc", "kernels", "fastdistil/backends", "fastdistil/ops", "fastdistil/sparse")
+SOURCE_FOLDERS = ("csrc", "kernels", *(f"fastdistil/{x}" for x in ("contracts", "backends", "ops", "sparse")))
 SOURCE_SUFFIXES = {".cpp", ".h", ".cu", ".cuh", ".py"}
 PACKAGES = (
     "fastdistil", "torch", "triton", "numpy", "transformers", "liger-kernel", "orda-kernel", "flash-linear-attention",
@@ -56,14 +56,12 @@ def kernel_sources(op: str, root: Path) -> list[Path]:
 
 
 def kernel_hash(op: str, root: Path | None = None) -> str:
-    """Of the kernel sources, or "unknown" outside of a checkout."""
+    """Of the kernel sources' contents, which a file keeps when it is moved; "unknown" outside of a checkout."""
     root = source_root() if root is None else root
     if root is None:
         return "unknown"
-    digest = hashlib.sha256()
-    for path in kernel_sources(op, root):
-        digest.update(f"{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
+    each = sorted(hashlib.sha256(path.read_bytes()).digest() for path in kernel_sources(op, root))
+    return hashlib.sha256(b"".join(each)).hexdigest()[:16]
 
 
 def is_stale(record: Record, root: Path | None = None) -> bool:

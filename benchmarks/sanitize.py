@@ -8,7 +8,7 @@ import sys
 import torch
 
 import fastdistil
-from fastdistil.ops.logit_rule import DIVERGENCES
+from fastdistil.contracts.logit import DIVERGENCES
 
 SHAPES = ((3, 1), (3, 7), (2, 1024), (2, 2049), (1, 32_003))
 ALL_DTYPES = 2049  # columns at which every dtype runs: a launch under the sanitizer takes a hundred times as long

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdistil.ops.sparse_rows import DTYPES
+from fastdistil.contracts.sparse import DTYPES
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / "kernels/cuda"

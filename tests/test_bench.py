@@ -159,7 +159,9 @@ def test_stale_is_when_the_kernels_have_changed(tmp_path: Path) -> None:
     (tmp_path / "csrc/rules/math.h").write_text("2")  # everybody's
     assert record.is_stale(taken, tmp_path)
     (tmp_path / "csrc/rules/math.h").write_text("1")
-    (tmp_path / "csrc/cpu/logit.cpp").write_text("2")
+    (tmp_path / "csrc/cpu/logit.cpp").rename(tmp_path / "csrc/logit.cpp")  # a move changes no kernel
+    assert not record.is_stale(taken, tmp_path)
+    (tmp_path / "csrc/logit.cpp").write_text("2")
     assert record.is_stale(taken, tmp_path)
 
 

@@ -18,7 +18,7 @@ from test_logit import textbook
 
 import fastdistil as fd
 from fastdistil import _C
-from fastdistil.ops.logit_rule import DIVERGENCES
+from fastdistil.contracts.logit import DIVERGENCES
 
 
 @pytest.fixture

@@ -27,8 +27,10 @@ from sparse_cases import DTYPES, model
 from torch import Tensor, nn
 
 import fastdistil as fd
-from fastdistil.backends import cpu_logit, cuda_logit, cuda_sparse
-from fastdistil.ops.logit_rule import DIVERGENCES, STATS
+from fastdistil.backends.cpu import logit as cpu_logit
+from fastdistil.backends.cuda import logit as cuda_logit
+from fastdistil.backends.cuda import sparse as cuda_sparse
+from fastdistil.contracts.logit import DIVERGENCES, STATS
 from fastdistil.sparse import SparseAdamW
 
 pytestmark = pytest.mark.skipif(cuda_emulator.COMPILER is None, reason="needs a C++ compiler")

@@ -12,10 +12,10 @@ from torch import Tensor
 
 import fastdistil as fd
 from fastdistil.backends import get
+from fastdistil.contracts.logit import DIVERGENCES, STATS
 from fastdistil.ops import linear_logit
 from fastdistil.ops.linear_difference import Form, form_of
 from fastdistil.ops.linear_logit import linear_logit_total
-from fastdistil.ops.logit_rule import DIVERGENCES, STATS
 from fastdistil.ops.logit_terms import cap_back, cap_difference, chunk_rows, pack
 
 ON_CPU = pytest.mark.skipif(DEVICE.type != "cpu", reason="a GPU is not asked")

@@ -12,7 +12,7 @@ from judge import Outcome, error, judge, judge_exact
 from torch import Tensor
 
 import fastdistil as fd
-from fastdistil.ops.logit_rule import DIVERGENCES
+from fastdistil.contracts.logit import DIVERGENCES
 
 BACKENDS = available("reference", "cpu", "triton", "cuda")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fastdistil as fd
 from fastdistil.backends import get
-from fastdistil.ops.logit_rule import DIVERGENCES, PHASE_STATISTICS, PHASE_VALUE, STATS, LogitRule
+from fastdistil.contracts.logit import DIVERGENCES, PHASE_STATISTICS, PHASE_VALUE, STATS, LogitRule
 
 BACKENDS = available("reference", "cpu", "triton", "cuda")
 SOFTMAX = [d for d in DIVERGENCES if d != "mse"]

@@ -12,7 +12,7 @@ from judge import EXACT_GRADIENT, EXACT_VALUE, Outcome, error, judge_exact
 from torch import Tensor
 
 import fastdistil as fd
-from fastdistil.ops.logit_rule import DIVERGENCES
+from fastdistil.contracts.logit import DIVERGENCES
 
 BACKENDS = available("reference", "cpu", "triton", "cuda")
 SOFTMAX = [d for d in DIVERGENCES if d != "mse"]

@@ -16,8 +16,8 @@ from torch import Tensor
 
 import fastdistil as fd
 from fastdistil import _C
-from fastdistil.ops.logit_rule import DIVERGENCES
-from fastdistil.ops.topk_rule import TAILS
+from fastdistil.contracts.logit import DIVERGENCES
+from fastdistil.contracts.topk import TAILS
 
 BACKENDS = available("reference", "cpu", "triton")
 

@@ -19,7 +19,7 @@ from topk_cases import CASES, digits
 from torch import Tensor
 
 import fastdistil as fd
-from fastdistil.ops.logit_rule import DIVERGENCES
+from fastdistil.contracts.logit import DIVERGENCES
 
 BACKENDS = available("reference", "cpu", "triton")
 # 0.3 is a teacher that is sure of nothing; the others' tails are 1e-4 and 1e-7.

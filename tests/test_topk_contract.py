@@ -17,7 +17,7 @@ from topk_cases import formula, known
 from torch import Tensor
 
 import fastdistil as fd
-from fastdistil.ops.topk_rule import TAILS
+from fastdistil.contracts.topk import TAILS
 
 BACKENDS = available("reference", "cpu", "triton")
 

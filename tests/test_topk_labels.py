@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 import fastdistil as fd
+from fastdistil.contracts.topk import TAILS
 from fastdistil.ops.topk_rows import topk_rows, topk_rows_overwrite_, topk_total
-from fastdistil.ops.topk_rule import TAILS
 
 BACKENDS = available("reference", "cpu", "triton")
 ROWS, COLUMNS, K = 6, 97, 9

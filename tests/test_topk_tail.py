@@ -20,7 +20,7 @@ from topk_cases import digits, known
 from torch import Tensor
 
 import fastdistil as fd
-from fastdistil.ops.logit_rule import DIVERGENCES
+from fastdistil.contracts.logit import DIVERGENCES
 
 BACKENDS = available("reference", "cpu", "triton")
 CASES = [*(("bucket", d) for d in DIVERGENCES if d != "mse"), ("zero", "forward_kl")]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fastdistil as fd
 from fastdistil.backends import interpreting
-from fastdistil.ops.logit_rule import DIVERGENCES
+from fastdistil.contracts.logit import DIVERGENCES
 
 if not (interpreting() and available("triton")):
     pytest.skip("judges Triton's interpreter", allow_module_level=True)

@@ -18,8 +18,8 @@ from judge import EXACT_GRADIENT, Outcome, error, judge_exact, judge_rows
 
 import fastdistil as fd
 from fastdistil.backends import get
+from fastdistil.contracts.logit import DIVERGENCES, PHASE_STATISTICS, PHASE_VALUE, STATS
 from fastdistil.ops import vocab_parallel
-from fastdistil.ops.logit_rule import DIVERGENCES, PHASE_STATISTICS, PHASE_VALUE, STATS
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 

@@ -12,7 +12,7 @@ from mpmath import mpf
 from test_logit import textbook
 from torch import Tensor
 
-from fastdistil.ops.logit_rule import DIVERGENCES
+from fastdistil.contracts.logit import DIVERGENCES
 
 # What each tail gives a meaning to.
 CASES = [

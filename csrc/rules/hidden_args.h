@@ -5,7 +5,7 @@
 
 namespace fastdistil {
 
-enum class HiddenKind : int { mse, cosine };  // fastdistil/backends/cpu_hidden.py lists the same names
+enum class HiddenKind : int { mse, cosine };  // fastdistil/backends/cpu/hidden.py lists the same names
 
 struct HiddenArgs {
   const void* student;                     // (N, D), row stride student_stride

@@ -5,7 +5,7 @@
 
 namespace fastdistil {
 
-enum class Tail : int { bucket, renormalize, zero };  // fastdistil/ops/topk_rule.py lists the same names
+enum class Tail : int { bucket, renormalize, zero };  // fastdistil/contracts/topk.py lists the same names
 
 // Columns of the statistics before the K gradients.
 enum TopkStat : int {

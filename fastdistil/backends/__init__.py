@@ -21,9 +21,9 @@ NAMES = ("reference", "cpu", "triton", "cuda")
 
 _MODULES = {
     "reference": "fastdistil.reference.{stem}",
-    "cpu": "fastdistil.backends.cpu_{stem}",
+    "cpu": "fastdistil.backends.cpu.{stem}",
     "triton": "fastdistil.kernels.triton.{stem}",
-    "cuda": "fastdistil.backends.cuda_{stem}",
+    "cuda": "fastdistil.backends.cuda.{stem}",
 }
 
 
@@ -72,10 +72,14 @@ def _cuda() -> bool | str:
     return True
 
 
-def choose(backend: str, device: torch.device) -> str:
-    """The backend's name for tensors on `device`; raises where the one that was asked for cannot run."""
+def choose(backend: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
+    """The backend's name for tensors on `device`; raises where the one that was asked for cannot run.
+
+    dtype: what its kernels would compute in. Triton's have no float64: the reference serves it on a GPU, unless Triton
+    was asked for by name."""
+    wide = dtype is not None and dtype.itemsize > 4
     if backend == "auto":
-        return "cpu" if device.type == "cpu" else "triton"
+        return "cpu" if device.type == "cpu" else "reference" if wide else "triton"
     if backend not in NAMES:
         raise ValueError(f"backend is {backend!r}, expected 'auto' or one of {', '.join(map(repr, NAMES))}")
     status = backends()[backend]
@@ -86,11 +90,14 @@ def choose(backend: str, device: torch.device) -> str:
         raise ValueError(f"backend {backend!r} cannot read tensors on {device}")
     if backend == "triton" and on_cpu != interpreting():
         raise ValueError(f"backend 'triton' cannot read tensors on {device}: the interpreter is for the CPU alone")
+    if backend == "triton" and wide:
+        raise ValueError("backend is 'triton', which has no float64 kernel, expected 'auto' or 'reference'")
     return backend
 
 
 @cache
-def _load(stem: str, backend: str) -> ModuleType:
+def module(stem: str, backend: str) -> ModuleType:
+    """The module that holds `stem`'s functions, of the backend that `choose` has named."""
     try:
         return importlib.import_module(_MODULES[backend].format(stem=stem))
     except ModuleNotFoundError as error:
@@ -99,6 +106,6 @@ def _load(stem: str, backend: str) -> ModuleType:
         raise
 
 
-def get(stem: str, backend: str, device: torch.device) -> ModuleType:
-    """The module that holds `stem`'s functions for tensors on `device` (`backend` may be "auto")."""
-    return _load(stem, choose(backend, device))
+def get(stem: str, backend: str, device: torch.device, dtype: torch.dtype | None = None) -> ModuleType:
+    """The module that holds `stem`'s functions for tensors on `device`; the arguments are those of `choose`."""
+    return module(stem, choose(backend, device, dtype))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdistil.backends import choose
 from fastdistil.losses import _check
 from fastdistil.ops.attention import accumulator, attention_rows, attention_total
 
@@ -113,7 +112,6 @@ def of_maps(
         _check_mask(function, mask, queries[0])
     named = (("student_scale", student_scale, queries[0]), ("teacher_scale", teacher_scale, queries[1]))
     scales = [x.shape[-1] ** -0.5 if y is None else _check.number(function, name, y) for name, y, x in named]
-    choose(backend, queries[0].device)
     items = _check.given_items(function, reduction, num_items, queries[0].device, accumulator(queries[0].dtype))
     if heads == "mean" and kind == "score_mse":  # the mean of the scores is one head's, as wide as all of them together
         assert keys is not None

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
-from fastdistil.backends import choose
 from fastdistil.losses import _check, _terms
 from fastdistil.losses._terms import LogitStats
 from fastdistil.losses.logit import rule_of
@@ -136,8 +135,6 @@ def linear_logit_loss(  # type: ignore[misc] # the overloads need not repeat wha
     _check.one_of(_NAME, "reduction", reduction, _check.REDUCTIONS)
     device = student_hidden.device
     chunk = chunk_size(_NAME, chunk_bytes, device)
-    if not torch.compiler.is_compiling():
-        choose(backend, device)
 
     rows = student_hidden.shape[:-1]
     wide = any(x is not None and x.dtype == torch.float64 for x in heads)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdistil.backends import choose
+from fastdistil.contracts.topk import TAILS
 from fastdistil.losses import _check, _terms
 from fastdistil.losses.linear_logit import check_head, chunk_size
 from fastdistil.losses.logit import rule_of
 from fastdistil.losses.topk import check_defined, check_teacher, partners_of, tail_of
 from fastdistil.ops.linear_topk import linear_topk_rows, linear_topk_total
-from fastdistil.ops.topk_rule import TAILS
 
 _NAME = "linear_topk_logit_loss"
 
@@ -78,8 +77,6 @@ def linear_topk_logit_loss(
     check_defined(_NAME, tail, divergence, mixture)
     device, rows = student_hidden.device, student_hidden.shape[:-1]
     chunk = chunk_size(_NAME, chunk_bytes, device)
-    if not torch.compiler.is_compiling():
-        choose(backend, device)
 
     heads = tuple(None if x is None else _check.usable(x) for x in (student_hidden, student_weight, student_bias))
     hidden, matrix, bias = heads

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
-from fastdistil.backends import choose
+from fastdistil.contracts.logit import DIVERGENCES
 from fastdistil.losses import _check, _terms
 from fastdistil.losses._terms import LogitStats
 from fastdistil.ops import logit as ops
 from fastdistil.ops.logit_rows import logit_rows, logit_rows_overwrite_, logit_total
-from fastdistil.ops.logit_rule import DIVERGENCES
 from fastdistil.ops.logit_terms import pack
 from fastdistil.ops.row_statistics import row_statistics
 
@@ -119,8 +118,6 @@ def logit_loss(  # type: ignore[misc] # the overloads need not repeat what is wr
     rule = rule_of(_NAME, divergence, beta, temperature, teacher_temperature, scale_by_t2)
     _check.one_of(_NAME, "reduction", reduction, _check.REDUCTIONS)
     check_inplace(_NAME, student, inplace_backward)
-    if not torch.compiler.is_compiling():
-        choose(backend, device)
 
     rows = student.shape[:-1]
     dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32

@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdistil.backends import choose
+from fastdistil.contracts.topk import TAILS
 from fastdistil.losses import _check, _terms
 from fastdistil.losses.logit import check_inplace, matrix, rule_of
 from fastdistil.ops import topk as ops
 from fastdistil.ops.logit import Overwrite
 from fastdistil.ops.topk_rows import topk_rows, topk_rows_overwrite_, topk_total
-from fastdistil.ops.topk_rule import TAILS
 
 _NAME = "topk_logit_loss"
 
@@ -108,8 +107,6 @@ def topk_logit_loss(
     _check.one_of(_NAME, "reduction", reduction, _check.REDUCTIONS)
     check_defined(_NAME, tail, divergence, mixture)
     check_inplace(_NAME, student, inplace_backward)
-    if not torch.compiler.is_compiling():
-        choose(backend, student.device)
 
     rows = student.shape[:-1]
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdistil.backends import attention_mean, choose, float64, get, low_rank
+from fastdistil.backends import choose, module
+from fastdistil.ops import attention_low_rank, attention_mean, float64
 from fastdistil.ops.gradients import hand_out, refuse_double_backward
 from fastdistil.ops.precision import with_exact_products
 
@@ -50,15 +51,11 @@ def _compute(
         )
     linear = kind == "score_mse" and not causal and cu_seqlens is None
     if name == "triton" and linear and float64.is_fast(student_q.device):  # matrix products alone, the vendor's
-        found = low_rank.score_mse(*tensors[:5], row_scale, student_scale, teacher_scale, need_grad)
+        found = attention_low_rank.score_mse(*tensors[:5], row_scale, student_scale, teacher_scale, need_grad)
         return _as_one(*found) if relation else found
-    if name == "triton" and student_q.dtype == torch.float64:
-        if backend == "triton":
-            raise ValueError("attention_loss: backend 'triton' has no float64 kernel, expected backend='reference'")
-        name = "reference"
-    module = get("attention", name, student_q.device)
+    name = choose(backend, student_q.device, row_scale.dtype)
     given = (None, None) if relation and name == "triton" else keys  # Triton has a kernel for both sides at once
-    found = module.attention(
+    found = module("attention", name).attention(
         student_q, given[0], teacher_q, given[1], key_mask, cu_seqlens, row_scale, kind, causal, student_scale,
         teacher_scale, need_grad,
     )  # fmt: skip

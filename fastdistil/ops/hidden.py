@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdistil.backends import choose, get
+from fastdistil.backends import choose, module
 from fastdistil.ops.gradients import hand_out, refuse_double_backward
 from fastdistil.ops.hidden_near import is_near
 from fastdistil.ops.precision import with_exact_products
@@ -43,16 +43,12 @@ def _compute(
 
     Rows of scale 0 are dropped before the products. Finding them waits for a GPU once, unless the caller knows that
     there are none (`dense`)."""
-    name = choose(backend, student.device)
-    if name == "triton" and row_scale.dtype == torch.float64:
-        if backend == "triton":
-            raise ValueError("hidden_loss: backend 'triton' has no float64 kernel, expected backend='reference'")
-        name = "reference"
-    module = get("hidden", name, student.device)
+    name = choose(backend, student.device, row_scale.dtype)
+    kernels = module("hidden", name)
     checked = student.device.type == "cpu" and name != "triton" and row_scale.dtype == torch.float32
     if projection is not None:
         states = (student, teacher, projection, bias, row_scale)
-        rows, found = _projected(module, *states, kind, activation, dense, wanted, checked)
+        rows, found = _projected(kernels, *states, kind, activation, dense, wanted, checked)
         if rounded:
             inputs = (student, projection, bias)
             found = tuple(g if g is None or x is None else g.to(x.dtype) for g, x in zip(found, inputs, strict=True))  # type: ignore[assignment]
@@ -64,12 +60,12 @@ def _compute(
         and is_near(student.to(row_scale.dtype), teacher, None, row_scale, kind, activation)
     )
     scale = row_scale.double() if wide else row_scale
-    rows, dstudent = module.hidden_rows(student, teacher, None, scale, kind, activation, dtype)
+    rows, dstudent = kernels.hidden_rows(student, teacher, None, scale, kind, activation, dtype)
     return rows.to(row_scale.dtype), (dstudent, None, None)
 
 
 def _projected(
-    module: ModuleType,
+    kernels: ModuleType,
     student: Tensor,
     teacher: Tensor,
     projection: Tensor,
@@ -108,7 +104,7 @@ def _projected(
             wide = weight.double() if wide is None else wide
             z, offset, scale = h.double() @ wide.T, None if shift is None else shift.double(), scale.double()
         need = dtype if any(wanted) else None
-        values, dz = module.hidden_rows(z, t, offset, scale, kind, activation, need)
+        values, dz = kernels.hidden_rows(z, t, offset, scale, kind, activation, need)
         rows[chunk] = values.to(dtype)
         if dstudent is not None:
             if kept is None and weight.dtype == dtype:

@@ -104,8 +104,8 @@ def _rows(
     if not layers or total == 0:
         return rows
     dtype, device, count, size = row_scale.dtype, row_scale.device, len(layers), layers[0].teacher.shape[1]
-    module = get("hidden_layers", backend, device)
-    table = module.layer_table([layer.teacher for layer in layers])
+    kernels = get("hidden_layers", backend, device)
+    table = kernels.layer_table([layer.teacher for layer in layers])
     biases = [layer.bias.to(dtype) for layer in layers if layer.bias is not None]  # of all layers or of none
     bias = torch.stack(biases) if biases else None
     factors = torch.tensor([layer.factor for layer in layers], dtype=dtype).to(device, non_blocking=True)
@@ -121,7 +121,7 @@ def _rows(
         for layer, h, out in zip(layers, hidden, z, strict=True):
             _product(h, layer.projection.T, dtype, out)
         scale = scales[:, start:stop].contiguous()
-        rows[chunk] = module.hidden_projected(z, table, bias, scale, chunk, kind, activation, need_grad).sum(0)
+        rows[chunk] = kernels.hidden_projected(z, table, bias, scale, chunk, kind, activation, need_grad).sum(0)
         if any(layer.dbias is not None for layer in layers):
             bias_sums += z.sum(1)
         if need_grad:

@@ -16,8 +16,8 @@ def hidden_layers(
     students: list[Tensor], teachers: list[Tensor], row_scale: Tensor, kind: str, activation: str, backend: str
 ) -> Tensor:
     """students, teachers: L of (N, D) in one dtype; row_scale (L, N) float32 -> rows (L, N), times row_scale."""
-    module = get("hidden_layers", backend, row_scale.device)
-    rows: Tensor = module.hidden_layers(students, teachers, row_scale, kind, activation, False)[0]
+    kernels = get("hidden_layers", backend, row_scale.device)
+    rows: Tensor = kernels.hidden_layers(students, teachers, row_scale, kind, activation, False)[0]
     return rows
 
 
@@ -26,8 +26,8 @@ def hidden_layers_bwd(
     students: list[Tensor], teachers: list[Tensor], row_scale: Tensor, kind: str, activation: str, backend: str
 ) -> Tensor:
     """As `hidden_layers` -> the gradients of the rows' sum (L, N, D), in the layers' dtype."""
-    module = get("hidden_layers", backend, row_scale.device)
-    gradients: Tensor = module.hidden_layers(students, teachers, row_scale, kind, activation, True)[1]
+    kernels = get("hidden_layers", backend, row_scale.device)
+    gradients: Tensor = kernels.hidden_layers(students, teachers, row_scale, kind, activation, True)[1]
     return gradients
 
 

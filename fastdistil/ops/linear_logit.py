@@ -15,10 +15,10 @@ from torch import Tensor
 
 from fastdistil.backends import choose
 from fastdistil.backends.memory import new_empty
+from fastdistil.contracts.logit import DIVERGENCES, LogitRule
 from fastdistil.ops import linear_mse, vocab_parallel
 from fastdistil.ops.gradients import hand_out, refuse_double_backward
 from fastdistil.ops.linear_difference import NEAR, Difference, form_of
-from fastdistil.ops.logit_rule import DIVERGENCES, LogitRule
 from fastdistil.ops.logit_terms import TAKES_DIFFERENCES, Terms, run, unpack
 from fastdistil.ops.precision import with_exact_products
 from fastdistil.ops.products import GATHERED_ROWS, add_product, product, product_back
@@ -127,8 +127,7 @@ def _compute(
 
     Rows that count for nothing are dropped before the products, unless the caller knows that there are none (`dense`):
     finding them waits for a GPU once."""
-    if backend == "triton" and row_scale.dtype == torch.float64:
-        raise ValueError("linear_logit_loss: backend 'triton' has no float64 kernel, expected backend='reference'")
+    name = choose(backend, row_scale.device, row_scale.dtype)
     rule, caps = unpack(constants)
     terms = Terms(labels, label_scale, vocab_map, *caps, statistics)
     heads = (student_weight, student_bias, teacher_weight, teacher_bias)
@@ -144,7 +143,7 @@ def _compute(
         each = scale.new_empty(0, ROW_STATISTICS)
     else:
         difference = None
-        if choose(backend, scale.device) in TAKES_DIFFERENCES:
+        if name in TAKES_DIFFERENCES:
             difference = _difference(student, teacher, heads, scale.dtype, rule, terms, group)
         source = _Source(student, teacher, heads, scale, vocab_map, wanted, labels is not None, difference)
         need = any(wanted)

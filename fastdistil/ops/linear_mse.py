@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fastdistil.backends import float64
 from fastdistil.backends.memory import new_empty
-from fastdistil.ops.logit_rule import LogitRule
+from fastdistil.contracts.logit import LogitRule
+from fastdistil.ops import float64
 
 # How much faster a GPU multiplies in the chunks' 16 bits than in float32 (data sheets, not a record).
 LOW_PRECISION_GAIN = 12.0

@@ -11,14 +11,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fastdistil.backends import choose, get
+from fastdistil.backends import choose, module
 from fastdistil.backends.memory import new_empty
+from fastdistil.contracts.topk import STATS, TopkRule
 from fastdistil.ops.gradients import hand_out, refuse_double_backward
 from fastdistil.ops.linear_logit import Flags, Gradients, StudentHead
 from fastdistil.ops.logit_terms import ALIGNED_COLUMNS, Terms, cap, cap_back, chunk_rows
 from fastdistil.ops.precision import with_exact_products
 from fastdistil.ops.row_statistics import kernels
-from fastdistil.ops.topk_rule import STATS, TopkRule, canonical
+from fastdistil.ops.topk_teacher import canonical
 
 
 class Source(Protocol):
@@ -44,16 +45,6 @@ def unpack(constants: list[float]) -> tuple[TopkRule, tuple[float, float]]:
     return rule, (scale, softcap)
 
 
-def backend_of(function: str, backend: str, scale: Tensor) -> str:
-    """The backend's name for these rows: on a GPU the reference serves float64."""
-    name = choose(backend, scale.device)
-    if name == "triton" and scale.dtype == torch.float64:
-        if backend == "triton":
-            raise ValueError(f"{function}: backend 'triton' has no float64 kernel, expected backend='reference'")
-        name = "reference"
-    return name
-
-
 @with_exact_products
 def _compute(
     hidden: Tensor,
@@ -73,7 +64,7 @@ def _compute(
     wanted: Flags,
 ) -> tuple[Tensor, Gradients]:
     """Rows (N,) times their scales and the gradients of their sum that are `wanted`, in row_scale's dtype."""
-    name = backend_of("linear_topk_logit_loss", backend, row_scale)
+    name = choose(backend, row_scale.device, row_scale.dtype)
     rule, caps = unpack(constants)
     terms = Terms(labels, label_scale, vocab_map, *caps)
     kept = None if dense else terms.counts(row_scale).nonzero()[:, 0]
@@ -115,7 +106,7 @@ def run(
     if count == 0:
         return rows
     u, columns, rest = teacher
-    module = get("topk", name, scale.device)
+    topk = module("topk", name)
     with_raw = need and terms.student_softcap != 0
     step = chunk_rows(count, source.columns, scale.element_size(), chunk_bytes, 2 + with_raw)
     padded = -(-source.columns // ALIGNED_COLUMNS) * ALIGNED_COLUMNS
@@ -134,7 +125,7 @@ def run(
             kept = logits[:, alone] if terms.labels is not None else None
             logits.index_fill_(1, alone, float("-inf"))
         part = (u[chunk], columns[chunk], rest[chunk], scale[chunk], rows[chunk], stats[:n])
-        module.topk_fwd(logits, *part, gradient, **rule)
+        topk.topk_fwd(logits, *part, gradient, **rule)
         if terms.labels is not None and terms.label_scale is not None:
             if kept is not None and alone is not None:
                 logits.index_copy_(1, alone, kept)

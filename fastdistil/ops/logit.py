@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdistil.backends import choose, get
+from fastdistil.backends import get
 from fastdistil.backends.memory import new_empty
+from fastdistil.contracts.logit import STATS, LogitRule
 from fastdistil.ops.gradients import multiply_, refuse_double_backward
-from fastdistil.ops.logit_rule import STATS, LogitRule
 
 
 def _rule(divergence: int, beta: float, t_s: float, t_t: float, value_factor: float) -> LogitRule:
@@ -32,13 +32,8 @@ def _rule(divergence: int, beta: float, t_s: float, t_t: float, value_factor: fl
     }
 
 
-def _module(backend: str, student: Tensor) -> ModuleType:
-    name = choose(backend, student.device)
-    if name == "triton" and student.dtype == torch.float64:
-        if backend == "triton":
-            raise ValueError("logit_loss: backend 'triton' has no float64 kernel, expected backend='reference'")
-        name = "reference"
-    return get("logit", name, student.device)
+def _kernels(backend: str, student: Tensor) -> ModuleType:
+    return get("logit", backend, student.device, student.dtype)
 
 
 @torch.library.custom_op("fastdistil::logit", mutates_args=())
@@ -57,8 +52,8 @@ def logit(
     """Row losses (N,), row statistics (N, STATS) and the gradient for dloss = 1 ((N, V), or (0, V) if not wanted)."""
     loss, stats, gradient = _outputs(student, row_scale, with_gradient, new_empty)
     rule = _rule(divergence, beta, student_temperature, teacher_temperature, value_factor)
-    module = _module(backend, student)
-    module.logit_fwd(student, teacher, row_scale, loss, stats, gradient if with_gradient else None, **rule)
+    kernels = _kernels(backend, student)
+    kernels.logit_fwd(student, teacher, row_scale, loss, stats, gradient if with_gradient else None, **rule)
     return loss, stats, gradient
 
 
@@ -103,8 +98,8 @@ def logit_bwd(
     """The student's gradient (N, V), times dloss, in fresh memory."""
     gradient = new_empty(student, student.shape)
     rule = _rule(divergence, beta, student_temperature, teacher_temperature, value_factor)
-    module = _module(backend, student)
-    module.logit_bwd(student, teacher, row_scale, stats, gradient, dloss.contiguous(), False, **rule)
+    kernels = _kernels(backend, student)
+    kernels.logit_bwd(student, teacher, row_scale, stats, gradient, dloss.contiguous(), False, **rule)
     return gradient
 
 
@@ -140,7 +135,7 @@ def logit_overwrite_(
     """Row losses (N,); the gradient is written over the student's logits."""
     loss, stats, _ = _outputs(student, row_scale, False)
     rule = _rule(divergence, beta, student_temperature, teacher_temperature, value_factor)
-    _module(backend, student).logit_fwd(student, teacher, row_scale, loss, stats, student, **rule)
+    _kernels(backend, student).logit_fwd(student, teacher, row_scale, loss, stats, student, **rule)
     return loss
 
 
@@ -203,9 +198,9 @@ def _backward(ctx: Any, dloss: Tensor | None, *unused: Tensor | None) -> tuple[T
         student, teacher, row_scale, stats = ctx.saved_tensors
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is not None:  # never while tracing: no need for the dispatcher, which costs more than small rows
-            module = _module(ctx.backend, student)
+            kernels = _kernels(ctx.backend, student)
             rest = (stats, gradient, dloss.contiguous())
-            module.logit_bwd(student, teacher, row_scale, *rest, True, **_rule(*ctx.rule))
+            kernels.logit_bwd(student, teacher, row_scale, *rest, True, **_rule(*ctx.rule))
         else:
             gradient = logit_bwd(student, teacher, row_scale, stats, dloss, *ctx.rule, ctx.backend)
     return (gradient, *(None,) * 9)

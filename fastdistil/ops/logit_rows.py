@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdistil.backends import choose, get
+from fastdistil.backends import choose, module
 from fastdistil.backends.memory import new_empty
+from fastdistil.contracts.logit import STATS, LogitRule
 from fastdistil.ops import row_statistics
 from fastdistil.ops.gradients import hand_out, refuse_double_backward
-from fastdistil.ops.logit_rule import STATS, LogitRule
 from fastdistil.ops.logit_terms import ADDS_LABELS, Terms, run, unpack
 from fastdistil.ops.precision import with_exact_products
 from fastdistil.ops.row_statistics import ROW_STATISTICS
@@ -60,11 +60,8 @@ def _compute(
     gradient: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Rows and statistics; the gradient of the rows' sum is written where one is wanted."""
-    if backend == "triton" and row_scale.dtype == torch.float64:
-        raise ValueError("logit_loss: backend 'triton' has no float64 kernel, expected backend='reference'")
+    name = choose(backend, student.device, row_scale.dtype)
     rule, caps = unpack(constants)
-    name = choose(backend, student.device)
-    name = "reference" if name == "triton" and row_scale.dtype == torch.float64 else name
     as_they_are = student.dtype == teacher.dtype and vocab_map is None and not group
     if name in ADDS_LABELS and labels is not None and label_scale is not None and as_they_are:
         return _in_place(student, teacher, row_scale, labels, label_scale, rule, statistics, name, gradient)
@@ -92,8 +89,7 @@ def _in_place(
         temperatures = (rule["student_temperature"], rule["teacher_temperature"])
         found = row_statistics.moments(student, teacher, row_scale, temperatures, backend)
         each = row_statistics.statistics(found, row_scale)
-    kernels = get("logit", backend, student.device)
-    kernels.logit_fwd(
+    module("logit", backend).logit_fwd(
         student, teacher, row_scale, rows, stats, gradient, labels=labels, label_scale=label_scale, **rule
     )
     return rows, each

@@ -16,10 +16,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastdistil.backends import choose, get
+from fastdistil.backends import choose, module
 from fastdistil.backends.memory import new_empty
+from fastdistil.contracts.logit import DIVERGENCES, STATS, LogitRule
 from fastdistil.ops import row_statistics, vocab_parallel
-from fastdistil.ops.logit_rule import DIVERGENCES, STATS, LogitRule
 from fastdistil.ops.row_statistics import ROW_STATISTICS
 
 # Backends whose logit_fwd adds the cross entropy with labels by itself.
@@ -132,9 +132,8 @@ def run(
     ranks = vocab_parallel.Ranks(group, source.columns, device) if group else None
     if terms.vocab_map is not None and rule["divergence"] == DIVERGENCES.index("mse"):
         scale = scale * _per_partner(terms.vocab_map, ranks, dtype)
-    name = choose(backend, device)
-    name = "reference" if name == "triton" and dtype == torch.float64 else name
-    logit = get("logit", name, device)
+    name = choose(backend, device, dtype)
+    logit = module("logit", name)
     joined = terms.vocab_map is None and ranks is None and name in ADDS_LABELS
     joined = joined and not (differences and name == "triton")  # its loads of the student's logits are of logits
     fused = partial(logit.logit_fwd, **rule) if ranks is None else ranks.forward(logit, rule)

@@ -11,18 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdistil.backends import choose, get
+from fastdistil.backends import get
+from fastdistil.contracts.row_moments import MOMENTS
 
-MOMENTS = 9  # enum RowMoment of csrc/rules/row_moments_args.h
 ROW_STATISTICS = 4  # student entropy, teacher entropy, cross entropy, whether both have the same top column
 
 
 def kernels(stem: str, backend: str, scale: Tensor) -> ModuleType:
-    """The module of a stem that has no CUDA C++ kernel: Triton's then, and for float64 on a GPU the reference's."""
-    name = choose(backend, scale.device)
-    name = "triton" if name == "cuda" else name
-    name = "reference" if name == "triton" and scale.dtype == torch.float64 else name
-    return get(stem, name, scale.device)
+    """The module of a stem that has no CUDA C++ kernel: what a GPU gets otherwise."""
+    return get(stem, "auto" if backend == "cuda" else backend, scale.device, scale.dtype)
 
 
 def moments(student: Tensor, teacher: Tensor, scale: Tensor, temperatures: tuple[float, float], backend: str) -> Tensor:

@@ -15,19 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdistil.backends import choose, get
+from fastdistil.backends import get
 from fastdistil.backends.memory import new_empty
+from fastdistil.contracts.topk import STATS, TopkRule
 from fastdistil.ops.gradients import refuse_double_backward
-from fastdistil.ops.topk_rule import STATS, TopkRule, canonical
+from fastdistil.ops.topk_teacher import canonical
 
 
-def _module(backend: str, student: Tensor) -> ModuleType:
-    name = choose(backend, student.device)
-    if name == "triton" and student.dtype == torch.float64:
-        if backend == "triton":
-            raise ValueError("topk_logit_loss: backend 'triton' has no float64 kernel, expected backend='reference'")
-        name = "reference"
-    return get("topk", name, student.device)
+def _kernels(backend: str, student: Tensor) -> ModuleType:
+    return get("topk", backend, student.device, student.dtype)
 
 
 @torch.library.custom_op("fastdistil::topk", mutates_args=())
@@ -54,11 +50,11 @@ def topk(
         "temperature": temperature,
         "value_factor": value_factor,
     }
-    module = _module(backend, student)
+    kernels = _kernels(backend, student)
     teacher = (values, indices, teacher_tail)
     u, columns, rest = canonical("topk_logit_loss", *teacher, row_scale, student.shape[1], tail)
     loss, _, stats, gradient = _outputs(student, values, row_scale, with_gradient, new_empty)
-    module.topk_fwd(student, u, columns, rest, row_scale, loss, stats, gradient if with_gradient else None, **rule)
+    kernels.topk_fwd(student, u, columns, rest, row_scale, loss, stats, gradient if with_gradient else None, **rule)
     return loss, columns, stats, gradient
 
 
@@ -106,7 +102,7 @@ def topk_bwd(
     """The student's gradient (N, V), times dloss, in fresh memory."""
     gradient = new_empty(student, student.shape)
     rest = (gradient, dloss.contiguous(), False, temperature)
-    _module(backend, student).topk_bwd(student, columns, row_scale, stats, *rest)
+    _kernels(backend, student).topk_bwd(student, columns, row_scale, stats, *rest)
     return gradient
 
 
@@ -140,8 +136,8 @@ def _backward(ctx: Any, dloss: Tensor | None, *unused: Tensor | None) -> tuple[T
         tensors = ctx.saved_tensors
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is not None:  # never while tracing
-            module = _module(ctx.backend, tensors[0])
-            module.topk_bwd(*tensors, gradient, dloss.contiguous(), True, ctx.temperature)
+            kernels = _kernels(ctx.backend, tensors[0])
+            kernels.topk_bwd(*tensors, gradient, dloss.contiguous(), True, ctx.temperature)
         else:
             gradient = topk_bwd(*tensors, dloss, ctx.temperature, ctx.backend)
     return (gradient, *(None,) * 11)

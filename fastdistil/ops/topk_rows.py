@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdistil.backends import choose
 from fastdistil.backends.memory import new_empty
 from fastdistil.ops.gradients import hand_out, refuse_double_backward
-from fastdistil.ops.linear_topk import backend_of, run, unpack
+from fastdistil.ops.linear_topk import run, unpack
 from fastdistil.ops.logit_rows import CHUNK_BYTES
 from fastdistil.ops.logit_terms import Terms
-from fastdistil.ops.topk_rule import canonical
+from fastdistil.ops.topk_teacher import canonical
 
 
 class _Source:
@@ -46,7 +47,7 @@ def _compute(
     gradient: Tensor | None,
 ) -> Tensor:
     """Rows; the gradient of their sum is written where one is wanted."""
-    name = backend_of("topk_logit_loss", backend, row_scale)
+    name = choose(backend, row_scale.device, row_scale.dtype)
     rule, caps = unpack(constants)
     known = (values, indices, teacher_tail)
     teacher = canonical("topk_logit_loss", *known, row_scale, student.shape[1], rule["tail"], vocab_map)

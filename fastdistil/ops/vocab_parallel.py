@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastdistil.contracts.logit import DIVERGENCES, PHASE_STATISTICS, PHASE_VALUE, LogitRule
 from fastdistil.ops import row_statistics
-from fastdistil.ops.logit_rule import DIVERGENCES, PHASE_STATISTICS, PHASE_VALUE, LogitRule
 
 DIRECT = ("forward_kl", "mse")  # rules whose gradient needs no sum over the row (csrc/rules/divergence.h: not centred)
 LARGEST_EXACT = 30.0  # lse(a) - lse(b) of a part, beyond which the rows lie far apart

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastdistil.contracts.attention import sum_of_groups
 from fastdistil.reference.exact import forward_kl_rows, softmax_difference, through_softmax
 
 COMMON = 0.25  # of a mean's square, in units of the variance: what is less is left where it is
@@ -96,9 +97,3 @@ def without_mean(k: Tensor, real: Tensor | None) -> Tensor:
     variance = k.square().sum((2, 3), keepdim=True) / count - squares
     moved = k - torch.where((squares > COMMON * variance) & squares.isfinite(), mean, 0.0)
     return moved if real is None else moved.masked_fill_(~real, 0.0)
-
-
-def sum_of_groups(dk: Tensor, key_heads: int) -> Tensor:
-    """(B, H, S, d), one gradient a query head -> (B, key_heads, S, d), the sum over those that share a key head."""
-    batch, heads, length, size = dk.shape
-    return dk if key_heads == heads else dk.reshape(batch, key_heads, heads // key_heads, length, size).sum(2)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from fastdistil.ops.logit_rule import DIVERGENCES, PHASE_ALL, LogitRule
+from fastdistil.contracts.logit import DIVERGENCES, PHASE_ALL, LogitRule
 from fastdistil.reference.exact import LARGEST_EXACT, expm1_minus_x, log_mass_ratio, usable_reference
 
 LARGEST_SLOPE = 1e4  # log(p/q) in a gradient

@@ -1,4 +1,4 @@
-"""Section 6 of docs/losses.md in plain PyTorch, on any device. Signatures as in fastdistil/backends/cpu_sparse.py."""
+"""Section 6 of docs/losses.md in plain PyTorch, on any device. Signatures as in fastdistil/backends/cpu/sparse.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastdistil.ops.sparse_rows import ALL_BUCKETS, LOW_BITS, LOW_BUCKETS, UpdateRow
+from fastdistil.contracts.sparse import ALL_BUCKETS, LOW_BITS, LOW_BUCKETS, UpdateRow
 
 _INFINITY_BITS = 0x7F800000  # above it: NaN
 

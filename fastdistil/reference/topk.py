@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from fastdistil.ops.logit_rule import DIVERGENCES
-from fastdistil.ops.topk_rule import BUCKET, STATS, ZERO, TopkRule
+from fastdistil.contracts.logit import DIVERGENCES
+from fastdistil.contracts.topk import BUCKET, STATS, ZERO, TopkRule
 from fastdistil.reference.logit import pair_rows
 
 
@@ -56,7 +56,7 @@ def topk_fwd(
 ) -> None:
     """Writes loss (N,), stats (N, STATS + K) and, where given, gradient (N, V).
 
-    values (N, K) float64, columns (N, K) int32 and rest (N,) float64 are what fastdistil.ops.topk_rule.canonical
+    values (N, K) float64, columns (N, K) int32 and rest (N,) float64 are what fastdistil.ops.topk_teacher.canonical
     returns. stats: the largest logit outside of the K columns, the factor of e^((z - largest) / T) there, and the K
     gradients.
     """

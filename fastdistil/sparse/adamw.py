@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdistil.contracts.sparse import UpdateConstants, UpdateRow
 from fastdistil.losses._check import number
-from fastdistil.ops.sparse_rows import UpdateConstants, UpdateRow
 from fastdistil.sparse._check import Named, float_param, named_tensors
 from fastdistil.sparse.mask import SparseMask
 from fastdistil.sparse.names import all_names, by_parameter, found_name, same_positions

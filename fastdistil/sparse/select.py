@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastdistil.backends import backends, get
-from fastdistil.ops.sparse_rows import ALL_BUCKETS, HIGH_BUCKETS, LOW_BITS, LOW_BUCKETS
+from fastdistil.contracts.sparse import ALL_BUCKETS, HIGH_BUCKETS, LOW_BITS, LOW_BUCKETS
 from fastdistil.sparse._check import (
     Named,
     base_param,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdistil.losses._check import positive
-from fastdistil.ops.topk_rule import LARGEST_MASS
+from fastdistil.ops.topk_teacher import LARGEST_MASS
 from fastdistil.teacher import format as files
 
 _NAME = "teacher.Writer"

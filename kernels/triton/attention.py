@@ -19,7 +19,7 @@ from fastdistil.kernels.triton.attention_relation import attention_dx_kernel
 from fastdistil.kernels.triton.numerics import FUSION
 from torch import Tensor
 
-from fastdistil.reference.attention import sum_of_groups
+from fastdistil.contracts.attention import sum_of_groups
 
 LARGEST_HEAD = 128
 COMMON = 0.25  # of a mean's square, in units of the variance: what is less is left where it is

@@ -160,7 +160,7 @@ class Rule(NamedTuple):
     softmax: bool = True
 
 
-# In the order of fastdistil.ops.logit_rule.DIVERGENCES.
+# In the order of fastdistil.contracts.logit.DIVERGENCES.
 RULES = (
     Rule(forward_kl, plain_forward_kl, centred=False),
     Rule(reverse_kl, plain_reverse_kl, centred=True),

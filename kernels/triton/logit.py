@@ -12,7 +12,7 @@ from fastdistil.kernels.triton.logit_kernels import logit_bwd_kernel, logit_fwd_
 from fastdistil.kernels.triton.numerics import FUSION
 from torch import Tensor
 
-from fastdistil.ops.logit_rule import PHASE_ALL, STATS
+from fastdistil.contracts.logit import PHASE_ALL, STATS
 
 
 def logit_config(columns: int, lanes: int, most: int = 2048) -> tuple[int, dict[str, int]]:
@@ -86,7 +86,7 @@ def logit_fwd(
     label_scale: Tensor | None = None,
     **rule: Any,
 ) -> None:
-    """As fastdistil.backends.cpu_logit.logit_fwd, for float32, bfloat16 and float16."""
+    """As fastdistil.backends.cpu.logit.logit_fwd, for float32, bfloat16 and float16."""
     sizes, constants = _arguments(student, teacher, gradient, rule, forward=True, labels=labels is not None)
     factor = rule["value_factor"]
     if student.shape[0]:
@@ -109,7 +109,7 @@ def logit_bwd(
     keep_unit: bool,
     **rule: Any,
 ) -> None:
-    """As fastdistil.backends.cpu_logit.logit_bwd, for float32, bfloat16 and float16."""
+    """As fastdistil.backends.cpu.logit.logit_bwd, for float32, bfloat16 and float16."""
     sizes, constants = _arguments(student, teacher, gradient, rule, forward=False)
     if student.shape[0]:
         logit_bwd_kernel[(student.shape[0],)](

@@ -10,7 +10,7 @@ import triton.language as tl
 from fastdistil.kernels.triton.numerics import FUSION
 from torch import Tensor
 
-from fastdistil.ops.row_statistics import MOMENTS
+from fastdistil.contracts.row_moments import MOMENTS
 
 
 @triton.jit

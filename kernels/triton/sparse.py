@@ -13,7 +13,7 @@ import triton.language as tl
 from fastdistil.kernels.triton.numerics import FUSION
 from torch import Tensor
 
-from fastdistil.ops.sparse_rows import COLUMNS, CONSTANTS, UpdateRow, update_table
+from fastdistil.contracts.sparse import COLUMNS, CONSTANTS, UpdateRow, update_table
 from fastdistil.reference.sparse import sparse_compact, sparse_histogram, sparse_put_, sparse_take
 
 __all__ = ["aot_cases", "sparse_compact", "sparse_histogram", "sparse_put_", "sparse_take", "sparse_update_"]
@@ -89,7 +89,7 @@ def _alike(row: UpdateRow) -> tuple[Any, Any, bool]:
 
 
 def sparse_update_(rows: Sequence[UpdateRow]) -> None:
-    """As fastdistil.backends.cpu_sparse.sparse_update_, for float32, bfloat16 and float16: a launch a dtype."""
+    """As fastdistil.backends.cpu.sparse.sparse_update_, for float32, bfloat16 and float16: a launch a dtype."""
     block, options = sparse_config()
     for row in rows:
         if row.param.dtype not in _DTYPES:

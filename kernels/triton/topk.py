@@ -12,7 +12,7 @@ from fastdistil.kernels.triton.logit import _vector, logit_config
 from fastdistil.kernels.triton.topk_kernels import topk_bwd_kernel, topk_fwd_kernel
 from torch import Tensor
 
-from fastdistil.ops.topk_rule import BUCKET, RENORMALIZE, STATS, ZERO
+from fastdistil.contracts.topk import BUCKET, RENORMALIZE, STATS, ZERO
 
 
 def topk_config(columns: int, k: int, lanes: int) -> tuple[int, int, dict[str, int]]:

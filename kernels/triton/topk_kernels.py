@@ -150,7 +150,7 @@ def topk_fwd_kernel(
     STATS: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr, KBLOCK: tl.constexpr,
 ):  # fmt: skip
     """loss (N,), stats (N, STATS + K) and, with GRADIENT, gradient (N, V), all times the row's scale. TAIL: index into
-    fastdistil.ops.topk_rule.TAILS; 1/T is inv_high + inv_low, rest 1 - beta."""
+    fastdistil.contracts.topk.TAILS; 1/T is inv_high + inv_low, rest 1 - beta."""
     row = tl.program_id(0).to(tl.int64)
     scale = tl.load(scale_ptr + row)
     live = scale != 0.0

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fastdistil import _C
-from fastdistil.backends import cpu_logit
+from fastdistil.backends.cpu import logit
 from fastdistil.backends.memory import new_empty
-from fastdistil.ops.logit_rule import STATS, LogitRule
+from fastdistil.contracts.logit import STATS, LogitRule
 
 FUSED = ("mse", "cosine")  # enum HiddenKind
 
@@ -83,5 +83,5 @@ def _kl(
         student = student + bias
     rows, stats = torch.empty_like(row_scale), row_scale.new_empty((len(row_scale), STATS))
     gradient = None if grad_dtype is None else new_empty(student, student.shape)
-    cpu_logit.logit_fwd(student, teacher, row_scale, rows, stats, gradient, **_FORWARD_KL)
+    logit.logit_fwd(student, teacher, row_scale, rows, stats, gradient, **_FORWARD_KL)
     return rows, gradient if gradient is None or grad_dtype is None else gradient.to(grad_dtype)

@@ -7,7 +7,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastdistil import _C
-from fastdistil.ops.topk_rule import TopkRule
+from fastdistil.contracts.topk import TopkRule
 
 
 def topk_fwd(

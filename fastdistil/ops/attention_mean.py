@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastdistil.contracts.attention import sum_of_groups
 from fastdistil.reference import attention_mean as reference
-from fastdistil.reference.attention import sum_of_groups
 
 # Elements of one map's block, all heads of it; about ten such tensors are alive at a time.
 BLOCK_ELEMENTS = {"cpu": 2**18, "gpu": 2**24}

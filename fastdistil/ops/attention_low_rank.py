@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdistil.reference.attention import sum_of_groups
+from fastdistil.contracts.attention import sum_of_groups
 
 # Of float64 factors at a time; not yet measured on a GPU. Those that come here have 40 GiB and more.
 CHUNK_BYTES = 2**30

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastdistil import _C
-from fastdistil.ops.sparse_rows import UpdateRow, update_table
+from fastdistil.contracts.sparse import UpdateRow, update_table
 
 
 def sparse_histogram(params: Sequence[Tensor], bases: Sequence[Tensor], counts: Tensor, bucket: int) -> int:

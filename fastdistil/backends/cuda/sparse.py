@@ -1,6 +1,6 @@
 """Sparse updates on NVIDIA GPUs: the CUDA C++ kernels of kernels/cuda/sparse_*.cu, on torch's current stream.
 
-Signatures as in fastdistil/backends/cpu_sparse.py. Each call is one launch for all of its tensors.
+Signatures as in fastdistil/backends/cpu/sparse.py. Each call is one launch for all of its tensors.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastdistil import _C
-from fastdistil.ops.sparse_rows import DTYPES, UpdateRow, update_table
+from fastdistil.contracts.sparse import DTYPES, UpdateRow, update_table
 from fastdistil.reference.sparse import sparse_put_, sparse_take
 
 __all__ = ["sparse_compact", "sparse_histogram", "sparse_put_", "sparse_take", "sparse_update_"]

@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastdistil import _C
-from fastdistil.ops.logit_rule import PHASE_ALL, LogitRule
+from fastdistil.contracts.logit import PHASE_ALL, LogitRule
 
 
 def logit_fwd(

@@ -7,7 +7,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastdistil import _C
-from fastdistil.ops.logit_rule import PHASE_ALL, LogitRule
+from fastdistil.contracts.logit import PHASE_ALL, LogitRule
 
 
 def logit_fwd(
@@ -21,7 +21,7 @@ def logit_fwd(
     difference: bool = False,
     **rule: Unpack[LogitRule],
 ) -> None:
-    """As fastdistil.backends.cpu_logit.logit_fwd."""
+    """As fastdistil.backends.cpu.logit.logit_fwd."""
     with torch.cuda.device(student.device):
         _C.logit_fwd_cuda(
             student,

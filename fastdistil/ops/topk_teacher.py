@@ -1,30 +1,16 @@
-"""The constants of one topk_logit_loss call, and the teacher as every backend receives it."""
+"""The teacher of a top-k loss as every backend receives it."""
 
 from __future__ import annotations
 
-from typing import NoReturn, TypedDict
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-# The order is the enum Tail of csrc/rules/topk_args.h.
-TAILS = ("bucket", "renormalize", "zero")
-BUCKET, RENORMALIZE, ZERO = range(3)
-
-# Columns of the row statistics before the K gradients: the largest student logit outside of the K columns, and what
-# e^((z - largest) / T) is multiplied by to give the gradient there.
-STATS = 2
+from fastdistil.contracts.topk import BUCKET, RENORMALIZE, TAILS, ZERO
 
 # Probabilities that sum to more are no rounding error: 16-bit log-probabilities are within 3% each.
 LARGEST_MASS = 1.1
-
-
-class TopkRule(TypedDict):
-    divergence: int  # index into fastdistil.ops.logit_rule.DIVERGENCES
-    beta: float
-    tail: int  # index into TAILS
-    temperature: float
-    value_factor: float  # T^2, or 1
 
 
 def canonical(
