@@ -24,7 +24,7 @@ STEMS = {  # parts of the names of an op's own files
     "steps": ("attention", "hidden"),
     "terms": ("cross_entropy", "row_moments", "row_statistics", "vocab_parallel"),  # of no case yet
 }  # fmt: skip
-FORWARDING = ("bindings", "dispatch", "sparse_dispatch")  # files that only hand calls on
+FORWARDING = ("csrc/bindings/", "csrc/cpu/dispatch", "csrc/cpu/sparse_dispatch")  # files that only hand calls on
 SOURCE_FOLDERS = ("csrc", "kernels", *(f"fastdistil/{x}" for x in ("contracts", "backends", "ops", "sparse")))
 SOURCE_SUFFIXES = {".cpp", ".h", ".cu", ".cuh", ".py"}
 PACKAGES = (
@@ -50,7 +50,7 @@ def kernel_sources(op: str, root: Path) -> list[Path]:
         for folder in SOURCE_FOLDERS
         for path in (root / folder).rglob("*")
         if path.suffix in SOURCE_SUFFIXES
-        and not path.name.startswith(FORWARDING)
+        and not path.relative_to(root).as_posix().startswith(FORWARDING)
         and not any(stem in path.relative_to(root).as_posix() for stem in others)
     )
 

@@ -2,6 +2,7 @@ from torch import Tensor
 from typing_extensions import Buffer
 
 cuda_arches: str
+contracts: dict[str, tuple[str, ...] | int]
 
 def isa() -> str: ...
 def isas() -> list[str]: ...
@@ -15,11 +16,11 @@ def pool_held() -> int: ...
 def pool_release() -> None: ...
 def cross_entropy_rows(
     logits: Tensor,
-    labels: int,
+    labels: Tensor,
     row_scale: Tensor,
     loss: Tensor,
     gradient: Tensor | None,
-    lse: Tensor | None,
+    whole: Tensor | None,
     threads: int,
 ) -> None: ...
 def row_moments(
@@ -55,7 +56,7 @@ def logit_fwd(
     value_factor: float,
     threads: int,
     phase: int = 0,
-    labels: int = 0,
+    labels: Tensor | None = None,
     label_scale: Tensor | None = None,
     difference: bool = False,
 ) -> None: ...

@@ -1,10 +1,14 @@
-"""Which files may import which: losses -> ops -> backends -> contracts, and never back; no circles."""
+"""Which files may import which: losses -> ops -> backends -> contracts, and never back; no circles. And that C++ has the
+names and numbers of the contracts."""
 
 from __future__ import annotations
 
 import ast
 from graphlib import TopologicalSorter
 from pathlib import Path
+
+from fastdistil import _C
+from fastdistil.contracts import attention, hidden, logit, row_moments, sparse, topk
 
 ROOT = Path(__file__).parent.parent
 
@@ -75,3 +79,23 @@ def test_no_file_imports_itself_by_way_of_others() -> None:
     graph = {name: {x for x in found if x not in packages} for name, found in graph.items()}
     assert sum(map(len, graph.values())) > 100
     list(TopologicalSorter(graph).static_order())  # raises CycleError with the circle
+
+
+def test_contracts_are_those_of_the_extension() -> None:
+    assert _C.contracts == {
+        "divergences": logit.DIVERGENCES,
+        "phases": logit.PHASES,
+        "tails": topk.TAILS,
+        "hidden_kinds": hidden.KERNEL_KINDS,
+        "attention_kinds": attention.KINDS,
+        "logit_stats": logit.STATS,
+        "topk_stats": topk.STATS,
+        "row_moments": row_moments.MOMENTS,
+        "update_columns": sparse.COLUMNS,
+        "update_constants": sparse.CONSTANTS,
+        "high_buckets": sparse.HIGH_BUCKETS,
+        "low_buckets": sparse.LOW_BUCKETS,
+        "all_buckets": sparse.ALL_BUCKETS,
+    }
+    assert (topk.TAILS[topk.BUCKET], topk.TAILS[topk.RENORMALIZE], topk.TAILS[topk.ZERO]) == topk.TAILS
+    assert [logit.PHASES[x] for x in (logit.PHASE_ALL, logit.PHASE_STATISTICS, logit.PHASE_VALUE)] == list(logit.PHASES)

@@ -8,9 +8,8 @@
 
 namespace fastdistil {
 
-enum class AttentionKind : int { prob_mse, prob_kl, score_mse };
-
-constexpr int kAttentionKinds = 3;
+#define FD_ATTENTION_KINDS(X) X(prob_mse) X(prob_kl) X(score_mse)
+FD_NAMED_ENUM(AttentionKind, FD_ATTENTION_KINDS)
 
 // Queries or keys (B, heads, S, size), or packed (1, heads, total, size); unit stride along the last axis.
 struct HeadsArgs {

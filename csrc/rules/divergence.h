@@ -13,6 +13,7 @@
 // that column's, as functions of `turn`, the delta less that column's (`Origin`).
 #pragma once
 
+#include "logit_args.h"
 #include "math.h"
 
 namespace fastdistil {
@@ -154,9 +155,6 @@ struct MeanSquare {  // (a - b)^2 / V: no softmax; delta is a - b, q is 1/V
     return {c.delta * c.delta * c.q, T(2) * c.delta * c.q};
   }
 };
-
-// The order is part of the bindings: fastdistil/losses/logit.py lists the same names.
-enum class Divergence { forward_kl, reverse_kl, jsd, skew_kl, skew_reverse_kl, tvd, mse };
 
 template <class Action>
 void with_rule(Divergence divergence, Action&& action) {

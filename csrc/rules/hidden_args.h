@@ -5,7 +5,8 @@
 
 namespace fastdistil {
 
-enum class HiddenKind : int { mse, cosine };  // fastdistil/backends/cpu/hidden.py lists the same names
+#define FD_HIDDEN_KINDS(X) X(mse) X(cosine)
+FD_NAMED_ENUM(HiddenKind, FD_HIDDEN_KINDS)
 
 struct HiddenArgs {
   const void* student;                     // (N, D), row stride student_stride

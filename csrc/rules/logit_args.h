@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "names.h"
+
 namespace fastdistil {
 
 enum class DType : int { f32, bf16, f16, f64 };
@@ -26,13 +28,13 @@ enum LogitStat : int {
 };
 
 // What a forward does. Where a vocabulary is split, each part's statistics are merged in between by whoever holds them.
-enum class Phase : int {
-  all,
-  statistics,  // of these columns alone: kMax may be -inf (no teacher mass here)
-  value        // from statistics that are given: shares of loss and centre, and of the gradient for direct rules
-};
+//   statistics  of these columns alone: kMax may be -inf (no teacher mass here)
+//   value       from statistics that are given: shares of loss and centre, and of the gradient for direct rules
+#define FD_PHASES(X) X(all) X(statistics) X(value)
+FD_NAMED_ENUM(Phase, FD_PHASES)
 
-constexpr int kDivergences = 7;  // entries of enum Divergence, rules/divergence.h
+#define FD_DIVERGENCES(X) X(forward_kl) X(reverse_kl) X(jsd) X(skew_kl) X(skew_reverse_kl) X(tvd) X(mse)
+FD_NAMED_ENUM(Divergence, FD_DIVERGENCES)  // the rules are in divergence.h
 
 struct LogitArgs {
   const void* student;    // (N, V), row stride student_stride

@@ -5,7 +5,8 @@
 
 namespace fastdistil {
 
-enum class Tail : int { bucket, renormalize, zero };  // fastdistil/contracts/topk.py lists the same names
+#define FD_TAILS(X) X(bucket) X(renormalize) X(zero)
+FD_NAMED_ENUM(Tail, FD_TAILS)
 
 // Columns of the statistics before the K gradients.
 enum TopkStat : int {

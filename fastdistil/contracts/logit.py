@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TypedDict
 
-# The order is the enum Divergence of csrc/rules/divergence.h.
+# The order is the enum Divergence of csrc/rules/logit_args.h.
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "mse")
 
 # Columns of the row statistics, enum LogitStat of csrc/rules/logit_args.h: the largest teacher logit m, 1 / sum of
@@ -16,7 +16,8 @@ DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", 
 STATS = 11
 
 
-# enum Phase of csrc/rules/logit_args.h: what a forward does.
+# What a forward does; the order is the enum Phase of csrc/rules/logit_args.h.
+PHASES = ("all", "statistics", "value")
 PHASE_ALL, PHASE_STATISTICS, PHASE_VALUE = range(3)
 
 

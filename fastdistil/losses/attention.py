@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastdistil.contracts.attention import KINDS
 from fastdistil.losses import _check
 from fastdistil.ops.attention import accumulator, attention_rows, attention_total
 
-KINDS = ("prob_mse", "score_mse", "prob_kl")
 HEADS = ("each", "mean")
 _NAME = "attention_loss"
 

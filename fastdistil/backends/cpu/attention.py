@@ -11,8 +11,7 @@ from torch import Tensor
 
 from fastdistil import _C
 from fastdistil.backends.memory import new_empty
-
-_KINDS = {"prob_mse": 0, "prob_kl": 1, "score_mse": 2}  # enum AttentionKind
+from fastdistil.contracts.attention import KINDS
 
 
 def attention(
@@ -52,7 +51,7 @@ def attention(
         dq=dq,
         dk=dk,
         offsets=offsets,
-        kind=_KINDS[kind],
+        kind=KINDS.index(kind),
         causal=causal,
         student_scale=student_scale,
         teacher_scale=teacher_scale,

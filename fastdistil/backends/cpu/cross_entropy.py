@@ -17,6 +17,5 @@ def cross_entropy_rows(
     whole: Tensor | None = None,
 ) -> None:
     """As fastdistil.reference.cross_entropy.cross_entropy_rows."""
-    labels = labels.contiguous()
     threads = torch.get_num_threads()
-    _C.cross_entropy_rows(logits, labels.data_ptr(), row_scale, loss, gradient, whole, threads=threads)
+    _C.cross_entropy_rows(logits, labels.contiguous(), row_scale, loss, gradient, whole, threads=threads)

@@ -11,9 +11,8 @@ from torch import Tensor
 from fastdistil import _C
 from fastdistil.backends.cpu import logit
 from fastdistil.backends.memory import new_empty
+from fastdistil.contracts.hidden import KERNEL_KINDS
 from fastdistil.contracts.logit import STATS, LogitRule
-
-FUSED = ("mse", "cosine")  # enum HiddenKind
 
 # Elements of a chunk with an activation: its few temporaries of 1 MiB of float32 stay in an L3 cache. Chunks for an L2
 # cache are slower: each call starts the threads anew.
@@ -68,7 +67,7 @@ def _plain(
     rows = torch.empty_like(row_scale)
     dstudent = None if grad_dtype is None else new_empty(student, student.shape, grad_dtype)
     threads = torch.get_num_threads()
-    _C.hidden_rows(student, teacher, bias, row_scale, rows, dstudent, kind=FUSED.index(kind), threads=threads)
+    _C.hidden_rows(student, teacher, bias, row_scale, rows, dstudent, kind=KERNEL_KINDS.index(kind), threads=threads)
     return rows, dstudent
 
 

@@ -37,8 +37,7 @@ def logit_fwd(
     """
     options: dict[str, Any] = {"threads": torch.get_num_threads(), "phase": phase, "difference": difference}
     if labels is not None and label_scale is not None:
-        labels = labels.contiguous()
-        options |= {"labels": labels.data_ptr(), "label_scale": label_scale.contiguous()}
+        options |= {"labels": labels.contiguous(), "label_scale": label_scale.contiguous()}
     _C.logit_fwd(student, teacher, row_scale, loss, stats, gradient, **rule, **options)
 
 
