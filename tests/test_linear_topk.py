@@ -17,13 +17,13 @@ import fastdistil as fd
 from fastdistil.ops.linear_topk import linear_topk_rows, linear_topk_total
 
 BACKENDS = available("reference", "cpu", "triton")
-ROWS, SIZE, COLUMNS, K = 21, 9, 83, 6
+ROWS, SIZE, COLUMNS, K = 13, 9, 83, 6
 
 
-def draw(dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], dict[str, Tensor]]:
+def draw(dtype: torch.dtype = torch.float32, columns: int = COLUMNS) -> tuple[list[Tensor], dict[str, Tensor]]:
     """hidden, weight and bias; the teacher and row weights as keywords."""
-    inputs = [torch.randn(*size, dtype=torch.float64) for size in ((ROWS, SIZE), (COLUMNS, SIZE), (COLUMNS,))]
-    values, indices = known(functional.linear(*inputs) + torch.randn(ROWS, COLUMNS), K)
+    inputs = [torch.randn(*size, dtype=torch.float64) for size in ((ROWS, SIZE), (columns, SIZE), (columns,))]
+    values, indices = known(functional.linear(*inputs) + torch.randn(ROWS, columns), K)
     weight = torch.arange(1.0, ROWS + 1)
     weight[::4] = 0
     options = {"teacher_values": values.float(), "teacher_indices": indices, "weight": weight}
@@ -139,7 +139,7 @@ def test_backward_twice() -> None:
 
 @pytest.mark.parametrize(("tail", "reduction"), [("bucket", "none"), ("renormalize", "mean"), ("zero", "mean")])
 def test_gradcheck(tail: str, reduction: str) -> None:
-    inputs, x = draw(torch.float64)
+    inputs, x = draw(torch.float64, columns=11)
     inputs[0], x = inputs[0][:3], {name: y[:3] for name, y in x.items()}
     function = partial(ours, tail=tail, reduction=reduction, backend="auto", **x)
     assert torch.autograd.gradcheck(function, [y.requires_grad_() for y in inputs])

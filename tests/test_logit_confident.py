@@ -63,9 +63,10 @@ def test_the_teachers_largest_logit_rises(backend: str, divergence: str) -> None
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_large_logits(backend: str, divergence: str, std: float, temperature: float, related: bool) -> None:
     """Probabilities have the precision of a logit's distance from the row's largest, not that of a logit."""
-    student, teacher = (std * torch.randn(8, 300, device=DEVICE) for _ in "st")
+    count = 3 if backend == "triton" else 8
+    student, teacher = (std * torch.randn(count, 300, device=DEVICE) for _ in "st")
     if related:
-        teacher = student + 3 * temperature * torch.randn(8, 300, device=DEVICE)
+        teacher = student + 3 * temperature * torch.randn(count, 300, device=DEVICE)
 
     def plain(s: Tensor, t: Tensor) -> Tensor:
         return textbook(s, t, divergence, 0.3, temperature, temperature)

@@ -21,8 +21,10 @@ MIXTURES = ["jsd", "skew_kl", "skew_reverse_kl"]
 
 def _softmax(row: list[float], temperature: float) -> list[mpmath.mpf]:
     scores = [mpmath.mpf(x) / mpmath.mpf(temperature) for x in row]
-    weights = [mpmath.exp(x - max(scores)) for x in scores]
-    return [w / mpmath.fsum(weights) for w in weights]
+    largest = max(scores)
+    weights = [mpmath.exp(x - largest) for x in scores]
+    total = mpmath.fsum(weights)
+    return [w / total for w in weights]
 
 
 def _kl(p: list[mpmath.mpf], q: list[mpmath.mpf]) -> mpmath.mpf:
