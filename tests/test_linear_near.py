@@ -175,8 +175,8 @@ def test_heads_of_16_bits(kind: str, dtype: torch.dtype) -> None:
     )
     scale, constants = torch.full((ROWS,), 1 / ROWS), pack((0, 0.5, 1.0, 1.0, 1.0), (1.0, 0.0, 1.0, 0.0))
     tensors = [heads[name] for name in ("h", "w", "b", "h_t", "w_t", "b_t")]
-    options = (scale, None, None, None, constants, False, 1 << 22, "cpu", True, "", [True, True, True])
-    value, _, *gradients = linear_logit_total(*tensors, *options)
+    options = (scale, None, None, None, constants, False, 1 << 22, "cpu", True, "", [True, True, True], False)
+    value, _, gradients = linear_logit_total(*tensors, *options)
     expected = truth(heads)
     assert error(value, expected.value) <= EXACT_VALUE
     for found, wanted in zip(gradients, expected.gradients, strict=True):
@@ -270,7 +270,9 @@ def test_compiles_with_one_head() -> None:
         assert error(a, b) <= EXACT_VALUE
     arguments = (*leaves, None, heads["h_t"], leaves[1].detach(), None, torch.rand(ROWS))
     terms = (None, None, None, pack((0, 0.5, 1.0, 1.0, 1.0), (1.0, 0.0, 1.0, 0.0)), False)
-    torch.library.opcheck(linear_logit_total, (*arguments, *terms, 1 << 20, "auto", True, "", [True, True, False]))
+    torch.library.opcheck(
+        linear_logit_total, (*arguments, *terms, 1 << 20, "auto", True, "", [True, True, False], False)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -152,7 +152,7 @@ def test_opcheck() -> None:
     labels = (torch.randint(COLUMNS, (ROWS,), device=DEVICE), x["weight"])
     options = (*labels, None, [0.0, 0.5, 0.0, 2.0, 4.0, 1.5, 3.0], 5000, "auto", False)
     torch.library.opcheck(linear_topk_rows, (*tensors, *options))
-    torch.library.opcheck(linear_topk_total, (*tensors, *options, [True, False, True]))
+    torch.library.opcheck(linear_topk_total, (*tensors, *options, [True, False, True], False))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

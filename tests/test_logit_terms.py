@@ -479,7 +479,8 @@ def test_opcheck() -> None:
         constants,
     )
     torch.library.opcheck(logit_rows, (*arguments, True, "auto", ""))
-    torch.library.opcheck(logit_total, (*arguments, False, "auto", ""))
+    for rounded in (True, False):
+        torch.library.opcheck(logit_total, (*arguments, False, "auto", "", [True], rounded))
     torch.library.opcheck(logit_rows_overwrite_, (x["student"].detach().clone(), *arguments[1:], True, "auto", ""))
     torch.library.opcheck(
         row_statistics.row_statistics, (x["student"].detach(), x["teacher"][:, :COLUMNS], x["weight"], 2.0, 2.0, "auto")

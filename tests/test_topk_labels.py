@@ -175,7 +175,7 @@ def test_opcheck() -> None:
         "auto",
     )
     torch.library.opcheck(topk_rows, (student.clone().requires_grad_(), *arguments))
-    torch.library.opcheck(topk_total, (student.clone().requires_grad_(), *arguments))
+    torch.library.opcheck(topk_total, (student.clone().requires_grad_(), *arguments, [True], True))
     torch.library.opcheck(topk_rows_overwrite_, (student, *arguments))
 
 

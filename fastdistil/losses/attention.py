@@ -134,8 +134,9 @@ def of_maps(
     if reduction == "none":
         rows: Tensor = attention_rows(*arguments)
         return rows
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors[:2]):
-        total: Tensor = attention_total(*arguments)[0]
+    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors[:2]]
+    if any(wanted):
+        total: Tensor = attention_total(*arguments, wanted, False)[0]
         return total
     value: Tensor = attention_rows(*arguments).sum()
     return value

@@ -171,7 +171,7 @@ def linear_logit_loss(  # type: ignore[misc] # the overloads need not repeat wha
     )  # fmt: skip
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, matrix, bias)]
     if reduction != "none" and any(wanted):
-        loss, each, *_ = linear_logit_total(*arguments, wanted)
+        loss, each, *_ = linear_logit_total(*arguments, wanted, False)
     else:
         losses, each = linear_logit_rows(*arguments)
         loss = losses.reshape(rows) if reduction == "none" else losses.sum()

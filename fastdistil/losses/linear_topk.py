@@ -101,7 +101,7 @@ def linear_topk_logit_loss(
     )  # fmt: skip
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in heads]
     if reduction != "none" and any(wanted):
-        total: Tensor = linear_topk_total(*arguments, wanted)[0]
+        total: Tensor = linear_topk_total(*arguments, wanted, False)[0]
         return total
     losses: Tensor = linear_topk_rows(*arguments)
     return losses.reshape(rows) if reduction == "none" else losses.sum()

@@ -148,7 +148,7 @@ def logit_loss(  # type: ignore[misc] # the overloads need not repeat what is wr
         if overwrite:
             loss, each = ops.Overwrite.apply(_NAME, logit_rows_overwrite_, *arguments)  # type: ignore[no-untyped-call]
         elif reduction != "none" and student.requires_grad and torch.is_grad_enabled() and not scaled_late:
-            loss, each, _ = logit_total(*arguments)
+            loss, each, _ = logit_total(*arguments, [True], True)
         else:
             loss, each = logit_rows(*arguments)
     else:

@@ -130,7 +130,7 @@ def topk_logit_loss(
         if overwrite:
             loss = Overwrite.apply(_NAME, topk_rows_overwrite_, *arguments)  # type: ignore[no-untyped-call]
         elif student.requires_grad and torch.is_grad_enabled() and reduction != "none" and not scaled_late:
-            loss, _ = topk_total(*arguments)
+            loss, _ = topk_total(*arguments, [True], True)
         else:
             loss = topk_rows(*arguments)
     else:

@@ -8,8 +8,6 @@ the value and keeps them for the backward pass, which then needs no product agai
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -17,9 +15,9 @@ from fastdistil.backends import choose
 from fastdistil.backends.memory import new_empty
 from fastdistil.contracts.logit import DIVERGENCES, LogitRule
 from fastdistil.ops import linear_mse, vocab_parallel
-from fastdistil.ops.gradients import hand_out, refuse_double_backward
 from fastdistil.ops.linear_difference import NEAR, Difference, form_of
 from fastdistil.ops.logit_terms import TAKES_DIFFERENCES, Terms, run, unpack
+from fastdistil.ops.pairs import pair
 from fastdistil.ops.precision import with_exact_products
 from fastdistil.ops.products import GATHERED_ROWS, add_product, product, product_back
 from fastdistil.ops.row_statistics import ROW_STATISTICS
@@ -120,7 +118,8 @@ def _compute(
     backend: str,
     dense: bool,
     group: str,
-    wanted: Flags,
+    wanted: list[bool],
+    rounded: bool,
 ) -> tuple[Tensor, Tensor, Gradients]:
     """Rows (N,) times their scales, statistics (see `logit_terms.run`), and those gradients of the rows' sum that are
     `wanted`, in row_scale's dtype.
@@ -137,16 +136,17 @@ def _compute(
         student, teacher, scale, terms = student[kept], teacher[kept], scale[kept], terms.rows(kept)
     else:
         kept = None
+    flags = (wanted[0], wanted[1], wanted[2])
     mse = rule["divergence"] == DIVERGENCES.index("mse") and terms.plain and backend != "reference" and not group
-    if mse and linear_mse.pays(student, student_weight, teacher, wanted):
-        rows, found = linear_mse.compute(student, teacher, *heads, scale, rule, chunk_bytes, wanted)
+    if mse and linear_mse.pays(student, student_weight, teacher, flags):
+        rows, found = linear_mse.compute(student, teacher, *heads, scale, rule, chunk_bytes, flags)
         each = scale.new_empty(0, ROW_STATISTICS)
     else:
         difference = None
         if name in TAKES_DIFFERENCES:
             difference = _difference(student, teacher, heads, scale.dtype, rule, terms, group)
-        source = _Source(student, teacher, heads, scale, vocab_map, wanted, labels is not None, difference)
-        need = any(wanted)
+        source = _Source(student, teacher, heads, scale, vocab_map, flags, labels is not None, difference)
+        need = any(flags)
         rows, each = run(source, scale, rule, terms, chunk_bytes, backend, need, group, difference is not None)
         found = source.gradients
         if group and source.dstudent is not None:  # each rank has the part that went through its columns
@@ -175,127 +175,15 @@ def _difference(
     return None if form is None else Difference(form, hidden, both, terms.vocab_map, free)
 
 
-@torch.library.custom_op("fastdistil::linear_logit_rows", mutates_args=())
-def linear_logit_rows(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    student_bias: Tensor | None,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    teacher_bias: Tensor | None,
-    row_scale: Tensor,
-    labels: Tensor | None,
-    label_scale: Tensor | None,
-    vocab_map: Tensor | None,
-    constants: list[float],
-    statistics: bool,
-    chunk_bytes: int,
-    backend: str,
-    dense: bool,
-    group: str,
-) -> tuple[Tensor, Tensor]:
-    """student_hidden (N, D_s), student_weight (V_s, D_s), student_bias (V_s,), teacher_hidden (N, D_t), teacher_weight
-    (V_t, D_t), teacher_bias (V_t,), row_scale (N,) float32 (float64 for float64 inputs), labels (N,) int64, label_scale
-    (N,) as row_scale, vocab_map (V_s,) int64, `constants` of logit_terms.pack -> rows (N,) times their scales, and
-    statistics (N, ROW_STATISTICS), or none of them."""
-    heads = (student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias)
-    terms = (row_scale, labels, label_scale, vocab_map, constants, statistics)
-    return _compute(*heads, *terms, chunk_bytes, backend, dense, group, (False, False, False))[:2]
-
-
-@torch.library.custom_op("fastdistil::linear_logit_total", mutates_args=())
-def linear_logit_total(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    student_bias: Tensor | None,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    teacher_bias: Tensor | None,
-    row_scale: Tensor,
-    labels: Tensor | None,
-    label_scale: Tensor | None,
-    vocab_map: Tensor | None,
-    constants: list[float],
-    statistics: bool,
-    chunk_bytes: int,
-    backend: str,
-    dense: bool,
-    group: str,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `linear_logit_rows` -> the rows' sum (), statistics, and the sum's gradients in student hidden, weight and
-    bias in row_scale's dtype, empty where not `wanted`."""
-    heads = (student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias)
-    terms = (row_scale, labels, label_scale, vocab_map, constants, statistics)
-    flags = (wanted[0], wanted[1], wanted[2])
-    rows, each, found = _compute(*heads, *terms, chunk_bytes, backend, dense, group, flags)
-    dhidden, dweight, dbias = (row_scale.new_empty(0) if g is None else g for g in found)
-    return rows.sum(), each, dhidden, dweight, dbias
-
-
-def _empty_statistics(row_scale: Tensor, statistics: bool) -> Tensor:
-    return row_scale.new_empty(len(row_scale) if statistics else 0, ROW_STATISTICS)
-
-
-@linear_logit_rows.register_fake
-def _(*args: Any) -> tuple[Tensor, Tensor]:
-    row_scale, statistics = args[6], args[11]
-    return row_scale.new_empty(row_scale.shape), _empty_statistics(row_scale, statistics)
-
-
-@linear_logit_total.register_fake
-def _(*args: Any) -> tuple[Tensor, ...]:
-    row_scale, statistics, wanted = args[6], args[11], args[16]
-    gradients = (
-        row_scale.new_empty(x.shape if want and x is not None else 0) for x, want in zip(args[:3], wanted, strict=True)
-    )
-    return row_scale.new_empty(()), _empty_statistics(row_scale, statistics), *gradients
-
-
-def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:10])
-    ctx.options = inputs[10:]
-
-
-def _backward_rows(ctx: Any, drows: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    refuse_double_backward("linear_logit_loss")
-    if drows is None:
-        return (None,) * 16
-    *heads, row_scale, labels, label_scale, vocab_map = ctx.saved_tensors
-    constants, _statistics, chunk_bytes, backend, dense, group = ctx.options
-    scale, label_scale = (None if x is None else torch.where(x == 0, 0.0, x * drows) for x in (row_scale, label_scale))
-    wanted = list(ctx.needs_input_grad[:3])
-    options = (labels, label_scale, vocab_map, constants, False, chunk_bytes, backend, dense, group, wanted)
-    _, _, *found = linear_logit_total(*heads, scale, *options)
-    gradients = (g.to(x.dtype) if want else None for g, x, want in zip(found, heads[:3], wanted, strict=True))
-    return *gradients, *[None] * 13
-
-
-def _setup_total(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # no zeros for them either
-    ctx.save_for_backward(*inputs[:10])
-    ctx.options = inputs[10:]
-    ctx.kept = output[2:]
-
-
-def _backward_total(ctx: Any, dtotal: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    refuse_double_backward("linear_logit_loss")
-    if dtotal is None:
-        return (None,) * 17
-    tensors, wanted = ctx.saved_tensors, ctx.options[-1]
-
-    def again() -> tuple[Tensor, ...]:
-        constants, _statistics, *rest = ctx.options
-        found: tuple[Tensor, ...] = linear_logit_total(*tensors, constants, False, *rest)
-        return found[2:]
-
-    gradients = hand_out(ctx, dtotal, again)
-    each = zip(gradients, tensors[:3], wanted, strict=True)
-    return *(g.to(x.dtype) if want else None for g, x, want in each), *[None] * 14
-
-
-linear_logit_rows.register_autograd(_backward_rows, setup_context=_setup_rows)
-linear_logit_total.register_autograd(_backward_total, setup_context=_setup_total)
+# student_hidden (N, D_s), student_weight (V_s, D_s), student_bias (V_s,), teacher_hidden (N, D_t), teacher_weight (V_t,
+# D_t), teacher_bias (V_t,), row_scale (N,) float32 (float64 for float64 inputs), labels (N,) int64, label_scale (N,) as
+# row_scale, vocab_map (V_s,) int64, `constants` of logit_terms.pack -> rows (N,) times their scales, and statistics (N,
+# ROW_STATISTICS), or none of them.
+TENSORS = "Tensor student_hidden, Tensor student_weight, Tensor? student_bias, Tensor teacher_hidden"
+TENSORS += ", Tensor teacher_weight, Tensor? teacher_bias, Tensor row_scale, Tensor? labels, Tensor? label_scale"
+TENSORS += ", Tensor? vocab_map"
+OPTIONS = "float[] constants, bool statistics, int chunk_bytes, str backend, bool dense, str group"
+GRADIENTS = ("student_hidden", "student_weight", "student_bias")
+linear_logit_rows, linear_logit_total, _ = pair(
+    "linear_logit", "linear_logit_loss", TENSORS, OPTIONS, _compute, GRADIENTS
+)

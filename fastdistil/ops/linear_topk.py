@@ -6,7 +6,7 @@ with labels where there are any, two products back. ops/topk_rows.py runs it ove
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,9 +14,9 @@ from torch import Tensor
 from fastdistil.backends import choose, module
 from fastdistil.backends.memory import new_empty
 from fastdistil.contracts.topk import STATS, TopkRule
-from fastdistil.ops.gradients import hand_out, refuse_double_backward
-from fastdistil.ops.linear_logit import Flags, Gradients, StudentHead
+from fastdistil.ops.linear_logit import Gradients, StudentHead
 from fastdistil.ops.logit_terms import ALIGNED_COLUMNS, Terms, cap, cap_back, chunk_rows
+from fastdistil.ops.pairs import pair
 from fastdistil.ops.precision import with_exact_products
 from fastdistil.ops.row_statistics import kernels
 from fastdistil.ops.topk_teacher import canonical
@@ -61,9 +61,11 @@ def _compute(
     chunk_bytes: int,
     backend: str,
     dense: bool,
-    wanted: Flags,
-) -> tuple[Tensor, Gradients]:
+    wanted: list[bool],
+    rounded: bool,
+) -> tuple[Tensor, None, Gradients]:
     """Rows (N,) times their scales and the gradients of their sum that are `wanted`, in row_scale's dtype."""
+    flags = (wanted[0], wanted[1], wanted[2])
     name = choose(backend, row_scale.device, row_scale.dtype)
     rule, caps = unpack(constants)
     terms = Terms(labels, label_scale, vocab_map, *caps)
@@ -74,18 +76,18 @@ def _compute(
         terms = terms.rows(kept)
     else:
         kept, scale = None, row_scale
-    head = StudentHead(hidden, weight, bias, scale, wanted, vocab_map if labels is None else None)
+    head = StudentHead(hidden, weight, bias, scale, flags, vocab_map if labels is None else None)
     known = (values, indices, teacher_tail)
     teacher = canonical("linear_topk_logit_loss", *known, scale, head.columns, rule["tail"], vocab_map)
     rows = run(head, teacher, scale, rule, terms, chunk_bytes, name, any(wanted))
     found = head.gradients
     if kept is None:
-        return rows, found
+        return rows, None, found
 
     def spread(x: Tensor) -> Tensor:
         return x.new_zeros(len(row_scale), *x.shape[1:]).index_copy_(0, kept, x)
 
-    return spread(rows), (None if found[0] is None else spread(found[0]), *found[1:])
+    return spread(rows), None, (None if found[0] is None else spread(found[0]), *found[1:])
 
 
 def run(
@@ -139,107 +141,13 @@ def run(
     return rows
 
 
-@torch.library.custom_op("fastdistil::linear_topk_rows", mutates_args=())
-def linear_topk_rows(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    values: Tensor,
-    indices: Tensor,
-    teacher_tail: Tensor | None,
-    row_scale: Tensor,
-    labels: Tensor | None,
-    label_scale: Tensor | None,
-    vocab_map: Tensor | None,
-    constants: list[float],
-    chunk_bytes: int,
-    backend: str,
-    dense: bool,
-) -> Tensor:
-    """hidden (N, D), weight (V, D), bias (V,), values (N, K), indices (N, K) int32 or int64, teacher_tail (N,) float32
-    or float64, row_scale (N,) float32 (float64 for float64 inputs), labels (N,) int64, label_scale (N,) as row_scale,
-    vocab_map (V,) int64, `constants` of TopkRule in its order, then logit scale and softcap -> rows (N,) times their
-    scales."""
-    options = (row_scale, labels, label_scale, vocab_map, constants, chunk_bytes, backend, dense)
-    return _compute(hidden, weight, bias, values, indices, teacher_tail, *options, (False, False, False))[0]
-
-
-@torch.library.custom_op("fastdistil::linear_topk_total", mutates_args=())
-def linear_topk_total(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    values: Tensor,
-    indices: Tensor,
-    teacher_tail: Tensor | None,
-    row_scale: Tensor,
-    labels: Tensor | None,
-    label_scale: Tensor | None,
-    vocab_map: Tensor | None,
-    constants: list[float],
-    chunk_bytes: int,
-    backend: str,
-    dense: bool,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `linear_topk_rows` -> the rows' sum () and its gradients in hidden, weight and bias in row_scale's dtype,
-    empty where not `wanted`."""
-    options = (row_scale, labels, label_scale, vocab_map, constants, chunk_bytes, backend, dense)
-    flags = (wanted[0], wanted[1], wanted[2])
-    rows, found = _compute(hidden, weight, bias, values, indices, teacher_tail, *options, flags)
-    dhidden, dweight, dbias = (row_scale.new_empty(0) if g is None else g for g in found)
-    return rows.sum(), dhidden, dweight, dbias
-
-
-@linear_topk_rows.register_fake
-def _(*args: Any) -> Tensor:
-    found: Tensor = args[6].new_empty(args[6].shape)
-    return found
-
-
-@linear_topk_total.register_fake
-def _(*args: Any) -> tuple[Tensor, ...]:
-    scale, wanted = args[6], args[14]
-    shapes = (x.shape if want and x is not None else 0 for x, want in zip(args[:3], wanted, strict=True))
-    return scale.new_empty(()), *(scale.new_empty(shape) for shape in shapes)
-
-
-def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:10])
-    ctx.options = inputs[10:]
-
-
-def _backward_rows(ctx: Any, drows: Tensor) -> tuple[Tensor | None, ...]:
-    refuse_double_backward("linear_topk_logit_loss")
-    *tensors, row_scale, labels, label_scale, vocab_map = ctx.saved_tensors
-    wanted = list(ctx.needs_input_grad[:3])
-    scale, label_scale = (None if x is None else torch.where(x == 0, 0.0, x * drows) for x in (row_scale, label_scale))
-    _, *found = linear_topk_total(*tensors, scale, labels, label_scale, vocab_map, *ctx.options, wanted)
-    each = zip(found, tensors[:3], wanted, strict=True)
-    return *(g.to(x.dtype) if want else None for g, x, want in each), *[None] * 11
-
-
-def _setup_total(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:10])
-    ctx.options = inputs[10:]
-    ctx.kept = output[1:]
-
-
-def _backward_total(ctx: Any, dtotal: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    refuse_double_backward("linear_topk_logit_loss")
-    if dtotal is None:
-        return (None,) * 15
-    tensors = ctx.saved_tensors
-
-    def again() -> tuple[Tensor, ...]:
-        found: tuple[Tensor, ...] = linear_topk_total(*tensors, *ctx.options)
-        return found[1:]
-
-    each = zip(hand_out(ctx, dtotal, again), tensors[:3], ctx.options[-1], strict=True)
-    return *(g.to(x.dtype) if want else None for g, x, want in each), *[None] * 12
-
-
-linear_topk_rows.register_autograd(_backward_rows, setup_context=_setup_rows)
-linear_topk_total.register_autograd(_backward_total, setup_context=_setup_total)
+# hidden (N, D), weight (V, D), bias (V,), values (N, K), indices (N, K) int32 or int64, teacher_tail (N,) float32 or
+# float64, row_scale (N,) float32 (float64 for float64 inputs), labels (N,) int64, label_scale (N,) as row_scale,
+# vocab_map (V,) int64, `constants` of TopkRule in its order, then logit scale and softcap -> rows (N,) times their
+# scales.
+TENSORS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor values, Tensor indices, Tensor? teacher_tail"
+TENSORS += ", Tensor row_scale, Tensor? labels, Tensor? label_scale, Tensor? vocab_map"
+OPTIONS = "float[] constants, int chunk_bytes, str backend, bool dense"
+linear_topk_rows, linear_topk_total, _ = pair(
+    "linear_topk", "linear_topk_logit_loss", TENSORS, OPTIONS, _compute, gradients=("hidden", "weight", "bias")
+)
