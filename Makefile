@@ -13,6 +13,7 @@ OUT ?= runs/demo
 TORCH_ARGS ?=
 # The CUDA kernels are a third of the build: where there is a GPU, or with CUDA=ON.
 CUDA ?= $(if $(shell command -v nvidia-smi),ON,OFF)
+BUILD_TOOLS := 'scikit-build-core>=0.10' 'pybind11>=2.13' 'ninja>=1.11'
 BUILD := -C cmake.define.FASTDISTIL_CUDA=$(CUDA)
 
 SOURCES := pyproject.toml constraints.txt $(shell find csrc kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name CMakeLists.txt)
@@ -31,14 +32,19 @@ $(VENV)/.torch: constraints.txt | $(BIN)/python
 	@$(BIN)/pip install -q -c constraints.txt $(TORCH_ARGS) torch 2>&1 | tee $(VENV)/install.log | { grep -v '^WARNING' || true; }
 	@touch $@
 
-$(VENV)/.demo: $(SOURCES) | $(VENV)/.torch
-	@echo 'Installing fastdistil and building its kernels ...'
-	@$(BIN)/pip install -v -c constraints.txt $(BUILD) -e '.[demo]' 2>&1 | $(PROGRESS)
+# The build's tools in the environment itself: in pip's own one, new each time, everything would be compiled again.
+$(VENV)/.build: pyproject.toml | $(VENV)/.torch
+	@$(BIN)/pip install -q -c constraints.txt $(BUILD_TOOLS) $$(command -v cmake >/dev/null || echo cmake) 2>&1 | tee $(VENV)/install.log | { grep -v '^WARNING' || true; }
 	@touch $@
 
-$(VENV)/.test: $(SOURCES) | $(VENV)/.torch
+$(VENV)/.demo: $(SOURCES) | $(VENV)/.build
+	@echo 'Installing fastdistil and building its kernels ...'
+	@$(BIN)/pip install -v --no-build-isolation -c constraints.txt $(BUILD) -e '.[demo]' 2>&1 | $(PROGRESS)
+	@touch $@
+
+$(VENV)/.test: $(SOURCES) | $(VENV)/.build
 	@echo 'Installing fastdistil with its test tools and building its kernels ...'
-	@$(BIN)/pip install -v -c constraints.txt $(BUILD) -e '.[test]' 2>&1 | $(PROGRESS)
+	@$(BIN)/pip install -v --no-build-isolation -c constraints.txt $(BUILD) -e '.[test]' 2>&1 | $(PROGRESS)
 	@touch $@ $(VENV)/.demo
 
 $(VENV)/.lint: pyproject.toml | $(VENV)/.test
