@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -57,8 +58,8 @@ class Checkpoints:
     def load(self) -> dict[str, Any]:
         """Restore the newest checkpoint and return what `save` was told: step 0 and no history where there is none.
 
-        Raises ValueError where it is another run's or processes find different ones, FileNotFoundError where a file is
-        missing.
+        Raises ValueError where it is another run's, processes find different ones or a file holds code, FileNotFoundError
+        where a file is missing.
         """
         found = [int(path.name.removeprefix("step-")) for path in self.out.glob("step-*")]
         newest = max(found, default=0)
@@ -70,6 +71,7 @@ class Checkpoints:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         self._check_run(folder, state)
         self._check_files(folder, state)
+        _check_pickles(folder)
         self.accelerator.load_state(str(folder))
         return {key: state.get(key, value) for key, value in nothing.items()}
 
@@ -104,6 +106,16 @@ class Checkpoints:
                 raise FileNotFoundError(f"train: {path} is missing, expected it in a complete checkpoint")
             if size is not None and path.stat().st_size != size:
                 raise ValueError(f"train: {path} has {path.stat().st_size} bytes, expected {size}")
+
+
+def _check_pickles(folder: Path) -> None:
+    """accelerate opens the states of what was registered with an unrestricted unpickler, in which a file may run code.
+    What torch's restricted one accepts is tensors, numbers and containers."""
+    for path in sorted(folder.glob("custom_checkpoint_*.pkl")):
+        try:
+            torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError(f"train: {path} holds more than tensors and numbers, which is not loaded: {error}") from error
 
 
 def _is_parallel(module: nn.Module) -> bool:

@@ -157,6 +157,24 @@ def test_a_checkpoint_that_is_not_whole_is_an_error(tmp_path):
         train(Squares(), examples(), collate, Options(2), out=tmp_path)
 
 
+def test_a_checkpoint_that_holds_code_is_refused(tmp_path):
+    """accelerate itself would run it."""
+
+    class Code:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "ran",)
+
+    train(Squares(), examples(), collate, Options(2), out=tmp_path / "out")
+    path = tmp_path / "out/step-2/custom_checkpoint_0.pkl"
+    size = path.stat().st_size
+    torch.save(Code(), path)
+    state = path.with_name("state.json")
+    state.write_text(state.read_text().replace(f'{path.name}": {size}', f'{path.name}": {path.stat().st_size}'))
+    with pytest.raises(ValueError, match=r"custom_checkpoint_0.pkl holds more than tensors and numbers"):
+        train(Squares(), examples(), collate, Options(2), out=tmp_path / "out")
+    assert not (tmp_path / "ran").exists()
+
+
 def test_other_data_of_the_same_length_is_refused(tmp_path):
     data = examples()
     train(Squares(), data, collate, Options(2), out=tmp_path)
