@@ -58,8 +58,8 @@ class Checkpoints:
     def load(self) -> dict[str, Any]:
         """Restore the newest checkpoint and return what `save` was told: step 0 and no history where there is none.
 
-        Raises ValueError where it is another run's, processes find different ones or a file holds code, FileNotFoundError
-        where a file is missing.
+        Raises ValueError where it is another run's, processes find different ones or a file holds code, and
+        FileNotFoundError where a file is missing.
         """
         found = [int(path.name.removeprefix("step-")) for path in self.out.glob("step-*")]
         newest = max(found, default=0)
@@ -115,7 +115,7 @@ def _check_pickles(folder: Path) -> None:
         try:
             torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except pickle.UnpicklingError as error:
-            raise ValueError(f"train: {path} holds more than tensors and numbers, which is not loaded: {error}") from error
+            raise ValueError(f"train: {path} holds more than tensors and numbers; it is not loaded: {error}") from error
 
 
 def _is_parallel(module: nn.Module) -> bool:
