@@ -8,9 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import os
-import platform
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from types import ModuleType
@@ -246,102 +244,24 @@ def sparse_compose(
 
 @app.command()
 def doctor() -> None:
-    """Say what is installed, what can run here and why not, and check every backend; exit code 1 if one is broken."""
-    broken = 0
-    for name, value, good in _diagnosis():
-        mark = {True: "ok    ", False: "BROKEN", None: "      "}[good]
-        typer.secho(f"{mark} {name:<22} {value}", fg=typer.colors.RED if good is False else None)
-        broken += good is False
+    """Say what is installed, what can run here and why not, and check every kernel against its formula in float64.
+
+    Paste all of it into a bug report. The exit code is 1 where a part is broken or a kernel gives wrong numbers.
+    """
+    diagnosis = importlib.import_module("fastdistil.doctor").diagnosis
+    broken, missing = 0, dict[str, None]()
+    for found in diagnosis():
+        mark = {True: "ok    ", False: "BROKEN", None: "      "}[found.good]
+        typer.secho(f"{mark} {found.name:<22} {found.value}", fg=typer.colors.RED if found.good is False else None)
+        broken += found.good is False
+        if found.missing:
+            missing[found.missing] = None
+    if missing:
+        typer.echo("\nMissing, and how to get it:")
+        for sentence in missing:
+            typer.echo(f"- {sentence}")
     if broken:
-        raise _fail(f"{broken} of these are broken")
-
-
-Finding = tuple[str, str, bool | None]  # name, value, works (None: nothing that could break)
-
-
-def _diagnosis() -> Iterator[Finding]:
-    for package in ("fastdistil", "torch", "triton"):
-        version = next(iter(importlib.metadata.distributions(name=package)), None)
-        good = False if version is None and package != "triton" else None
-        yield package, "not installed" if version is None else version.version, good
-    try:
-        import torch
-    except Exception as error:  # whatever a broken torch raises at its import is what the user must see
-        yield "torch", f"cannot be imported: {error}", False
-        return
-    yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}", None
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU that torch can use"
-    yield "device", gpu, None
-    try:
-        from fastdistil import _C
-    except ImportError as error:
-        yield "C++ extension", f"{error}; reinstall with pip install .", False
-    else:
-        yield "CPU kernels", f"instruction set {_C.isa()}, {torch.get_num_threads()} threads", None
-        yield "CUDA kernels", f"built for {_C.cuda_arches}" if _C.cuda_arches else "not built (no nvcc)", None
-        yield _openmp()
-    yield from _backends()
-
-
-def _openmp() -> Finding:
-    """Two OpenMP runtimes in one process have two pools of threads, which fight for the cores."""
-    try:
-        lines = Path("/proc/self/maps").read_text().splitlines()
-    except OSError:
-        return "OpenMP runtimes", "unknown (no /proc/self/maps)", None
-    paths = {line.split(maxsplit=5)[-1] for line in lines if re.search(r"/lib(gomp|iomp5|omp)[-.\w]*\.so", line)}
-    found = ", ".join(sorted(paths)) or "none"
-    if len(paths) > 1:
-        return "OpenMP runtimes", f"{len(paths)}, whose threads will fight for the cores: {found}", False
-    return "OpenMP runtime", f"one, shared with torch: {found}" if paths else found, None
-
-
-def _backends() -> Iterator[Finding]:
-    """Each backend: available or why not; where it is, whether it agrees with float64 near convergence."""
-    import torch
-
-    try:
-        import fastdistil
-        from fastdistil.backends import interpreting
-    except ImportError as error:
-        yield "import fastdistil", str(error), False
-        return
-    for name, status in fastdistil.backends().items():
-        label = f"backend {name}"
-        if status is not True:
-            yield label, f"not available: {status}", False if name == "cpu" else None
-            continue
-        interpreted = name == "triton" and interpreting()
-        on_cpu = interpreted or name in ("reference", "cpu")
-        try:
-            worst = self_check(name, torch.device("cpu" if on_cpu else "cuda"))
-        except Exception as error:  # a doctor reports what any other command would die of
-            where = " in Triton's interpreter, which is for tests alone" if interpreted else ""
-            yield label, f"failed{where}: {type(error).__name__}: {error}", None if interpreted else False
-            continue
-        yield label, f"within {worst:.0e} of float64 near convergence (1e-05 allowed)", worst <= 1e-5
-
-
-def self_check(backend: str, device: object) -> float:
-    """The largest relative error of value and gradient, float32, student = teacher + 1e-3, against float64."""
-    import torch
-
-    import fastdistil
-
-    generator = torch.Generator().manual_seed(0)
-    teacher = 4 * torch.randn(4, 1031, generator=generator)
-    student = teacher + 1e-3 * torch.randn(4, 1031, generator=generator)
-    leaf = student.to(device).requires_grad_()  # type: ignore[call-overload]
-    value = fastdistil.logit_loss(leaf, teacher.to(device), backend=backend)  # type: ignore[call-overload]
-    (gradient,) = torch.autograd.grad(value, leaf)
-
-    exact = student.double().requires_grad_()
-    p, q = torch.log_softmax(exact, -1), torch.log_softmax(teacher.double(), -1)
-    true = torch.nn.functional.kl_div(p, q, reduction="batchmean", log_target=True)
-    (true_gradient,) = torch.autograd.grad(true, exact)
-    value_error = (value.detach().cpu().double() - true.detach()).abs() / true.detach()
-    gradient_error = (gradient.cpu().double() - true_gradient).norm() / true_gradient.norm()
-    return max(float(value_error), float(gradient_error))
+        raise _fail(f"{broken} of these {'is' if broken == 1 else 'are'} broken")
 
 
 if __name__ == "__main__":

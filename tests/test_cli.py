@@ -87,40 +87,6 @@ def test_heavy_imports_are_inside_the_commands() -> None:
     assert run.stdout.strip() == "[]", run.stderr
 
 
-def test_doctor_is_content_here() -> None:
-    """In a process of its own, as its users run it."""
-    found = subprocess.run([sys.executable, "-m", "fastdistil", "doctor"], capture_output=True, text=True)
-    assert found.returncode == 0, found.stdout + found.stderr
-    for word in ("fastdistil", "torch", "triton", "device", "instruction set", "OpenMP", "backend reference"):
-        assert word in found.stdout
-    assert "BROKEN" not in found.stdout
-
-
-def test_doctor_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = cli.self_check
-    monkeypatch.setattr(cli, "self_check", lambda name, device: 0.5 if name == "reference" else right(name, device))
-    result = runner.invoke(cli.app, ["doctor"])
-    assert result.exit_code == 1
-    assert "BROKEN backend reference" in result.output
-
-
-def test_doctor_finds_a_missing_extension(monkeypatch: pytest.MonkeyPatch) -> None:
-    why = "the C++ extension fastdistil._C cannot be imported"
-    monkeypatch.setattr(fastdistil, "backends", lambda: {"reference": True, "cpu": why})
-    result = runner.invoke(cli.app, ["doctor"])
-    assert result.exit_code == 1
-    assert f"not available: {why}" in result.output
-
-
-def test_doctor_finds_two_openmp_runtimes(monkeypatch: pytest.MonkeyPatch) -> None:
-    line = "7f00-7f01 r-xp 00000000 00:00 1    /usr/lib/{}\n"
-    maps = line.format("libgomp.so.1") + line.format("libiomp5.so") + line.format("libgomp.so.1")
-    monkeypatch.setattr(Path, "read_text", lambda self, *unused: maps)
-    _, value, good = cli._openmp()
-    assert good is False
-    assert value.startswith("2, ")
-
-
 @pytest.mark.parametrize(("command", "extra"), [(["demo"], "demo"), (["bench", "logits"], "bench")])
 def test_a_missing_extra_names_the_command_to_install_it(
     command: list[str], extra: str, monkeypatch: pytest.MonkeyPatch
