@@ -184,9 +184,7 @@ def _extension() -> Iterator[Finding]:
     else:
         nvcc = shutil.which("nvcc")
         toolkit = "" if nvcc else "install the CUDA toolkit (nvcc) and "
-        how = (
-            f"CUDA C++ kernels are not built: {toolkit}reinstall with `pip install .`."
-        )
+        how = f"CUDA C++ kernels are not built: {toolkit}reinstall with `pip install .`."
         yield Finding("CUDA kernels", f"not built; nvcc: {nvcc or 'not on PATH'}", None, how)
 
 
