@@ -29,7 +29,17 @@ _MODULES = {
 
 @cache
 def backends() -> dict[str, bool | str]:
-    """The backends by name: True where it can run on this machine, else a sentence that says why not."""
+    """Which backends can run on this machine.
+
+    Returns:
+        The backends by name, "reference", "cpu", "triton" and "cuda": True, or a sentence that says why not.
+
+    Example:
+        >>> import fastdistil
+        >>> found = fastdistil.backends()
+        >>> list(found), found["reference"]
+        (['reference', 'cpu', 'triton', 'cuda'], True)
+    """
     return {"reference": True, "cpu": _cpu(), "triton": _triton(), "cuda": _cuda()}
 
 

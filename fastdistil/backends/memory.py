@@ -26,10 +26,17 @@ def new_empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = No
 
 
 def empty_cache() -> None:
-    """Gives the CPU memory that past results left for the next ones back to the system.
+    """Return the CPU memory that past results left for the next ones to the system.
 
     Large gradients (4 MiB and more) of the losses keep their memory for the next call, four of any size and more of
     them up to 256 MiB together, which saves the page faults of a fresh one. The system takes it back by itself when
-    memory is short.
+    memory is short. On a GPU torch.cuda.empty_cache is what does this.
+
+    Example:
+        >>> import torch, fastdistil
+        >>> logits = torch.zeros(64, 30_000, requires_grad=True)
+        >>> fastdistil.logit_loss(logits, torch.zeros(64, 30_000)).backward()
+        >>> logits.grad = None  # its memory is kept for the next gradient
+        >>> fastdistil.empty_cache()
     """
     _C.pool_release()

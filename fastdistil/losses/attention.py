@@ -44,7 +44,7 @@ def attention_loss(
             a key head serves as many query heads in a row).
         kind: "prob_mse" (P_s - P_t)^2 (BiStil, arXiv 2306.01709); "score_mse" (A_s - A_t)^2 (TinyBERT, arXiv
             1909.10351); "prob_kl" KL(P_t || P_s) (MiniLM, arXiv 2002.10957).
-        mask: (B, S) bool, True = real token; the rest is no key, whatever it holds.
+        mask: (B, S) bool, True = non-padding token; the rest is no key, whatever it holds.
         causal: a query sees no key behind it.
         student_scale, teacher_scale: 1 / sqrt(d) by default. Models that scale otherwise need theirs, such as Gemma 2
             and 3 (config.query_pre_attn_scalar ** -0.5) or Granite (config.attention_multiplier): the attention
@@ -55,20 +55,33 @@ def attention_loss(
         heads: "each" compares head by head (as many on both sides); "mean" compares the means over the heads of P (of A
             for score_mse), so that the head counts may differ.
         reduction: "mean" over visible (query, key) pairs and heads for prob_mse and score_mse, over query rows and
-            heads for prob_kl (a mean over heads counts as one); "sum"; "none" one value a query row, summed over its
+            heads for prob_kl (a mean over heads counts as one); "sum"; "none" one value per query row, summed over its
             keys, 0 where it is masked.
         num_items: replaces the number of pairs, or of query rows, in "mean"; the heads are averaged as before. A number
-            or a tensor with one entry (gradient accumulation, data parallel): for prob_kl the real tokens of all
-            batches together, for the others the sum of their squared lengths. 0 as in `logit_loss`.
+            or a tensor with one entry (gradient accumulation, data parallel): for prob_kl the non-padding tokens of
+            all batches together, for the others the sum of their squared lengths. 0 as in `logit_loss`.
         backend: "auto", "reference", "cpu" or "triton".
 
     Returns:
         A scalar, or for "none" (B, H, S), packed (H, total), with H = 1 for heads="mean": float32 (float64 where an
-        input is). Without any real token it is 0.
+        input is). Without any non-padding token it is 0.
 
     Raises:
         TypeError, ValueError: what came and what was wanted, by argument; a teacher that requires grad.
         NotImplementedError: in forward-mode differentiation (torch.func.jvp).
+
+    Example:
+        >>> import torch, fastdistil
+        >>> draw = torch.Generator().manual_seed(0)
+        >>> student_q, student_k = torch.randn(2, 1, 12, 5, 16, generator=draw).requires_grad_()
+        >>> teacher_q, teacher_k = torch.randn(2, 1, 12, 5, 64, generator=draw)
+        >>> mask = torch.tensor([[True, True, True, True, False]])
+        >>> loss = fastdistil.attention_loss(student_q, student_k, teacher_q, teacher_k, kind="prob_kl", mask=mask)
+        >>> student_map = (student_q @ student_k.mT / 4)[..., :4, :4].log_softmax(-1)  # which it never forms
+        >>> teacher_map = (teacher_q @ teacher_k.mT / 8)[..., :4, :4].log_softmax(-1)
+        >>> kl = (teacher_map.exp() * (teacher_map - student_map)).sum(-1).mean()
+        >>> print(torch.allclose(loss, kl, rtol=1e-4), loss.requires_grad)
+        True True
     """
     _check.no_tangents(_NAME, student_q=student_q, student_k=student_k, teacher_q=teacher_q, teacher_k=teacher_k)
     _check.one_of(_NAME, "heads", heads, HEADS)

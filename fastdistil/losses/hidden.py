@@ -49,11 +49,11 @@ def hidden_loss(
         projection: P (D_t, D_s) as in torch.nn.Linear.weight, for all layers or a list with one for each.
         bias: (D_t,) as in torch.nn.Linear.bias, likewise; needs a projection.
         activation: None or "none", or "gelu" (the exact one), after projection and bias.
-        weight: (...), one entry a row, bool or number; a row with weight 0 contributes 0 whatever it holds,
-            and takes no part in the products with a projection (finding these rows waits for a GPU, once a call where
-            the list is one, else once a layer).
-        layer_weights: one finite number a layer, used as they are; by default 1 / number of layers each.
-        reduction: "mean" = sum of w * l / sum of w, "sum", or "none" (...), float32, w * l a row.
+        weight: (...), bool or number per row; a row with weight 0 contributes 0 whatever it holds, and takes no part
+            in the products with a projection (finding these rows synchronises with a GPU, once per call where the list
+            is one launch, else once per layer).
+        layer_weights: one finite number per layer, used as they are; by default 1 / number of layers each.
+        reduction: "mean" = sum of w * l / sum of w, "sum", or "none" (...), float32, w * l per row.
         num_items: replaces the sum of w in "mean": a number or a tensor with one entry; 0 as in `logit_loss`.
         backend: "auto", "reference", "cpu" or "triton".
 
@@ -63,6 +63,17 @@ def hidden_loss(
     Raises:
         TypeError, ValueError: what came and what was wanted, by argument; a teacher that requires grad.
         NotImplementedError: in forward-mode differentiation (torch.func.jvp).
+
+    Example:
+        >>> import torch, fastdistil
+        >>> student, teacher = torch.tensor([[1.0, 2.0], [5.0, 5.0]]), torch.tensor([[1.0, 4.0], [0.0, 0.0]])
+        >>> fastdistil.hidden_loss(student, teacher, weight=torch.tensor([True, False])).item()
+        2.0
+        >>> wider = torch.nn.Linear(2, 3)
+        >>> loss = fastdistil.hidden_loss(student, torch.zeros(2, 3), projection=wider.weight, bias=wider.bias)
+        >>> loss.backward()
+        >>> wider.weight.grad.shape
+        torch.Size([3, 2])
     """
     _check.no_tangents(_NAME, student=student, teacher=teacher, projection=projection, bias=bias, weight=weight)
     _check.one_of(_NAME, "kind", kind, KINDS)

@@ -95,10 +95,10 @@ def linear_logit_loss(  # type: ignore[misc] # the overloads need not repeat wha
             the gradients alone: (..., D_s), (V, D_s) and (V,) in float32.
         divergence, beta, temperature, teacher_temperature, scale_by_t2, labels, label_weight, label_num_items,
             ignore_index, vocab_map, reduction, num_items, return_stats: as in `logit_loss`.
-        student_logit_scale, student_softcap, and the teacher's: logits become scale * z and then, with a softcap,
-            cap * tanh(z / cap) (Gemma 2, arXiv 2408.00118), before anything else is made of them.
-        weight: (...,) one number or bool a row. Rows of weight 0 are dropped before the products: 15% of the rows cost
-            15%. On a GPU, finding them waits for it once a call; without a weight nothing waits.
+        student_logit_scale, student_softcap, teacher_logit_scale, teacher_softcap: logits become scale * z and then,
+            with a softcap, cap * tanh(z / cap) (Gemma 2, arXiv 2408.00118), before anything else is made of them.
+        weight: (...,) one number or bool per row. Rows of weight 0 are dropped before the products: 15% of the rows
+            cost 15%. On a GPU, finding them synchronises once per call; without a weight nothing synchronises.
         group: a process group over whose ranks the vocabulary is split, in the order of ranks: each passes its own
             rows of both heads and the whole hidden states, and gets the whole loss, the whole gradient of the hidden
             states and its rows' of the head. DTensor heads, sharded by rows over one mesh dimension, bring their group
@@ -114,6 +114,18 @@ def linear_logit_loss(  # type: ignore[misc] # the overloads need not repeat wha
     Raises:
         TypeError, ValueError: naming the argument, what came and what was wanted.
         NotImplementedError: in forward-mode differentiation (torch.func.jvp).
+
+    Example:
+        >>> import torch, fastdistil
+        >>> draw = torch.Generator().manual_seed(0)
+        >>> student, student_head = torch.randn(4, 8, generator=draw), torch.randn(50, 8, generator=draw)
+        >>> teacher, teacher_head = torch.randn(4, 16, generator=draw), torch.randn(50, 16, generator=draw)
+        >>> _ = student_head.requires_grad_()
+        >>> loss = fastdistil.linear_logit_loss(student, student_head, teacher, teacher_head)
+        >>> loss.backward()
+        >>> logits = student @ student_head.T, teacher @ teacher_head.T  # which it never holds as a whole
+        >>> print(torch.allclose(loss, fastdistil.logit_loss(*logits), rtol=1e-4), student_head.grad.shape)
+        True torch.Size([50, 8])
     """
     student_weight, student_bias, teacher_weight, teacher_bias, group = _local(
         student_weight, student_bias, teacher_weight, teacher_bias, group

@@ -49,9 +49,9 @@ def linear_topk_logit_loss(
         chunk_bytes: upper bound of the memory for logits, as in `linear_logit_loss`.
         tail, divergence, beta, temperature, scale_by_t2, labels, label_weight, label_num_items, ignore_index,
             vocab_map, reduction, num_items: as in `topk_logit_loss`.
-        student_logit_scale, student_softcap: as in `linear_logit_loss`; what the teacher says is taken as it is.
-        weight: (...,) one number or bool a row; rows of weight 0 are dropped before the products (on a GPU, finding
-            them waits for it once a call).
+        student_logit_scale, student_softcap: as in `linear_logit_loss`; cached teacher outputs are taken as they are.
+        weight: (...,) one number or bool per row; rows of weight 0 are dropped before the products (on a GPU, finding
+            them synchronises once per call).
         backend: "auto", "reference", "cpu" or "triton", for the rows; the products are torch's.
 
     Returns:
@@ -62,6 +62,18 @@ def linear_topk_logit_loss(
         TypeError, ValueError: naming the argument, what came and what was wanted; wrong entries of the teacher as in
             `topk_logit_loss`.
         NotImplementedError: in forward-mode differentiation (torch.func.jvp).
+
+    Example:
+        >>> import torch, fastdistil
+        >>> draw = torch.Generator().manual_seed(0)
+        >>> hidden, head = torch.randn(4, 8, generator=draw), torch.randn(50, 8, generator=draw)
+        >>> values, indices = torch.randn(4, 50, generator=draw).log_softmax(-1).topk(3)
+        >>> _ = hidden.requires_grad_()
+        >>> loss = fastdistil.linear_topk_logit_loss(hidden, head, values, indices)
+        >>> loss.backward()
+        >>> whole = fastdistil.topk_logit_loss(hidden @ head.T, values, indices)  # from logits that it never holds
+        >>> print(torch.allclose(loss, whole, rtol=1e-4), hidden.grad.shape)
+        True torch.Size([4, 8])
     """
     _check.no_tangents(
         _NAME, student_hidden=student_hidden, student_weight=student_weight, student_bias=student_bias,

@@ -68,8 +68,8 @@ def logit_loss(  # type: ignore[misc] # the overloads need not repeat what is wr
     Value and gradient keep their relative precision when the student has almost become the teacher.
 
     Args:
-        student_logits: (..., V) float32, bfloat16, float16 or float64. Rows that one stride does not reach are copied,
-            as those of logits[:, :-1]: a weight of 0 for the last position does without the copy.
+        student_logits: (..., V) float32, bfloat16, float16 or float64. Inputs whose leading dimensions cannot be
+            viewed as one (logits[:, :-1]) are copied; give the last position weight 0 instead.
         teacher_logits: the same shape and device, or (..., V_t) with a vocab_map, in any of these dtypes; a constant.
             Two dtypes are computed in the wider one (float32 for bfloat16 with float16), a chunk of rows at a time.
         divergence: one of the names above.
@@ -78,7 +78,7 @@ def logit_loss(  # type: ignore[misc] # the overloads need not repeat what is wr
             1, the limits of jsd / beta and jsd / (1-beta), are forward_kl and reverse_kl.
         temperature: T_s > 0; teacher_temperature: T_t > 0, by default the same.
         scale_by_t2: multiply by T_s * T_t, so that gradients keep their size as the temperature changes (Hinton 2015).
-        weight: (...,) one number or bool a row; a row of weight 0 contributes exactly 0 and is not read.
+        weight: (...,) one number or bool per row; a row of weight 0 contributes exactly 0 and is not read.
         labels: (...,) int64, with label_weight, which they need: a second term, the cross entropy of the student's own
             logits at temperature 1. The loss is (1 - label_weight) * divergence + label_weight * cross entropy, in
             "mean" each over its own rows; rows whose label is ignore_index have no cross entropy.
@@ -87,8 +87,8 @@ def logit_loss(  # type: ignore[misc] # the overloads need not repeat what is wr
         vocab_map: (V_s,) int64: student column v is teacher column vocab_map[v], -1 for none. Both distributions are
             renormalised over the columns that have a partner; the others get no gradient (but from the labels). The
             mse is the mean over the columns that have one. On a GPU the entries of labels and vocab_map are not
-            checked: that would wait for it.
-        reduction: "mean" is sum(w * loss) / sum(w), "sum" is sum(w * loss), "none" is w * loss, one entry a row.
+            checked: that would synchronise.
+        reduction: "mean" is sum(w * loss) / sum(w), "sum" is sum(w * loss), "none" is w * loss, per row.
         num_items: replaces sum(w) in "mean": a number or a tensor of one entry (gradient accumulation, data parallel).
             0 is for a step in which no row counts: the value is then 0, and NaN where one does.
         inplace_backward: lets the gradient overwrite student_logits, which must not be read after this call and cannot
@@ -96,7 +96,7 @@ def logit_loss(  # type: ignore[misc] # the overloads need not repeat what is wr
             a second rounding. torch.compile, which plans memory itself, ignores it, and so do float16 logits, whose
             gradient would underflow if it were rounded before the incoming gradient (a GradScaler's scale) is known.
         return_stats: return (loss, LogitStats) with the entropies of student and teacher, their cross entropy and
-            whether their most likely columns agree, a number a row, detached.
+            whether their most likely columns agree, per row, detached.
         group: a process group over whose ranks the vocabulary is split, in the order of ranks: each passes its own
             columns of both sides and gets the whole loss and its columns' gradient. Statistics are merged, logits never
             gathered. labels, the same on every rank, count through the columns of all ranks; a vocab_map has this
@@ -110,6 +110,19 @@ def logit_loss(  # type: ignore[misc] # the overloads need not repeat what is wr
     Raises:
         TypeError, ValueError: naming the argument, what came and what was wanted.
         NotImplementedError: in forward-mode differentiation (torch.func.jvp).
+
+    Example:
+        >>> import torch, fastdistil
+        >>> student = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 3.0]], requires_grad=True)
+        >>> teacher = torch.tensor([[1.0, 2.0, 0.0], [0.0, 1.0, 3.0]])
+        >>> loss = fastdistil.logit_loss(student, teacher, temperature=2.0)
+        >>> loss.backward()
+        >>> print(f"{loss.item():.4f}", student.grad.shape)
+        0.1993 torch.Size([2, 3])
+        >>> options = {"labels": torch.tensor([1, 2]), "label_weight": 0.5, "return_stats": True}
+        >>> loss, stats = fastdistil.logit_loss(student, teacher, divergence="jsd", **options)
+        >>> print(f"{loss.item():.4f}", stats.agreement.tolist())
+        0.4196 [0.0, 1.0]
     """
     _check.no_tangents(_NAME, student_logits=student_logits, teacher_logits=teacher_logits, weight=weight)
     student = _check.float_tensor(_NAME, "student_logits", student_logits)

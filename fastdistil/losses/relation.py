@@ -37,7 +37,7 @@ def relation_loss(
         teacher: likewise with D_t, in any of these dtypes, a constant. D_s and D_t may differ, B and S may not.
         relation_heads: divides D_s and D_t.
         kind: "prob_kl" KL(P_t || P_s), P the softmax of A over the keys; "prob_mse"; "score_mse".
-        mask: (B, S) bool, True = real token.
+        mask: (B, S) bool, True = non-padding token.
         causal, mask_queries, reduction, num_items, backend: as in `attention_loss`.
         student_scale, teacher_scale: 1 / sqrt(D / relation_heads) by default.
 
@@ -48,6 +48,18 @@ def relation_loss(
     Raises:
         TypeError, ValueError: what came and what was wanted, by argument; a teacher that requires grad.
         NotImplementedError: in forward-mode differentiation (torch.func.jvp).
+
+    Example:
+        >>> import torch, fastdistil
+        >>> draw = torch.Generator().manual_seed(0)
+        >>> student = torch.randn(1, 5, 32, generator=draw, requires_grad=True)
+        >>> teacher = torch.randn(1, 5, 64, generator=draw)  # wider, with as many relation heads
+        >>> loss = fastdistil.relation_loss(student, teacher, relation_heads=4)
+        >>> loss.backward()
+        >>> print(loss.shape, student.grad.shape)
+        torch.Size([]) torch.Size([1, 5, 32])
+        >>> print(fastdistil.relation_loss(teacher, teacher, relation_heads=4).item())
+        0.0
     """
     _check.no_tangents(_NAME, student=student, teacher=teacher)
     if isinstance(relation_heads, bool) or not isinstance(relation_heads, int):

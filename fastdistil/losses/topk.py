@@ -42,7 +42,7 @@ def topk_logit_loss(
     With p = softmax(student_logits / temperature) and q_k = exp(teacher_values):
 
     ===========  ==================================================================================================
-    bucket       over K + 1 outcomes, the K columns and all others together (the tail's q against their sum of p)
+    bucket       over K + 1 classes, the K columns and all others together (the tail's q against their sum of p)
     renormalize  q scaled to sum 1, 0 elsewhere, against p over all V; teacher_values may then be any scores
     zero         sum over the K of q_k log(q_k / p_k), q as it is; the other columns' terms count as 0
     ===========  ==================================================================================================
@@ -56,10 +56,10 @@ def topk_logit_loss(
             the teacher's temperature in them: (teacher_logits / T).log_softmax(-1).topk(K). A constant. An entry of
             -inf is not there, whatever its index. Hand them in as they were made or stored: their dtype tells how far
             they are rounded.
-        teacher_indices: (..., K) int32 or int64, their columns, each at most once in a row, in any order.
-        teacher_tail: (...,) float32 or float64, the natural logarithm of the mass of the teacher's other columns, all
-            but teacher_indices: logsumexp over those of teacher_logits / T minus logsumexp over all. -inf: they have
-            none. A store has it (docs/teacher.md). A constant. The values alone do not tell a tail that is smaller than
+        teacher_indices: (..., K) int32 or int64, their columns, each at most once per row, in any order.
+        teacher_tail: (...,) float32 or float64, the natural logarithm of the probability of all columns but
+            teacher_indices: logsumexp over those of teacher_logits / T minus logsumexp over all. -inf: they have none.
+            Stores have it (docs/teacher.md). A constant. The values alone do not tell a tail that is smaller than
             their own rounding: without teacher_tail, "bucket" takes 1 - sum q_k, but at least
             max(r * sum q_k |log q_k|, min(r, 2^-24)) with r = 2^-24 for float32 values (bfloat16: 2^-8, float16: 2^-11,
             float64: 2^-53). With it, "bucket" and "zero" divide all of the teacher by its sum, which is 1 but for
@@ -70,7 +70,7 @@ def topk_logit_loss(
         beta: the mixture's weight, as in logit_loss.
         temperature: T > 0, of the student's logits alone.
         scale_by_t2: multiply by T^2 (Hinton et al. 2015).
-        weight: (...,) one number or bool a row; a row of weight 0 contributes exactly 0 and is not read.
+        weight: (...,) one number or bool per row; a row of weight 0 contributes exactly 0 and is not read.
         labels, label_weight, label_num_items, ignore_index: a second term, the cross entropy with (...,) int64 labels,
             as in logit_loss.
         vocab_map: (V,) int64: student column v is teacher column vocab_map[v], -1 for none, each teacher column at
@@ -78,7 +78,7 @@ def topk_logit_loss(
             others' probabilities divided by what those leave of 1; the tail keeps what mass of other columns without a
             partner is in it (teacher_tail is that of the stored entries, mapped or not). The student's distribution is
             that of its columns with a partner; the others get no gradient (but from the labels).
-        reduction: "mean" is sum(w * loss) / sum(w), "sum" is sum(w * loss), "none" is w * loss, one entry a row.
+        reduction: "mean" is sum(w * loss) / sum(w), "sum" is sum(w * loss), "none" is w * loss, per row.
         num_items: replaces sum(w) in "mean": a number or a tensor of one entry.
         inplace_backward: lets the gradient overwrite student_logits, as in logit_loss.
         backend: "auto", "reference", "cpu" or "triton"; see fastdistil.backends().
@@ -90,8 +90,19 @@ def topk_logit_loss(
         TypeError, ValueError: naming the argument, what came and what was wanted. In rows that count, an index out of
             range or given twice, or probabilities that sum to more than 1.1 ("bucket", "zero"; with teacher_tail: to
             less than 0.9 or more than 1.1), raise on a CPU; on a GPU the row's value and gradient are NaN, since
-            looking would wait for the device.
+            looking would synchronise.
         NotImplementedError: in forward-mode differentiation (torch.func.jvp).
+
+    Example:
+        >>> import torch, fastdistil
+        >>> teacher = torch.tensor([[3.0, 1.0, 0.0, -1.0, 2.0]]).log_softmax(-1)
+        >>> values, indices = teacher.topk(3)
+        >>> tail = teacher.scatter(-1, indices, -torch.inf).logsumexp(-1)  # of the other two columns
+        >>> student = torch.zeros(1, 5, requires_grad=True)
+        >>> loss = fastdistil.topk_logit_loss(student, values, indices, teacher_tail=tail)
+        >>> loss.backward()
+        >>> print(f"{loss.item():.4f}", student.grad.shape)
+        0.6047 torch.Size([1, 5])
     """
     _check.no_tangents(_NAME, student_logits=student_logits, teacher_values=teacher_values, weight=weight)
     student = _check.float_tensor(_NAME, "student_logits", student_logits)

@@ -58,6 +58,9 @@ def capture(
             model(input_ids, attention_mask)
         captured.queries[6]  # (B, H, S, d)
 
+    Opened inside of a function that torch.compile compiles, it is part of the graph (fullgraph=True too); the modules
+    then keep an attribute `forward` that is their own.
+
     Args:
         model: any encoder or decoder of transformers whose attention calls its attention interface (BERT, XLM-R,
             DistilBERT, ModernBERT, T5, Whisper, OPT, Llama, Qwen, Gemma, ...), with or without a head, also compiled
@@ -71,14 +74,25 @@ def capture(
             the scale of `attention[layer]`, which `attention_loss` needs as student_scale or teacher_scale where it is
             not 1 / sqrt(d).
 
-    Opened inside of a function that torch.compile compiles, it is part of the graph (fullgraph=True too); the modules
-    then keep an attribute `forward` that is their own.
+    Returns:
+        A context manager that yields a `Captured`: hidden_states, queries, keys, values and attention, by layer.
 
     Raises:
         TypeError, ValueError: a model that is none of these, or several; a layer that it does not have.
         RuntimeError, at the end of the `with` block: the model did not run inside of it on this thread.
         RuntimeError, from the model's forward pass: a layer that cannot be captured, by number; so are queries, keys
             and values of a block that attends twice, to its own tokens and to an encoder's.
+
+    Example:
+        >>> import torch, fastdistil
+        >>> from transformers import BertConfig, BertModel
+        >>> sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+        >>> model = BertModel(BertConfig(vocab_size=30, **sizes))
+        >>> with fastdistil.capture(model, hidden_states=[0, 2], queries=[2], keys=[2]) as captured:
+        ...     _ = model(torch.arange(5)[None])
+        ...
+        >>> captured.hidden_states[2].shape, captured.queries[2].shape, captured.attention[2].causal
+        (torch.Size([1, 5, 8]), torch.Size([1, 2, 5, 4]), False)
     """
     base = base_model(model, "capture")
     blocks = block_list(base, "capture")

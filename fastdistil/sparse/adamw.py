@@ -23,26 +23,41 @@ _STATE = ("exp_avg", "exp_avg_sq", "master", "base")  # vectors with an entry fo
 class SparseAdamW(torch.optim.Optimizer):
     """torch.optim.AdamW for the entries of a mask; the parameters that the mask does not name are updated densely.
 
-    `named_params` is a module, a mapping, pairs of name and parameter, or a list of groups as torch.optim takes them,
-    whose "params" are pairs. `mask` maps names to sorted flat positions (a SparseMask, or any mapping); it may name a
-    tied parameter by any name that `named_params` has for it, which are all of them in a module. Parameters are dense
-    float32, bfloat16, float16 or float64. In a masked parameter everything outside of the mask stays bit for bit
-    what it was, also under weight decay; inside, the numbers are those of torch.optim.AdamW. State: two float32 an
-    entry (float64 for float64 parameters), one more, the master, for 16-bit parameters, one more under `l1`. Someone
-    else may write the parameters between two steps: a master that no longer rounds to its parameter gives way.
+    In a masked parameter everything outside of the mask stays bit for bit what it was, also under weight decay; inside,
+    the numbers are those of torch.optim.AdamW. State: two float32 per entry (float64 for float64 parameters), one more,
+    the master, for 16-bit parameters, one more under `l1`. Someone else may write the parameters between two steps: a
+    master that no longer rounds to its parameter gives way. On a GPU all tensors of a step share one launch. Source:
+    Ansell et al. 2022 (arXiv 2110.07560); the update is Loshchilov & Hutter 2019 (arXiv 1711.05101).
 
-    `l1` adds l1 / n * sum |w - w0| over the n entries of the mask to the loss, w0 being the values at construction.
+    Args:
+        named_params: a module, a mapping, pairs of name and parameter, or a list of groups as torch.optim takes them,
+            whose "params" are pairs. Parameters are dense float32, bfloat16, float16 or float64.
+        mask: maps names to sorted flat positions (a SparseMask, or any mapping); it may name a tied parameter by any
+            name that `named_params` has for it, which are all of them in a module.
+        lr, betas, eps, weight_decay: as in torch.optim.AdamW. They and l1 may differ from group to group and be changed
+            by a scheduler.
+        l1: adds l1 / n * sum |w - w0| over the n entries of the mask to the loss, w0 being the values at construction.
+        step_in_backward: updates each parameter as soon as its gradient is complete and frees the gradient at once, so
+            that no more than a few gradients exist together; call `step()` after each backward all the same (schedulers
+            expect it). Nothing may then need all gradients at once or twice: no clipping, no GradScaler, no
+            accumulation. The hooks end with `remove_hooks()` or the optimizer's life.
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
 
-    `step_in_backward` updates each parameter as soon as its gradient is complete and frees the gradient at once, so
-    that no more than a few gradients exist together; call `step()` after each backward all the same (schedulers expect
-    it). Nothing may then need all gradients at once or twice: no clipping, no GradScaler, no accumulation (a second
-    gradient before `step()` is a RuntimeError). The hooks end with `remove_hooks()` or the optimizer's life.
+    Raises:
+        TypeError, ValueError: naming the parameter, where it does not fit the mask, is not dense, or has a sparse
+            gradient.
+        RuntimeError: under step_in_backward, a second gradient before `step()`.
 
-    Learning rate, betas, eps, weight decay and l1 may differ from group to group and be changed by a scheduler. On a
-    GPU all tensors of a step share one launch.
-
-    Raises TypeError or ValueError, naming the parameter, where it does not fit the mask, is not dense, or has a sparse
-    gradient. Source: Ansell et al. 2022 (arXiv 2110.07560); the update is Loshchilov & Hutter 2019 (arXiv 1711.05101).
+    Example:
+        >>> import torch
+        >>> from fastdistil.sparse import SparseAdamW
+        >>> model = torch.nn.Linear(4, 1, bias=False)
+        >>> before = model.weight.detach().clone()
+        >>> optimizer = SparseAdamW(model.named_parameters(), {"weight": torch.tensor([0, 2])}, lr=0.1)
+        >>> model(torch.ones(1, 4)).sum().backward()
+        >>> optimizer.step()
+        >>> (model.weight != before).tolist()
+        [[True, False, True, False]]
     """
 
     def __init__(

@@ -36,15 +36,35 @@ Kept = dict[str, Tensor]  # what stood in each parameter, at the positions or, o
 class SparseDelta:
     """A sparse difference between two models of the same shapes.
 
-    `positions[name]` (n,) int32 or int64, sorted flat positions; `values[name]` (n,) float32 (float64 for float64
-    parameters), what is added there; `whole[name]`, tensors that are stored as they are and replace the model's (a
-    task's head); `shapes` of all of them; `base_model`, the name of the model that the difference is to, or None.
-
     Adding is in float32 and rounded once to the parameter's dtype. On its own base a delta restores the tuned values
     bit for bit wherever theirs is within a factor of two of the base's (then the difference is exact), else within one
     rounding.
 
-    Raises TypeError or ValueError, naming the tensor, where positions, values and shapes do not fit each other.
+    Args:
+        positions: by name, (n,) int32 or int64, sorted flat positions.
+        values: by name, (n,) float32 (float64 for float64 parameters), what is added there.
+        shapes: of all of these parameters, by name.
+        whole: by name, tensors that are stored as they are and replace the model's (a task's head).
+        base_model: the name of the model that the difference is to, or None.
+
+    Raises:
+        TypeError, ValueError: naming the tensor, where positions, values and shapes do not fit each other.
+
+    Example:
+        >>> import torch
+        >>> from fastdistil.sparse import SparseDelta
+        >>> model = torch.nn.Linear(2, 2, bias=False)
+        >>> _ = torch.nn.init.zeros_(model.weight)
+        >>> positions, values = {"weight": torch.tensor([0, 3])}, {"weight": torch.tensor([1.0, -2.0])}
+        >>> delta = SparseDelta(positions, values, {"weight": (2, 2)})
+        >>> _ = delta.apply_(model)
+        >>> model.weight.tolist()
+        [[1.0, 0.0], [0.0, -2.0]]
+        >>> delta.revert_(model)
+        >>> model.weight.tolist()
+        [[0.0, 0.0], [0.0, 0.0]]
+        >>> (delta + 0.5 * delta).values["weight"].tolist()
+        [1.5, -3.0]
     """
 
     def __init__(
@@ -306,9 +326,33 @@ class SparseDelta:
 
 
 def load_into(model: nn.Module, path: str | os.PathLike[str], *, whole: bool = True) -> SparseDelta:
-    """Load a delta and apply it to `model`; returns it, for `revert_`. The model is untouched where anything fails.
+    """Load a delta and apply it to `model`, which is untouched where anything fails.
 
-    `whole=False` leaves out the tensors that the file stores whole: a language's file holds the head of its own task.
+    Args:
+        model: the module that is changed in place.
+        path: a file of `SparseDelta.save`, or one of composable-sft's.
+        whole: False leaves out the tensors that the file stores whole: a language's file holds the head of its own
+            task.
+
+    Returns:
+        The SparseDelta, for `revert_`.
+
+    Raises:
+        ValueError: naming the file and the reason.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from fastdistil.sparse import SparseDelta, load_into
+        >>> model = torch.nn.Linear(2, 2, bias=False)
+        >>> _ = torch.nn.init.zeros_(model.weight)
+        >>> delta = SparseDelta({"weight": torch.tensor([1])}, {"weight": torch.ones(1)}, {"weight": (2, 2)})
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> delta.save(f"{folder.name}/task.safetensors")
+        >>> load_into(model, f"{folder.name}/task.safetensors")
+        SparseDelta(1 entries in 1 tensors)
+        >>> model.weight.tolist()
+        [[0.0, 1.0], [0.0, 0.0]]
+        >>> folder.cleanup()
     """
     delta = SparseDelta.load(path)
     if not whole:

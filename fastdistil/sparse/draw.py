@@ -23,7 +23,21 @@ def random_mask(
 ) -> SparseMask:
     """Exactly k entries drawn uniformly over all tensors together: the control that a chosen mask is compared with.
 
-    Arguments and errors as `select_topk`; the same seed gives the same mask.
+    Args:
+        params, k, density, include, exclude: as in `select_topk`.
+        seed: the same seed gives the same mask.
+
+    Returns:
+        A SparseMask.
+
+    Raises:
+        TypeError, ValueError: as `select_topk`.
+
+    Example:
+        >>> import torch
+        >>> from fastdistil.sparse import random_mask
+        >>> random_mask(torch.nn.Linear(10, 10), density=0.08, exclude="bias")
+        SparseMask(8 of 100 entries in 1 tensors)
     """
     found = named_tensors("random_mask", "params", params)
     names = chosen_names("random_mask", found, include, exclude)

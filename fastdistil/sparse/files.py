@@ -92,11 +92,25 @@ def _entry(path: Path, name: str, entry: Any, start: int, size: int) -> Entry:
 class Checkpoint(Mapping[str, Tensor]):
     """The tensors of a safetensors file, or of a folder with one or with shards, by name; read when asked for.
 
-    `path` is a file, an index of shards (`*.index.json`) or a folder that holds `model.safetensors` or such an index.
     Each look maps the tensor's bytes anew and unmaps them with the last reference: nothing stays resident. Writing to a
     tensor never reaches the file.
 
-    Raises ValueError, naming the file and the tensor, for what is truncated, foreign or missing.
+    Args:
+        path: a file, an index of shards (`*.index.json`) or a folder that holds `model.safetensors` or such an index.
+
+    Raises:
+        ValueError: naming the file and the tensor, for what is truncated, foreign or missing.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from safetensors.torch import save_file
+        >>> from fastdistil.sparse import Checkpoint
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> save_file({"weight": torch.ones(2, 3)}, f"{folder.name}/model.safetensors")
+        >>> checkpoint = Checkpoint(folder.name)
+        >>> list(checkpoint), checkpoint["weight"].shape
+        (['weight'], torch.Size([2, 3]))
+        >>> folder.cleanup()
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:

@@ -18,10 +18,21 @@ FORMAT = "fastdistil.sparse_mask"
 class SparseMask(Mapping[str, Tensor]):
     """A mapping from parameter name to sorted flat positions, int32 (int64 where a tensor has 2^31 elements or more).
 
-    `positions[name]` (n,) counts in the row-major order of a tensor of shape `shapes[name]`. Parameters without a name
-    in the mask are not sparse; one with an empty entry is not trained at all.
+    Parameters without a name in the mask are not sparse; one with an empty entry is not trained at all.
 
-    Raises TypeError or ValueError, naming the parameter, where positions are not ascending or out of range.
+    Args:
+        positions: by name, (n,), counted in the row-major order of the parameter.
+        shapes: the parameters' shapes, by name.
+
+    Raises:
+        TypeError, ValueError: naming the parameter, where positions are not ascending or out of range.
+
+    Example:
+        >>> import torch
+        >>> from fastdistil.sparse import SparseMask
+        >>> mask = SparseMask({"weight": torch.tensor([0, 3])}, {"weight": (2, 2)})
+        >>> mask, mask.density
+        (SparseMask(2 of 4 entries in 1 tensors), 0.5)
     """
 
     def __init__(self, positions: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> None:

@@ -44,21 +44,38 @@ def select_topk(
 ) -> SparseMask:
     """The k entries that changed most: the largest |params - base_params| over all tensors together, exactly k.
 
-    `params` is a module, a mapping of names to tensors or pairs of both; `base_params` likewise, with the same shapes
-    (what it holds beyond them is ignored). Both are read three times, tensor by tensor: a lazy mapping such as
-    `fastdistil.sparse.Checkpoint` is never resident whole. float32, bfloat16, float16 and float64, also mixed; changes
-    are compared in float32. `density` is k as a share of the elements, rounded. `include` and `exclude` hold parts of
-    names: only parameters with one of the former (None: all) and none of the latter take part. Ties go to the first
-    tensor and the lowest flat position; the result is the same on every backend, however many threads there are.
+    Changes are compared in float32. Ties go to the first tensor and the lowest flat position; the result is the same on
+    every backend, however many threads there are. Extra memory: 8 MiB for the histogram, as much twice while it is
+    read, and less than 1 MiB per thread. Source: Ansell et al. 2022 (arXiv 2110.07560), section 3; BiStil (arXiv
+    2306.01709) with density 0.08.
 
     A tied parameter (a head that is the embedding table) is one: of a module, a dict or pairs, tensors that are the
     same memory are counted once, under their first name; `include`, `exclude` and `base_params` may use any of them.
 
-    Returns a SparseMask over the parameters that took part. Extra memory: 8 MiB for the histogram, as much twice while
-    it is read, and less than 1 MiB a thread.
+    Args:
+        params: a module, a mapping of names to tensors, or pairs of both; float32, bfloat16, float16 and float64, also
+            mixed.
+        base_params: likewise, with the same shapes; what it holds beyond them is ignored. Both are read three times,
+            tensor by tensor: a lazy mapping such as `fastdistil.sparse.Checkpoint` is never resident whole.
+        k, density: the number of entries, or that number as a share of the elements, rounded; one of them.
+        include, exclude: parts of names: only parameters with one of the former (None: all) and none of the latter
+            take part.
+        backend: "auto", "reference", "cpu" or "cuda".
 
-    Raises TypeError or ValueError, naming the tensor, where a dtype, shape or name does not fit or a change is NaN.
-    Source: Ansell et al. 2022 (arXiv 2110.07560), section 3; BiStil (arXiv 2306.01709) with density 0.08.
+    Returns:
+        A SparseMask over the parameters that took part.
+
+    Raises:
+        TypeError, ValueError: naming the tensor, where a dtype, shape or name does not fit or a change is NaN.
+
+    Example:
+        >>> import torch
+        >>> from fastdistil.sparse import select_topk
+        >>> before = {"a": torch.zeros(4), "b": torch.zeros(2, 2)}
+        >>> after = {"a": torch.tensor([0.1, -3.0, 0.2, 0.0]), "b": torch.tensor([[0.0, 2.0], [0.1, 0.3]])}
+        >>> mask = select_topk(after, before, k=3)
+        >>> mask, mask["a"].tolist(), mask["b"].tolist()
+        (SparseMask(3 of 8 entries in 2 tensors), [1], [1, 3])
     """
     function = "select_topk"
     after, before = named_tensors(function, "params", params), named_tensors(function, "base_params", base_params)

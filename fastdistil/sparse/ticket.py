@@ -37,30 +37,57 @@ def lottery_ticket(
     out: str | os.PathLike[str] | None = None,
     base_model: str | None = None,
 ) -> SparseDelta:
-    """Train `model` twice, the second time on a sparse mask; returns the difference that the second training made.
+    """Train `model` twice, the second time on a sparse mask of the entries that the first training changed most.
 
-    `train_fn(model, mask, out)` trains the model in place: everything where `mask` is None, else with
-    `SparseAdamW(model.named_parameters(), mask, ...)`; `out` is a folder of its own for its checkpoints, or None.
-    Between both trainings the k entries that changed most are chosen (`density`, `k`, `include` and `exclude` as in
-    `select_topk`; a head is best excluded, it then stays dense), and every parameter and buffer goes back to where it
-    was, bit for bit. With a `mask` given, such as a random one, the first training is left out.
-
-    The difference holds the mask's entries, and as whole tensors the parameters outside of the mask that the second
-    training changed. Afterwards the model is the tuned one.
+    Between both trainings the k entries that changed most are chosen, and every parameter and buffer goes back to where
+    it was, bit for bit. Afterwards the model is the tuned one. Source: Ansell et al. 2022 (arXiv 2110.07560); BiStil's
+    phase 2 (arXiv 2306.01709).
 
     With `out` every phase can be interrupted and the same call continues: the folder keeps the start
     (base.safetensors), the mask, and the difference (delta.safetensors); inside of a phase `train_fn` continues from
     its own folder (`fastdistil.train.train` does). A finished ticket is not trained again: its difference is returned,
     and the model is the tuned one bit for bit, buffers included. Nothing but the start is kept in memory without `out`.
 
-    **What lies in `out` wins over the model's values**: a run that continues may be handed a half-trained model, or one
-    with a new random head, so a model of other values cannot be told from them. It is refused where its `base_model`,
-    its parameters' names or shapes, or a value of a parameter without requires_grad differ from the start's; of any
-    other parameter's difference a warning tells. Another model, or another attempt, needs a folder of its own.
+    **On resume, the weights saved in `out` replace those of the model you pass**, which may be half-trained or have a
+    new random head. Use one folder per model and attempt. A model is refused where its `base_model`, its parameters'
+    names or shapes, or a value of a parameter without requires_grad differ from the start's; any other parameter's
+    difference is a warning.
 
-    Raises ValueError where `out` holds another ticket, `train_fn` changed what the mask does not hold, or a parameter
-    that the mask may hold is not dense; else as `select_topk`. Source: Ansell et al. 2022 (arXiv 2110.07560); BiStil's
-    phase 2 (arXiv 2306.01709).
+    Args:
+        model: the module to tune, in place.
+        train_fn: `train_fn(model, mask, out)` trains the model in place: everything where `mask` is None, else with
+            `SparseAdamW(model.named_parameters(), mask, ...)`; its `out` is a folder of its own for its checkpoints, or
+            None.
+        density, k, include, exclude: as in `select_topk`; a head is best excluded, it then stays dense.
+        mask: a mask to train on, such as a random one; the first training is then left out.
+        out: a folder, as above, or None.
+        base_model: the name of the model that the difference is to, kept in it.
+
+    Returns:
+        A SparseDelta: the mask's entries, and as whole tensors the parameters outside of the mask that the second
+        training changed.
+
+    Raises:
+        ValueError: where `out` holds another ticket, `train_fn` changed what the mask does not hold, or a parameter
+            that the mask may hold is not dense.
+        TypeError, ValueError: as `select_topk`.
+
+    Example:
+        >>> import torch, fastdistil
+        >>> from fastdistil.sparse import SparseAdamW
+        >>> model = torch.nn.Linear(4, 3)
+        >>> def train_fn(model, mask, out):
+        ...     if mask is None:
+        ...         optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        ...     else:
+        ...         optimizer = SparseAdamW(model.named_parameters(), mask, lr=0.1)
+        ...     for _ in range(3):
+        ...         optimizer.zero_grad()
+        ...         model(torch.eye(4)).square().sum().backward()
+        ...         optimizer.step()
+        ...
+        >>> fastdistil.lottery_ticket(model, train_fn, density=0.5, exclude="bias")
+        SparseDelta(6 entries in 1 tensors, 1 whole)
     """
     folder = None if out is None else Path(out)
     k = None if k is None else whole_number(_NAME, "k", k)
@@ -94,8 +121,25 @@ def lottery_ticket(
 
 @torch.no_grad()
 def rewind_(model: nn.Module, start: Mapping[str, Tensor]) -> None:
-    """Every parameter and buffer back to `start`, bit for bit. Raises ValueError, before anything is written, where
-    `start` lacks one or has it in another shape or dtype."""
+    """Put every parameter and buffer back to `start`, bit for bit.
+
+    Args:
+        model: the module that is written.
+        start: tensors by name, such as a copy of model.state_dict().
+
+    Raises:
+        ValueError: before anything is written, where `start` lacks a tensor or has it in another shape or dtype.
+
+    Example:
+        >>> import torch
+        >>> from fastdistil.sparse import rewind_
+        >>> model = torch.nn.Linear(2, 2)
+        >>> start = {name: x.clone() for name, x in model.state_dict().items()}
+        >>> _ = torch.nn.init.zeros_(model.weight)
+        >>> rewind_(model, start)
+        >>> torch.equal(model.weight, start["weight"])
+        True
+    """
     _check_start(model, start)
     for tensor, before in _beside(Parameters.of_module(model, buffers=True), start):
         tensor.detach().copy_(before)

@@ -45,8 +45,29 @@ class Cached(Sequence[dict[str, Any]]):
         layers: those of the store's layers that batches shall have, by default all.
         logits: whether batches shall have the teacher's logits where the store does.
 
-    Raises ValueError for a store of another kind, one of another length, and a layer that it does not hold; and, when a
-    batch is made, where the row's pieces are not those that the teacher saw.
+    Raises:
+        ValueError: for a store of another kind, one of another length, and a layer that it does not hold; and, when a
+            batch is made, where the row's pieces are not those that the teacher saw.
+
+    Example:
+        >>> import tempfile, torch, fastdistil
+        >>> from fastdistil.teacher import Cached, Writer
+        >>> rows = [{"input_ids": [7, 8, 9]}, {"input_ids": [7, 9]}]
+        >>> def collate(rows):
+        ...     ids = [torch.tensor(row["input_ids"]) for row in rows]
+        ...     padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+        ...     return {"input_ids": padded, "attention_mask": (padded > 0).long()}
+        ...
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> with Writer(folder.name, kind="layers", width=4, vocabulary=0, layers=[6]) as writer:
+        ...     for row in rows:
+        ...         ids = torch.tensor(row["input_ids"], dtype=torch.int32)
+        ...         writer.add(input_ids=ids, hidden_6=torch.ones(len(ids), 4))
+        ...
+        >>> cached = Cached(fastdistil.teacher.open(folder.name), rows, collate)
+        >>> {name: tuple(x.shape) for name, x in cached.read([0, 1]).items()}
+        {'input_ids': (2, 3), 'attention_mask': (2, 3), 'teacher_hidden_6': (2, 3, 4)}
+        >>> folder.cleanup()
     """
 
     def __init__(

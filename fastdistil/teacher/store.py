@@ -21,7 +21,19 @@ Example = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Head:
-    """The teacher's last linear layer: weight (V, D), bias (V,) or None."""
+    """The teacher's last linear layer, a function of hidden states (..., D) that returns logits (..., V).
+
+    Args:
+        weight: (V, D).
+        bias: (V,) or None.
+
+    Example:
+        >>> import torch
+        >>> from fastdistil.teacher import Head
+        >>> head = Head(torch.ones(5, 3), torch.zeros(5))
+        >>> head(torch.ones(2, 3)).shape
+        torch.Size([2, 5])
+    """
 
     weight: Tensor
     bias: Tensor | None
@@ -38,6 +50,28 @@ class Store(Dataset[Example]):
     (tokens,), "hidden_<layer>": (tokens, D), "logits": (tokens, C) or (C,)}.
 
     An example is read from the memory-mapped shard when it is asked for. DataLoader workers map the files themselves.
+
+    Args:
+        path: the store's folder.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the file and the reason; when an example is read, for a shard that is
+            missing, truncated or of another store.
+        IndexError: for an example that the store does not have.
+
+    Example:
+        >>> import tempfile, torch, fastdistil
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> head = {"vocabulary": 5, "head_weight": torch.ones(5, 3)}
+        >>> with fastdistil.teacher.Writer(folder.name, kind="hidden", width=3, **head) as writer:
+        ...     writer.add(hidden=torch.zeros(4, 3))
+        ...     writer.add(hidden=torch.zeros(2, 3))
+        ...
+        >>> store = fastdistil.teacher.open(folder.name)
+        >>> store.length(0), store[1]["hidden"].shape, store.head(store[1]["hidden"]).shape
+        (4, torch.Size([2, 3]), torch.Size([2, 5]))
+        >>> store.verify()
+        >>> folder.cleanup()
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -173,11 +207,30 @@ class Store(Dataset[Example]):
 
 
 def open(path: str | Path, *, incomplete: bool = False) -> Store:
-    """The store in the folder `path`. The files' sizes are checked; `Store.verify` compares their checksums.
+    """Open the store in a folder. The files' sizes are checked; `Store.verify` compares their checksums.
 
-    incomplete: take one whose writing was cut off, as far as it goes.
+    Args:
+        path: the store's folder.
+        incomplete: take one whose writing was cut off, as far as it goes.
 
-    Raises FileNotFoundError or ValueError, naming the file and the reason.
+    Returns:
+        A `Store`.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the file and the reason.
+
+    Example:
+        >>> import tempfile, torch, fastdistil
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> head = {"vocabulary": 5, "head_weight": torch.ones(5, 3)}
+        >>> with fastdistil.teacher.Writer(folder.name, kind="hidden", width=3, **head) as writer:
+        ...     writer.add(hidden=torch.zeros(4, 3))
+        ...     writer.add(hidden=torch.zeros(2, 3))
+        ...
+        >>> store = fastdistil.teacher.open(folder.name)
+        >>> len(store)
+        2
+        >>> folder.cleanup()
     """
     store = Store(path)
     if not store.index.complete and not incomplete:
@@ -189,9 +242,25 @@ def open(path: str | Path, *, incomplete: bool = False) -> Store:
 
 
 def pad(examples: Sequence[Example], length: int | None = None) -> Example:
-    """Examples of different lengths as one batch (B, S, ...): zeros at the end, -inf for values, so that a top-k
-    teacher has no entries there, and all of its mass in the tail. `length`: S, by default the longest's; a student's
-    batch must be as long, and padded at the end as well. Logits of whole sequences (C,) become (B, C)."""
+    """Examples of different lengths as one batch: zeros at the end, -inf for values, so that a top-k teacher has no
+    entries there, and all of its probability in the tail.
+
+    Args:
+        examples: dicts of tensors, as a store gives them.
+        length: S, by default the longest's; a student's batch must be as long, and padded at the end as well.
+
+    Returns:
+        A dict of tensors (B, S, ...); logits of whole sequences (C,) become (B, C).
+
+    Raises:
+        ValueError: where there is no example, or length is less than the longest's.
+
+    Example:
+        >>> import torch, fastdistil
+        >>> batch = fastdistil.teacher.pad([{"hidden": torch.ones(4, 3)}, {"hidden": torch.ones(2, 3)}])
+        >>> batch["hidden"].shape, batch["hidden"][1, :, 0].tolist()
+        (torch.Size([2, 4, 3]), [1.0, 1.0, 0.0, 0.0])
+    """
     if not examples:
         raise ValueError("teacher.pad: examples is empty, expected at least one")
     whole = [name for name, x in examples[0].items() if name == files.LOGITS and x.dim() == 1]

@@ -63,6 +63,7 @@ def write(
             (float64 where it is that).
         name: the teacher's name in the index, by default model.config.name_or_path.
         shard_bytes: see Writer.
+        progress: whether a progress bar is shown.
 
     Returns:
         The store, opened.
@@ -72,6 +73,19 @@ def write(
             kind "topk"); of kind "layers", a layer that the model does not have, and a loader that gives other examples
             than those that are written; and Writer's errors.
         KeyboardInterrupt: after Ctrl-C, once the examples that were computed are written.
+
+    Example:
+        >>> import tempfile, torch, fastdistil
+        >>> from transformers import BertConfig, BertForMaskedLM
+        >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        >>> model = BertForMaskedLM(BertConfig(vocab_size=30, **sizes))
+        >>> mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+        >>> loader = [{"input_ids": torch.arange(10).view(2, 5), "attention_mask": mask}]  # any batches
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> store = fastdistil.teacher.write(model, loader, folder.name, kind="topk", k=4, progress=False)
+        >>> [store.length(i) for i in range(len(store))], sorted(store[1])
+        ([5, 3], ['indices', 'tail', 'values'])
+        >>> folder.cleanup()
     """
     if kind == "layers":
         return _write_layers(model, loader, Path(path), layers, logits, dtype, name, shard_bytes, progress)

@@ -47,6 +47,19 @@ class Writer:
     Raises:
         TypeError, ValueError: naming the argument, what came and what was wanted; where the folder holds a complete
             store, one of other settings, or damaged files.
+
+    Example:
+        >>> import tempfile, torch, fastdistil
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> head = {"vocabulary": 5, "head_weight": torch.ones(5, 3)}
+        >>> with fastdistil.teacher.Writer(folder.name, kind="hidden", width=3, **head) as writer:
+        ...     writer.add(hidden=torch.zeros(4, 3))
+        ...     writer.add(hidden=torch.zeros(2, 3))
+        ...
+        >>> store = fastdistil.teacher.open(folder.name)
+        >>> len(store), store.length(1)
+        (2, 2)
+        >>> folder.cleanup()
     """
 
     def __init__(
