@@ -85,8 +85,8 @@ def logit_loss(  # type: ignore[misc] # the overloads need not repeat what is wr
         label_num_items: replaces the labelled rows' sum(w) in "mean", as num_items does for the divergence (and, where
             this is None, for both).
         vocab_map: (V_s,) int64: student column v is teacher column vocab_map[v], -1 for none. Both distributions are
-            renormalised over the columns that have a partner; the others get no gradient (but from the labels). The
-            mse is the mean over the columns that have one. On a GPU the entries of labels and vocab_map are not
+            renormalised over the mapped columns; the others get no gradient (but from the labels). The mse is the mean
+            over the mapped columns. On a GPU the entries of labels and vocab_map are not
             checked: that would synchronise.
         reduction: "mean" is sum(w * loss) / sum(w), "sum" is sum(w * loss), "none" is w * loss, per row.
         num_items: replaces sum(w) in "mean": a number or a tensor of one entry (gradient accumulation, data parallel).

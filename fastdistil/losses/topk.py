@@ -74,10 +74,10 @@ def topk_logit_loss(
         labels, label_weight, label_num_items, ignore_index: a second term, the cross entropy with (...,) int64 labels,
             as in logit_loss.
         vocab_map: (V,) int64: student column v is teacher column vocab_map[v], -1 for none, each teacher column at
-            most once; teacher_indices are then the teacher's columns. Entries without a partner are left out, and the
-            others' probabilities divided by what those leave of 1; the tail keeps what mass of other columns without a
-            partner is in it (teacher_tail is that of the stored entries, mapped or not). The student's distribution is
-            that of its columns with a partner; the others get no gradient (but from the labels).
+            most once; teacher_indices are then the teacher's columns. Entries that no student column is mapped to are
+            left out, and the others' probabilities divided by what those leave of 1; the tail keeps the probability of
+            such columns in it (teacher_tail is that of all but the stored entries, mapped or not). The student's
+            distribution is that of its mapped columns; the others get no gradient (but from the labels).
         reduction: "mean" is sum(w * loss) / sum(w), "sum" is sum(w * loss), "none" is w * loss, per row.
         num_items: replaces sum(w) in "mean": a number or a tensor of one entry.
         inplace_backward: lets the gradient overwrite student_logits, as in logit_loss.
