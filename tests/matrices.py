@@ -137,7 +137,7 @@ def cuda_dtypes(loss: str) -> list[str]:
 
 def backend_table() -> list[str]:
     rows = [
-        "| loss | reference (PyTorch) | cpu (C++) | triton: interpreted | cuda (C++): emulated |",
+        "| loss | reference (PyTorch) | cpu (C++) | triton: interpreted | cuda (C++, rows of logits): emulated |",
         "| --- " * 5 + "|",
     ]
     for loss in LOSSES:
