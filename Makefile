@@ -22,7 +22,7 @@ SOURCES := pyproject.toml constraints.txt $(shell find csrc kernels -name '*.cpp
 PROGRESS = tee $(VENV)/install.log | { grep --line-buffered -E '^ *(\[[0-9]+/[0-9]+\]|-- fastdistil|Successfully|ERROR|error)' || true; }
 
 help:
-	@sed -n '2,4s/^# *//p' $(MAKEFILE_LIST); echo '  make lint    ruff, mypy and clang-format'; echo '  make bench   the CPU benchmarks into runs/bench'; echo '  make aot       every kernel compiled for every GPU: no spill'; echo '  make versions  the tests with other versions of torch, triton and transformers'; echo '  make fuzz      drawn cases against the truth, into docs/numerics.md'; echo '  make soak      every system killed at random moments and continued'
+	@sed -n '2,4s/^# *//p' $(MAKEFILE_LIST); echo '  make lint    ruff, mypy and clang-format'; echo '  make bench   the CPU benchmarks into runs/bench'; echo '  make aot       every kernel compiled for every GPU: no spill'; echo '  make versions  the tests with other versions of torch, triton and transformers'; echo '  make fuzz      drawn cases against the truth, into docs/numerics.md'; echo '  make soak      every system killed at random moments and continued'; echo '  make docs      the documentation site into build/site; make docs-serve shows it'
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -49,6 +49,12 @@ $(VENV)/.test: $(SOURCES) | $(VENV)/.build
 
 $(VENV)/.lint: pyproject.toml | $(VENV)/.test
 	@$(BIN)/pip install -q -c constraints.txt ruff mypy clang-format 2>&1 | { grep -v '^WARNING' || true; }
+	@touch $@
+
+# The site's tools alone: it reads the sources, and needs neither torch nor kernels.
+$(VENV)/.docs: pyproject.toml | $(BIN)/python
+	@$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'], sep='\n')" > $(VENV)/docs.txt
+	@$(BIN)/python -m pip install -q -r $(VENV)/docs.txt 2>&1 | { grep -v '^WARNING' || true; }
 	@touch $@
 
 demo: $(VENV)/.demo
@@ -89,10 +95,20 @@ versions: $(VENV)/.test
 soak: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python tests/kill.py --kills $(or $(KILLS),20)
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict -q
+
+docs-serve: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
+
+# The pictures of docs/choosing.md and docs/memory.md, into docs/images.
+docs-figures: $(VENV)/.test
+	$(BIN)/python docs/tools/figures.py
+
 bench: $(VENV)/.test
 	$(BIN)/fastdistil bench all --out runs/bench
 
 clean:
 	rm -rf build dist runs
 
-.PHONY: help demo test lint types judge fuzz soak aot versions bench clean
+.PHONY: help demo test lint types judge fuzz soak aot versions docs docs-serve docs-figures bench clean

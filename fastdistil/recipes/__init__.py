@@ -1,0 +1,1 @@
+"""The papers' recipes: terms of a loss (`terms`), stages, and a module for each paper."""
