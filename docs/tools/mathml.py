@@ -1,6 +1,6 @@
 """mkdocs hook: formulas become MathML while the site is built, so that no script and no font is needed to read them.
 
-`$...$` and `$$...$$` are found by pymdownx.arithmatex (generic), which leaves \\(...\\) and \\[...\\] in marked elements.
+`$...$` and `$$...$$` are found by pymdownx.arithmatex (generic), which leaves the formula in a marked element.
 The specification's formulas are plain text: of those, what Markdown would take for a link or for a cell is escaped.
 """
 
