@@ -205,7 +205,9 @@ def _times(records: list[Record], cases: list[str], path: Path) -> Path:
         _bars(axes, [r for r in records if r["case"] == case], end)
     grid[-1][0].tick_params(axis="x", labelbottom=True, length=3, labelsize=8)
     grid[-1][0].spines["bottom"].set_visible(True)
-    grid[-1][0].set_xlabel("median time of forward + backward as a multiple of the floor (shorter is better)", fontsize=9)
+    grid[-1][0].set_xlabel(
+        "median time of forward + backward as a multiple of the floor (shorter is better)", fontsize=9
+    )
     _footer(figure, records, _FLOOR)
     figure.tight_layout(rect=(0, 0.55 / height, 1, 1), h_pad=0.5)
     return _save(figure, path)

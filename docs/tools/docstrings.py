@@ -46,7 +46,8 @@ def markdown(text: str) -> str:
                 found += table(lines[at : end + 1])
                 at = end + 1
                 continue
-        found.append(lines[at])
+        is_table = lines[at].startswith("|")
+        found.append(lines[at].replace("<", "&lt;") if is_table else lines[at])
         at += 1
     return "\n".join(found)
 
