@@ -15,8 +15,76 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
+# Pages whose blocks stand on their own.
 PAGES = ["index.md", "quick-start.md", "choosing.md", "trainers.md", "memory.md", "backends.md"]
 PAGES += [f"migrate/{path.name}" for path in sorted((DOCS / "migrate").glob("*.md"))]
+
+# Pages whose blocks speak of the reader's own models and data: what is there before each of them.
+SMALL = """
+import dataclasses, itertools, sys
+from pathlib import Path
+import torch
+import fastdistil as fd
+from transformers import BertConfig, BertForMaskedLM, BertForTokenClassification
+def bert(blocks, kind=BertForMaskedLM, **more):
+    return kind(BertConfig(vocab_size=60, hidden_size=16, num_hidden_layers=blocks, num_attention_heads=2,
+                           intermediate_size=16, max_position_embeddings=16, **more))
+ids = torch.randint(5, 60, (4, 8))
+batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+"""
+STORE = """
+model, student, batch["example"] = bert(2), bert(1), range(4)
+loader = [{name: x for name, x in batch.items() if name != "example"}]
+"""
+TICKET = """
+model = torch.nn.ModuleDict({"body": torch.nn.Linear(4, 8), "classifier": torch.nn.Linear(8, 2)})
+another_model = torch.nn.ModuleDict({"body": torch.nn.Linear(4, 8), "classifier": torch.nn.Linear(8, 2)})
+def nudge(model, mask, out):
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if mask is None: p.add_(torch.randn_like(p))
+            elif name in mask: p.view(-1)[mask[name]] += 1
+            else: p.add_(1)
+train_fn = nudge
+fd.lottery_ticket(model, nudge, density=0.2, exclude="classifier").save("language.safetensors")
+"""
+PRELUDES: dict[str, list[str]] = {
+    "../README.md": [SMALL + "teacher, student = bert(12), bert(6)", TICKET],
+    "training.md": [SMALL + """
+student, teacher = bert(6), bert(12)
+examples = [{"input_ids": row} for row in ids]
+def collate(rows):
+    ids = torch.stack([row["input_ids"] for row in rows])
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+import fastdistil.train as loop
+whole = loop.train
+def one_step(objective, examples, collate, options, **more):
+    return whole(objective, examples, collate, dataclasses.replace(options, steps=1, warmup=0), **more)
+patch(loop, "train", one_step)
+"""],
+    "teacher.md": [
+        SMALL + STORE,
+        """
+tagger = bert(12, BertForTokenClassification, num_labels=3)
+ids = torch.randint(5, 60, (40, 8))
+loader = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
+rows = [{"input_ids": row} for row in ids]
+def collate(chosen):
+    ids = torch.stack([row["input_ids"] for row in chosen])
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+from fastdistil.recipes import terms
+from fastdistil.train import Options, train
+objective = terms.Distillation(bert(2), [terms.hidden(1, 6), terms.hidden(2, 12)])
+options = Options(1, batch_size=2, warmup=0)
+""",
+        """
+batch = {**loader[0], "example": range(4)}
+store = fd.teacher.write(model, loader, "runs/topk", kind="topk", k=8, temperature=2.0)
+logits = student(batch["input_ids"]).logits
+""",
+    ],
+    "sparse.md": [SMALL + TICKET],
+}  # fmt: skip
 
 
 class Block(NamedTuple):
@@ -45,6 +113,17 @@ def test_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for line, code, needs in found:
         if needs is None or importlib.util.find_spec(needs) is not None:
             exec(compile("\n" * (line - 1) + code, str(DOCS / page), "exec"), space)
+
+
+@pytest.mark.parametrize("page", PRELUDES)
+def test_blocks_run_on_small_models(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks of the other pages and of the README, each after what it takes for granted."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    space: dict[str, object] = {"__name__": "docs", "patch": monkeypatch.setattr}
+    for prelude, (line, code, _) in zip(PRELUDES[page], blocks(DOCS / page), strict=True):
+        exec(prelude, space)
+        exec(compile("\n" * (line - 1) + code, str(DOCS / page), "exec"), space)
 
 
 def test_needs_are_said() -> None:
