@@ -78,7 +78,7 @@ objective = terms.Distillation(bert(2), [terms.hidden(1, 6), terms.hidden(2, 12)
 options = Options(1, batch_size=2, warmup=0)
 """,
         """
-batch = {**loader[0], "example": range(4)}
+batch = {**loader[0], "example": range(40)}
 store = fd.teacher.write(model, loader, "runs/topk", kind="topk", k=8, temperature=2.0)
 logits = student(batch["input_ids"]).logits
 """,
