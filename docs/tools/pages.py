@@ -14,6 +14,7 @@ from typing import Any
 from latex2mathml.converter import convert
 
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\(\(|\[)(.*?)\\[)\]]</\1>', re.DOTALL)
+_WHOLE = re.compile(r"<td>([^\s<]{2,24}|[\d.e+-]+ / [\d.e+-]+)</td>")  # a name or numbers, not to be broken at a hyphen
 _MATRICES = re.compile(r"\]\[(?=[XYW]_)")  # [X_s,-X_t][Y_s,Y_t], no link
 _ABSOLUTE = re.compile(r"(?<= )\|(\S[^|\n]*\S)\|(?= )")  # |p - q| in a cell of a table
 
@@ -50,8 +51,8 @@ def lists(markdown: str) -> str:
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """The page's HTML, its formulas as MathML."""
-    return _FORMULA.sub(_mathml, content)
+    """The page's HTML, its formulas as MathML and the names and numbers of its tables unbroken."""
+    return _FORMULA.sub(_mathml, _WHOLE.sub(r'<td class="whole">\1</td>', content))
 
 
 def _mathml(found: re.Match[str]) -> str:
