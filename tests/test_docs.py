@@ -126,6 +126,12 @@ def test_blocks_run_on_small_models(page: str, tmp_path: Path, monkeypatch: pyte
         exec(compile("\n" * (line - 1) + code, str(DOCS / page), "exec"), space)
 
 
+def test_no_page_is_forgotten() -> None:
+    """Every page with Python is in one of the lists above."""
+    pages = {str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md") if blocks(path)}
+    assert pages <= {*PAGES, *PRELUDES}
+
+
 def test_needs_are_said() -> None:
     """What a block needs beyond this package is named in the text."""
     for page in PAGES:
