@@ -49,7 +49,6 @@ train_fn = nudge
 fd.lottery_ticket(model, nudge, density=0.2, exclude="classifier").save("language.safetensors")
 """
 PRELUDES: dict[str, list[str]] = {
-    "../README.md": [SMALL + "teacher, student = bert(12), bert(6)", TICKET],
     "training.md": [SMALL + """
 student, teacher = bert(6), bert(12)
 examples = [{"input_ids": row} for row in ids]
@@ -61,7 +60,7 @@ whole = loop.train
 def one_step(objective, examples, collate, options, **more):
     return whole(objective, examples, collate, dataclasses.replace(options, steps=1, warmup=0), **more)
 patch(loop, "train", one_step)
-"""],
+""", SMALL + "teacher, student = bert(12), bert(6)"],
     "teacher.md": [
         SMALL + STORE,
         """
@@ -117,7 +116,7 @@ def test_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("page", PRELUDES)
 def test_blocks_run_on_small_models(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The blocks of the other pages and of the README, each after what it takes for granted."""
+    """The blocks of the other pages, each after what it takes for granted."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     space: dict[str, object] = {"__name__": "docs", "patch": monkeypatch.setattr}
