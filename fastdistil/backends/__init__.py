@@ -106,14 +106,18 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype | None = None)
 
 
 @cache
-def module(stem: str, backend: str) -> ModuleType:
-    """The module that holds `stem`'s functions, of the backend that `choose` has named."""
+def _load(stem: str, backend: str) -> ModuleType:
     try:
         return importlib.import_module(_MODULES[backend].format(stem=stem))
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.startswith("fastdistil."):
             raise ValueError(f"backend {backend!r} has no {stem} kernels") from error
         raise
+
+
+def module(stem: str, backend: str) -> ModuleType:
+    """The module that holds `stem`'s functions, of the backend that `choose` has named."""
+    return _load(stem, backend)
 
 
 def get(stem: str, backend: str, device: torch.device, dtype: torch.dtype | None = None) -> ModuleType:
