@@ -217,7 +217,7 @@ BAD = [
     ),
     ({"teacher_q": torch.zeros(2, 3, 5, 6, requires_grad=True)}, ValueError, "teacher_q requires grad, expected a con"),
     ({"teacher_q": torch.zeros(2, 3, 5, 6, device="meta")}, ValueError, "teacher_q is on meta, expected cpu to match"),
-    ({"kind": "mse"}, ValueError, "kind is 'mse', expected one of 'prob_mse', 'score_mse', 'prob_kl'"),
+    ({"kind": "mse"}, ValueError, "kind is 'mse', expected one of 'prob_mse', 'prob_kl', 'score_mse'"),
     ({"mask": torch.ones(2, 5)}, TypeError, "mask has dtype torch.float32, expected bool, True = real token"),
     ({"mask": torch.ones(2, 4).bool()}, ValueError, "mask has shape (2, 4), expected (2, 5), (B, S) of the student"),
     ({"mask": [True]}, TypeError, "mask is list, expected a torch.Tensor"),
