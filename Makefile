@@ -13,7 +13,7 @@ OUT ?= runs/demo
 TORCH_ARGS ?=
 # The CUDA kernels are a third of the build: where there is a GPU, or with CUDA=ON.
 CUDA ?= $(if $(shell command -v nvidia-smi),ON,OFF)
-BUILD_TOOLS := 'scikit-build-core>=0.10' 'pybind11>=2.13' 'ninja>=1.11'
+BUILD_TOOLS := 'scikit-build-core>=1.0' 'pybind11>=2.13' 'ninja>=1.11'
 BUILD := -C cmake.define.FASTDISTIL_CUDA=$(CUDA)
 
 SOURCES := pyproject.toml constraints.txt $(shell find csrc kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name CMakeLists.txt)

@@ -88,16 +88,21 @@ def test_the_number_of_threads_changes_nothing(restored: None) -> None:
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
 def test_one_openmp_runtime_is_shared_with_torch() -> None:
     """Two runtimes would keep two pools of threads, and alternating with torch.mm would oversubscribe the cores. In a
-    process of its own: what else is installed may bring another one, as scikit-learn does, beside which ours counts."""
+    process of its own: what else is installed may bring another one, as scikit-learn does, beside which ours counts.
+    The first call is one that needs no torch: the extension is to find torch's runtime all the same, not the system's."""
     code = """if True:
-        import torch, fastdistil as fd
+        import fastdistil as fd
+        assert fd.backends()["cpu"] is True
+        import torch
         torch.mm(torch.ones(64, 64), torch.ones(64, 64))
         fd.logit_loss(torch.ones(64, 999), torch.zeros(64, 999), backend="cpu")
         names = ("libgomp", "libiomp", "libomp")
         print(*{line.split()[-1] for line in open("/proc/self/maps") if any(n in line for n in names)}, sep="\\n")
     """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    own = Path(torch.__file__).parent / "lib/libgomp.so.1"  # in torch's wheels, not where torch was built here
     assert len(run.stdout.split()) == 1, run.stdout
+    assert not own.exists() or Path(run.stdout.strip()).samefile(own)
 
 
 @pytest.mark.skipif(not _C.pool_available(), reason="this system cannot take kept memory back")

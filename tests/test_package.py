@@ -1,8 +1,9 @@
-"""What gets installed: the wheel's and the source distribution's contents, and a build without nvcc."""
+"""What gets installed: the wheel's and the source distribution's contents, a build without nvcc, an editable install."""
 
 from __future__ import annotations
 
 import platform
+import re
 import subprocess
 import sys
 import tarfile
@@ -12,6 +13,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+# Of the libraries that manylinux_2_28 lets a wheel expect of any system, those that a C++ extension links to.
+OF_ANY_SYSTEM = {"libc.so.6", "libgcc_s.so.1", "libm.so.6", "libpthread.so.0", "libstdc++.so.6"}
+LOADERS = {"ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1"}
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +31,9 @@ def test_the_sdist_holds_all_sources(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     assert {"csrc/CMakeLists.txt", "kernels/cuda/logit.cu", "kernels/triton/logit.py", "LICENSE", "README.md"} <= names
-    assert not any(name.endswith((".so", ".o")) or name.startswith((".venv", "build/")) for name in names)
+    assert {"benchmarks/cases.py", "fastdistil/py.typed", "fastdistil/configs/shipped/finetune-ner.yaml"} <= names
+    assert not any(name.endswith((".so", ".o", ".whl")) for name in names)
+    assert not {name.split("/")[0] for name in names} & {".venv", "build", "dist", "runs", ".git", ".github", ".ci"}
 
 
 def test_a_wheel_from_the_sdist_without_nvcc(sdist: Path, tmp_path: Path) -> None:
@@ -49,9 +55,19 @@ def test_a_wheel_from_the_sdist_without_nvcc(sdist: Path, tmp_path: Path) -> Non
     packages = {name.split("/")[0] for name in names}
     assert {p for p in packages if not p.endswith(".dist-info")} == {"fastdistil"}
     assert {"fastdistil/kernels/triton/logit.py", "fastdistil/benchmarks/cases.py", "fastdistil/py.typed"} <= set(names)
+    assert "fastdistil/configs/shipped/finetune-ner.yaml" in names
+    assert not any(name.startswith("fastdistil/benchmarks/results") or name.endswith(".sh") for name in names)
+    (extension,) = (tmp_path / "site" / name for name in names if name.endswith(".so"))
+    assert b".nv_fatbin" not in extension.read_bytes()  # the section that holds a GPU's machine code
+    if platform.system() == "Linux":
+        found = subprocess.run(["readelf", "-d", extension], capture_output=True, text=True, check=True).stdout
+        needed = set(re.findall(r"\(NEEDED\).*\[(.+)\]", found))
+        # The runtime that torch brings and loads first (fastdistil/backends/__init__.py); no copy of it in the wheel.
+        assert needed - OF_ANY_SYSTEM - LOADERS == {"libgomp.so.1"}
+        assert "RUNPATH" not in found and "RPATH" not in found
     code = (
         f"import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'ScikitBuild' not in type(f).__name__]; "
-        f"sys.path.insert(0, {str(tmp_path / 'site')!r}); import fastdistil, fastdistil._C as c; "
+        f"sys.path.insert(0, {str(tmp_path / 'site')!r}); import torch, fastdistil, fastdistil._C as c; "
         "print(fastdistil.__file__, repr(c.cuda_arches), fastdistil.backends()['cpu'], fastdistil.backends()['cuda'])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
@@ -60,3 +76,12 @@ def test_a_wheel_from_the_sdist_without_nvcc(sdist: Path, tmp_path: Path) -> Non
     assert Path(where).is_relative_to(tmp_path / "site")
     assert (arches, cpu) == ("''", "True")
     assert "built without nvcc" in why
+
+
+def test_an_installation_leaves_the_checkout_off_the_path(tmp_path: Path) -> None:
+    """Whatever lies in the checkout or beside it is none of a program's modules, where the package is installed editable
+    as anywhere."""
+    code = "import fastdistil, sys; print(*sys.path, sep='\\n')"  # -I: without PYTHONPATH and the working directory
+    result = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert not {ROOT, ROOT.parent} & {Path(line).resolve() for line in result.stdout.splitlines()}

@@ -44,6 +44,8 @@ def backends() -> dict[str, bool | str]:
 
 
 def _cpu() -> bool | str:
+    import torch  # noqa: F401 - before the extension, which then takes torch's libgomp: a system may have none, or another
+
     try:
         importlib.import_module("fastdistil._C")
     except ImportError as error:
