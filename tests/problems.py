@@ -106,16 +106,24 @@ def furthest(x: Array) -> Array:
 
 
 def rounding_of_scores(
-    function: Callable[[DD, DD], tuple[Array, Array]], a: DD, b: DD, rng: np.random.Generator, whole: bool
+    function: Callable[[DD, DD], tuple[Array, Array]],
+    a: DD,
+    b: DD,
+    rng: np.random.Generator,
+    whole: bool,
+    ties: bool = False,
 ) -> tuple[Array, Array]:
     """How far half a unit in the last place of every score moves each row's value and gradient: the condition of the
-    loss. A softmax's scores are rounded relative to their row's largest."""
+    loss. A softmax's scores are rounded relative to their row's largest. ties: of a loss whose slope is the sign of
+    p - q; one more move takes every column against its sign, since of some columns the others may all miss a tie."""
     moved = []
-    for x in (a, b):
+    nearer = np.sign((truth.log_softmax(b) - truth.log_softmax(a)).hi) if ties else None
+    for x, way in ((a, 1.0), (b, -1.0)):
         size = np.abs(x.hi if whole else (x - x.max()).hi)
         size = np.where(x.hi <= NEVER, 0.0, size) * ULP["float32"]
         signs = rng.choice([-1.0, 1.0], (DRAWS + 1, *x.shape))
         signs[0] = 0
+        signs = signs if nearer is None else np.concatenate([signs, way * nearer[None]])
         moved.append(DD(x.hi, x.lo)[None] + size * signs)
     with np.errstate(invalid="ignore"):
         value, gradient = (deviation(x[1:] - x[:1]) ** 2 for x in function(*moved))
@@ -267,7 +275,12 @@ def logit(case: LogitCase) -> Problem:
     def conditioning() -> None:
         """Different temperatures give quotients that float32 rounds."""
         moved_value, moved = rounding_of_scores(
-            lambda x, y: truth.divergence(case.divergence, case.beta, x, y), a_, b_, rng, case.divergence == "mse"
+            lambda x, y: truth.divergence(case.divergence, case.beta, x, y),
+            a_,
+            b_,
+            rng,
+            case.divergence == "mse",
+            ties=case.divergence == "tvd",
         )
         each = found.tiny * moved_value
         value.extra = value.extra + (each if case.reduction == "none" else each.sum())
