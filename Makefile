@@ -77,7 +77,7 @@ lint: $(VENV)/.lint
 
 # 300 drawn cases a loss and every case that ever failed, a part of `make test`; Triton's 60 a loss, of which that has 10.
 judge: $(VENV)/.test
-	$(BIN)/python -m pytest -m 'drawn or not drawn' tests/test_rows.py tests/test_cuda_host.py::test_rows_as_training_makes_them
+	$(BIN)/python -m pytest -m 'drawn or not drawn' tests/losses/test_rows.py tests/backends/test_cuda_host.py::test_rows_as_training_makes_them
 
 # LOSS=logit for one loss alone; goes on where it stopped, at most an hour a loss.
 fuzz: $(VENV)/.test
@@ -85,7 +85,7 @@ fuzz: $(VENV)/.test
 
 # Every Triton kernel and CUDA source for every GPU; `make test` compiles for sm_90a alone. TARGETS: some of them.
 aot: $(VENV)/.test
-	FASTDISTIL_AOT_TARGETS="$(or $(TARGETS),sm_80 sm_89 sm_90a sm_100a sm_120a gfx942 gfx950)" $(BIN)/python -m pytest -n auto --maxprocesses 4 tests/test_aot.py
+	FASTDISTIL_AOT_TARGETS="$(or $(TARGETS),sm_80 sm_89 sm_90a sm_100a sm_120a gfx942 gfx950)" $(BIN)/python -m pytest -n auto --maxprocesses 4 tests/backends/test_aot.py
 
 # NAMES: some of the environments of tests/versions.py. One of them brings a CUDA build of torch, 6 GB.
 versions: $(VENV)/.test

@@ -66,7 +66,7 @@ def from_child(arguments: dict[str, Any]) -> dict[str, Any]:
     root = source_root()
     names = TRITON if root is not None else TRITON[1:]
     if root is not None:
-        sys.path.insert(0, str(root / "tests"))
+        sys.path.insert(0, str(root / "tests/support"))
         importlib.import_module("triton_interpreter_fix")
     return {"records": measure(names, ("float32",), arguments["shape"], "cpu")}
 

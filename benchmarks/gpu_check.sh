@@ -125,7 +125,7 @@ run_tests() { # MARKS; stops in time to say how far it came
   [ "$workers" -ge 2 ] && have xdist && options+=(-n "$workers")
   have pytest_timeout && options+=(--session-timeout="$((limit > 30 ? limit - 12 : limit / 2))")
   local files=(tests)
-  [ -n "$small" ] && files=(tests/test_bench.py tests/test_sparse_gpu.py tests/test_cli.py)
+  [ -n "$small" ] && files=(tests/benchmarks/test_bench.py tests/sparse/test_sparse_gpu.py tests/project/test_cli.py)
   "$python" -c "$clean; import pytest; sys.exit(pytest.main(sys.argv[1:]))" "${files[@]}" "${options[@]}" \
     -q --tb=short --maxfail=50 -m "$1" -p no:cacheprovider
 }

@@ -5,7 +5,7 @@
     python tests/fuzz.py --case '{"loss": ...}'   one case again, part by part
 
 The state is runs/fuzz/LOSS.json, written after every 100 cases. A case that fails is added to tests/data/cases.jsonl,
-which tests/test_rows.py tests from then on.
+which tests/losses/test_rows.py tests from then on.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
+sys.path.insert(0, str(Path(__file__).parent / "support"))
 
 import judge
 import numpy as np

@@ -14,6 +14,7 @@ import importlib.util
 import inspect
 import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
@@ -22,6 +23,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+sys.path.insert(0, str(Path(__file__).parent / "support"))
 
 from torch import Tensor
 

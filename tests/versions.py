@@ -46,13 +46,14 @@ class Environment:
 
 
 def _files(*stems: str) -> tuple[str, ...]:
-    return tuple(f"tests/test_{stem}.py" for stem in stems)
+    found = (path for stem in stems for path in ROOT.glob(f"tests/*/test_{stem}.py"))
+    return tuple(str(path.relative_to(ROOT)) for path in found)
 
 
 ENVIRONMENTS = {
     "newest": Environment(
         ("torch==2.14.1", "transformers", "tokenizers", "accelerate", "numpy"),
-        ("tests", "--deselect=tests/test_aot.py::test_triton_kernels_compile_for_every_target_without_spills"),
+        ("tests", "--deselect=tests/backends/test_aot.py::test_triton_kernels_compile_for_every_target_without_spills"),
         "every test",
     ),
     "triton-newest": Environment(
@@ -149,7 +150,9 @@ def run(name: str) -> Record:
     results = pytest(name, *wanted.tests)
     compiled = {}
     for target in wanted.targets:
-        compiled[target] = pytest(name, "tests/test_aot.py", "-k", "every_target", FASTDISTIL_AOT_TARGETS=target)
+        compiled[target] = pytest(
+            name, "tests/backends/test_aot.py", "-k", "every_target", FASTDISTIL_AOT_TARGETS=target
+        )
     return Record(name, today, versions(name), wanted.what, results, compiled)
 
 

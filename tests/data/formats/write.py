@@ -1,5 +1,5 @@
 """What wrote this folder, run at commit 5976e3a (`python tests/data/formats/write.py FOLDER`). The files stay as they are:
-tests/test_old_files.py opens them with every later version."""
+tests/project/test_old_files.py opens them with every later version."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 The truth is the textbook formula in float64. A backend may err at most twice as much as the eager formula in the same
 dtype plus `SLACK`; near convergence, where the eager formula itself is lost, it must be within `EXACT` of the truth.
-Errors are relative, in the Euclidean norm. Cases that tests/rows.py draws are judged row by row against tests/truth.py
+Errors are relative, in the Euclidean norm. Cases that tests/support/rows.py draws are judged row by row against tests/support/truth.py
 (`judge_problem`): five digits, and what is allowed besides is computed from the case.
 """
 
@@ -92,7 +92,7 @@ def _at_most(what: str, found: float, allowed: float) -> None:
     assert found <= allowed, f"{what}: relative error {found:.2e}, allowed {allowed:.2e}"
 
 
-# ---- cases drawn by tests/rows.py, against tests/truth.py
+# ---- cases drawn by tests/support/rows.py, against tests/support/truth.py
 
 # Half a unit in the last place of a number near 1.
 ULP = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}

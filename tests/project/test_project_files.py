@@ -12,7 +12,7 @@ import yaml
 
 import fastdistil
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FORMS = ("bug", "wrong-number", "feature")
 
 

@@ -1,7 +1,7 @@
 """What is right: the textbook formulas of docs/losses.md in numbers of 31 digits, row by row.
 
 None of fastdistil's forms is used here, so that a fault in their algebra cannot hide: p - q is a difference, KL a sum of
-terms of either sign. Inputs are float64 arrays that hold the very inputs of the loss. tests/test_rows.py compares with
+terms of either sign. Inputs are float64 arrays that hold the very inputs of the loss. tests/losses/test_rows.py compares with
 mpmath's 50 digits.
 """
 

@@ -1,4 +1,4 @@
-"""Every loss on rows as training makes them (tests/rows.py), judged row by row against tests/truth.py.
+"""Every loss on rows as training makes them (tests/support/rows.py), judged row by row against tests/support/truth.py.
 
 A failing case prints one line; `python tests/fuzz.py --case 'LINE'` runs it again. `make judge` runs this file and
 the CUDA kernels' cases alone; `make fuzz` draws more of them and keeps those that fail in tests/data/cases.jsonl, which are tests from then on.
@@ -22,7 +22,7 @@ from problems import PROBLEMS
 
 from fastdistil import _C
 
-KEPT = Path(__file__).parent / "data/cases.jsonl"
+KEPT = Path(__file__).parents[1] / "data/cases.jsonl"
 LINES = KEPT.read_text().splitlines()
 EVERY = {"max_examples": 300, "database": None, "deadline": None, "derandomize": True, "print_blob": False}
 CHECKS = list(HealthCheck)

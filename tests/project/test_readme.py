@@ -10,7 +10,7 @@ from typing import Any
 import matrices
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGE = matrices.README.read_text(encoding="utf-8")
 NOT_RUN = "# Not run by the tests: "  # the first line of a block that says why
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL)

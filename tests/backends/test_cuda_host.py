@@ -1,6 +1,6 @@
 """The CUDA kernels without a GPU: the very sources, their threads as fibers on the CPU, in several orders.
 
-tests/cuda_emulator.py says how. The cases are those of the other backends' tests: here the emulated kernels stand in
+tests/support/cuda_emulator.py says how. The cases are those of the other backends' tests: here the emulated kernels stand in
 for the CPU's, so that the whole way from the public function through the cuda backend's module is taken.
 """
 
@@ -36,7 +36,7 @@ from fastdistil.sparse import SparseAdamW
 pytestmark = pytest.mark.skipif(cuda_emulator.COMPILER is None, reason="needs a C++ compiler")
 
 HOST = "cpu"  # the backend whose place the emulated one takes: the only compiled one that may read CPU tensors
-CACHE = Path(__file__).parent.parent / "build/cuda_host"
+CACHE = Path(__file__).parents[2] / "build/cuda_host"
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """Numbers of 31 digits for whole arrays: an unevaluated sum of two float64, |lo| at most half an ulp of hi.
 
 With them a textbook formula keeps 15 digits where it cancels in float64, so that the truth needs no clever form. The
-algorithms are Dekker's (1971) and those of the QD library (Hida, Li, Bailey 2001). tests/test_rows.py compares them with mpmath.
+algorithms are Dekker's (1971) and those of the QD library (Hida, Li, Bailey 2001). tests/losses/test_rows.py compares them with mpmath.
 """
 
 from __future__ import annotations

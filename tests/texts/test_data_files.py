@@ -9,7 +9,7 @@ from task_cases import FILE
 
 from fastdistil.data import files, tags
 
-UNER = Path(__file__).parents[2] / "shared" / "data" / "uner"
+UNER = Path(__file__).parents[3] / "shared" / "data" / "uner"
 
 
 @pytest.fixture(autouse=True)

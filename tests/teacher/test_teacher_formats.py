@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import fastdistil as fd
 from fastdistil import teacher
 
-STORES = Path(__file__).parent / "data" / "stores"
+STORES = Path(__file__).parents[1] / "data/stores"
 LENGTHS = (2, 0, 3)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

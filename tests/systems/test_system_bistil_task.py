@@ -65,7 +65,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without figures and latencies: tests/test_system_texts.py has them."""
+    """Without figures and latencies: tests/systems/test_system_texts.py has them."""
     for name in ("_plot_curves", "_plot_scores"):
         monkeypatch.setattr(report, name, lambda *_: None)
     monkeypatch.setattr(measure, "latency", lambda models: {})

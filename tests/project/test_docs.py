@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 # Pages whose blocks stand on their own.
 PAGES = ["index.md", "quick-start.md", "choosing.md", "trainers.md", "memory.md", "backends.md"]

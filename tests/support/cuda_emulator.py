@@ -1,7 +1,7 @@
-"""kernels/cuda/*.cu without a GPU: compiled by the host's C++ compiler against tests/cuda_host/, run on CPU tensors.
+"""kernels/cuda/*.cu without a GPU: compiled by the host's C++ compiler against tests/support/cuda_host/, run on CPU tensors.
 
 The sources are the GPU's own. A few words of CUDA that no macro can stand for are rewritten on the way (`translate`),
-and hopper.h, which holds the instructions that C++ has no words for, is replaced by tests/cuda_host/hopper.h.
+and hopper.h, which holds the instructions that C++ has no words for, is replaced by tests/support/cuda_host/hopper.h.
 `Emulator` has the functions of fastdistil._C that end in _cuda, so the package's own backend modules can call it.
 """
 
@@ -22,9 +22,9 @@ from torch import Tensor
 
 from fastdistil.contracts.sparse import DTYPES
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "kernels/cuda"
-SHIM = ROOT / "tests/cuda_host"
+SHIM = ROOT / "tests/support/cuda_host"
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 # -O0: compiling takes longer than running.
 FLAGS = ["-std=c++17", "-O0", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE", "-pthread", "-ffp-contract=off"]

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from cuda_emulator import launching_less
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 EVERYTHING = "FASTDISTIL_AOT_TARGETS" in os.environ
 TARGETS = os.environ.get("FASTDISTIL_AOT_TARGETS", "sm_90a").split()
 # Those of the CUDA kernels' build (csrc/CMakeLists.txt).

@@ -13,7 +13,7 @@ import torch
 
 from fastdistil.sparse import Checkpoint, SparseDelta, SparseMask, lottery_ticket
 
-FILES = Path(__file__).parent / "data" / "formats"
+FILES = Path(__file__).parents[1] / "data/formats"
 TICKET = {"embed.weight": [0, 4, 12, 13, 18], "body.weight": [0]}
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from fastdistil import _C
 from fastdistil.contracts import attention, hidden, logit, row_moments, sparse, topk
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 # The layers from the door down; a file may import its own layer and those below it.
 LAYERS = (

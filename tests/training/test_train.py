@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import squares
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
@@ -238,7 +239,7 @@ train(module, squares.examples(), collate, Options(40, lr=0.05, save_every=3), o
 
 
 def child(out):
-    code = CHILD.format(tests=str(Path(__file__).parent), out=str(out))
+    code = CHILD.format(tests=str(Path(squares.__file__).parent), out=str(out))
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
