@@ -12,8 +12,7 @@ from fastdistil.backends import choose
 from fastdistil.contracts.hidden import KINDS
 from fastdistil.losses import _check
 from fastdistil.ops.hidden import hidden_rows, hidden_total
-from fastdistil.ops.hidden_layers import hidden_layers
-from fastdistil.ops.hidden_projected import hidden_projected_rows, hidden_projected_total
+from fastdistil.ops.hidden_layers import hidden_layers, hidden_projected_rows, hidden_projected_total
 
 ACTIVATIONS = ("none", "gelu")
 _NAME = "hidden_loss"

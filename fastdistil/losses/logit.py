@@ -10,10 +10,9 @@ from torch import Tensor
 from fastdistil.contracts.logit import DIVERGENCES
 from fastdistil.losses import _check, _terms
 from fastdistil.losses._terms import LogitStats
-from fastdistil.ops import logit as ops
-from fastdistil.ops.logit_rows import logit_rows, logit_rows_overwrite_, logit_total
+from fastdistil.ops.families import Overwrite
+from fastdistil.ops.logit import logit_rows, logit_rows_overwrite_, logit_total
 from fastdistil.ops.logit_terms import pack
-from fastdistil.ops.row_statistics import row_statistics
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -145,34 +144,29 @@ def logit_loss(  # type: ignore[misc] # the overloads need not repeat what is wr
         _NAME, rows.numel(), w, counted, alpha, reduction, num_items, label_num_items, device, dtype
     )
     matrices = (matrix(student), matrix(teacher))
-    # The gradient ahead of its time, but not where torch.compile plans the memory.
-    ahead = student.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    scaled_late = student.dtype == torch.float16  # rounded before a GradScaler's scale it would underflow
-    overwrite = inplace_backward and ahead and not scaled_late
+    plain = label is None and partners is None and not name and student.dtype == teacher.dtype
+    wanted, compiling = student.requires_grad and torch.is_grad_enabled(), torch.compiler.is_compiling()
+    # A float16 gradient that were rounded before a GradScaler's scale would underflow: a plain one is computed again
+    # where that is not 1, another one in the backward alone.
+    overwrite = inplace_backward and wanted and not compiling and student.dtype != torch.float16
+    # "none" is rarely followed by a gradient of ones. torch.compile plans the memory, and a plain backward need not
+    # begin anew.
+    ahead = wanted and reduction != "none" and (not compiling if plain else student.dtype != torch.float16)
     each, alone = None, None
     if return_stats and alpha == 1:  # the labels alone count, and no kernel looks at the teacher: a pass for them
         _, alone = logit_loss(
             student.detach(), teacher, temperature=rule[2], teacher_temperature=rule[3], weight=weight,
             vocab_map=vocab_map, reduction="none", return_stats=True, group=group, backend=backend,
         )  # fmt: skip
-    if label is not None or partners is not None or name or student.dtype != teacher.dtype:
-        tensors = (*matrices, scale, label, label_scale, partners)
-        arguments = (*tensors, pack(rule, (1.0, 0.0, 1.0, 0.0)), return_stats and alone is None, backend, name)
-        if overwrite:
-            loss, each = ops.Overwrite.apply(_NAME, logit_rows_overwrite_, *arguments)  # type: ignore[no-untyped-call]
-        elif reduction != "none" and student.requires_grad and torch.is_grad_enabled() and not scaled_late:
-            loss, each, _ = logit_total(*arguments, [True], True)
-        else:
-            loss, each = logit_rows(*arguments)
+    tensors = (*matrices, scale, label, label_scale, partners)
+    arguments = (*tensors, pack(rule, (1.0, 0.0, 1.0, 0.0)), return_stats and alone is None, backend, name)
+    if overwrite:
+        loss, each = Overwrite.apply(_NAME, logit_rows_overwrite_, *arguments)  # type: ignore[no-untyped-call]
+    elif ahead:
+        loss, each, *_ = logit_total(*arguments, [True], True)
     else:
-        if return_stats:
-            detached = (matrices[0].detach(), matrices[1])
-            each = row_statistics(*detached, scale, rule[2], rule[3], backend)
-        if overwrite:
-            loss = ops.Overwrite.apply(_NAME, ops.logit_overwrite_, *matrices, scale, *rule, backend)  # type: ignore[no-untyped-call]
-        else:  # "none" is rarely followed by a gradient of ones
-            loss, _, _ = ops.logit(*matrices, scale, *rule, ahead and reduction != "none", backend)
-    total: Tensor = loss.reshape(rows) if reduction == "none" else loss.sum()
+        loss, each, _ = logit_rows(*arguments)
+    total: Tensor = loss.reshape(rows) if reduction == "none" else loss.sum() if loss.ndim else loss
     if alone is not None:
         return total, alone
     return (total, _terms.row_stats(each, rows)) if return_stats and each is not None else total

@@ -8,9 +8,8 @@ from torch import Tensor
 from fastdistil.contracts.topk import TAILS
 from fastdistil.losses import _check, _terms
 from fastdistil.losses.logit import check_inplace, matrix, rule_of
-from fastdistil.ops import topk as ops
-from fastdistil.ops.logit import Overwrite
-from fastdistil.ops.topk_rows import topk_rows, topk_rows_overwrite_, topk_total
+from fastdistil.ops.families import Overwrite
+from fastdistil.ops.topk import topk_rows, topk_rows_overwrite_, topk_total
 
 _NAME = "topk_logit_loss"
 
@@ -132,21 +131,18 @@ def topk_logit_loss(
     rule = (index, mixture, TAILS.index(tail), t, factor)
     k = values.shape[-1]
     teacher = (values.reshape(-1, k), _check.usable(teacher_indices).reshape(-1, k), known)
-    ahead = student.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    scaled_late = student.dtype == torch.float16  # rounded before a GradScaler's scale it would underflow
-    overwrite = inplace_backward and ahead and not scaled_late
-    if label is not None or partners is not None or overwrite:
-        constants = [float(x) for x in (*rule, 1.0, 0.0)]
-        arguments = (matrix(student), *teacher, scale, label, label_scale, partners, constants, backend)
-        if overwrite:
-            loss = Overwrite.apply(_NAME, topk_rows_overwrite_, *arguments)  # type: ignore[no-untyped-call]
-        elif student.requires_grad and torch.is_grad_enabled() and reduction != "none" and not scaled_late:
-            loss, _ = topk_total(*arguments, [True], True)
-        else:
-            loss = topk_rows(*arguments)
+    plain = label is None and partners is None
+    wanted, compiling = student.requires_grad and torch.is_grad_enabled(), torch.compiler.is_compiling()
+    # As in logit_loss.
+    overwrite = inplace_backward and wanted and not compiling and student.dtype != torch.float16
+    ahead = wanted and reduction != "none" and (not compiling if plain else student.dtype != torch.float16)
+    constants = [float(x) for x in (*rule, 1.0, 0.0)]
+    arguments = (matrix(student), *teacher, scale, label, label_scale, partners, constants, backend)
+    if overwrite:
+        loss = Overwrite.apply(_NAME, topk_rows_overwrite_, *arguments)  # type: ignore[no-untyped-call]
     else:
-        loss, *_ = ops.topk(matrix(student), *teacher, scale, *rule, ahead and reduction != "none", backend)
-    total: Tensor = loss.reshape(rows) if reduction == "none" else loss.sum()
+        loss, *_ = topk_total(*arguments, [True], True) if ahead else topk_rows(*arguments)
+    total: Tensor = loss.reshape(rows) if reduction == "none" else loss.sum() if loss.ndim else loss
     return total
 
 

@@ -3,7 +3,7 @@
 A backend's `attention` (`attention_mean.attention` for means over the heads) returns the rows and, where asked, the
 gradients of their sum. `attention_total` asks for both at once and keeps the gradients (as large as Q and K) for its
 backward pass, which only multiplies them with the incoming gradient: no tile of the map is computed twice
-(ops/gradients.py). `attention_rows` has a gradient a row to honour, so its backward pass runs the kernel again.
+(ops/families.py). `attention_rows` has a gradient a row to honour, so its backward pass runs the kernel again.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from fastdistil.backends import choose, module
-from fastdistil.ops import attention_low_rank, attention_mean, float64
-from fastdistil.ops.pairs import pair
+from fastdistil.ops import attention_low_rank, attention_mean
+from fastdistil.ops.families import Found, family
 from fastdistil.ops.precision import with_exact_products
+from fastdistil.ops.products import float64_is_fast
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -39,7 +40,7 @@ def _compute(
     backend: str,
     wanted: list[bool],
     rounded: bool,
-) -> tuple[Tensor, None, tuple[Tensor | None, Tensor | None]]:
+) -> Found:
     """Rows in row_scale's shape, times row_scale, and the gradients of their sum in student_q and student_k; of a
     relation (no keys: the queries are both) the first is the gradient through both sides."""
     arguments = (student_q, student_k, teacher_q, teacher_k, key_mask, cu_seqlens, row_scale)
@@ -47,8 +48,8 @@ def _compute(
     rows, dq, dk = _of_maps(*arguments, *options, any(wanted))
     if student_k is None and dq is not None and dk is not None:
         # In the accumulator's dtype: rounded once, where autograd would add up rounded ones.
-        return rows, None, (dq.add_(dk), None)
-    return rows, None, (dq, dk)
+        return Found(rows, (dq.add_(dk), None))
+    return Found(rows, (dq, dk))
 
 
 def _of_maps(
@@ -76,7 +77,7 @@ def _of_maps(
             *tensors, kind, causal, student_scale, teacher_scale, name == "reference", need_grad
         )
     linear = kind == "score_mse" and not causal and cu_seqlens is None
-    if name == "triton" and linear and float64.is_fast(student_q.device):  # matrix products alone, the vendor's
+    if name == "triton" and linear and float64_is_fast(student_q.device):  # matrix products alone, the vendor's
         return attention_low_rank.score_mse(*tensors[:5], row_scale, student_scale, teacher_scale, need_grad)
     name = choose(backend, student_q.device, row_scale.dtype)
     given = (None, None) if relation and name == "triton" else keys  # Triton has a kernel for both sides at once
@@ -93,6 +94,6 @@ def _of_maps(
 TENSORS = "Tensor student_q, Tensor? student_k, Tensor teacher_q, Tensor? teacher_k, Tensor? key_mask"
 TENSORS += ", Tensor? cu_seqlens, Tensor row_scale"
 OPTIONS = "str kind, bool causal, float student_scale, float teacher_scale, str heads, str backend"
-attention_rows, attention_total, _ = pair(
+attention_rows, attention_total, _ = family(
     "attention", "attention_loss", TENSORS, OPTIONS, _compute, gradients=("student_q", "student_k")
 )

@@ -1,31 +1,33 @@
-"""Custom ops of the hidden-state losses: `hidden_rows`, one value a row, and `hidden_total`, their sum with gradients.
+"""Custom ops of the hidden-state losses: `hidden_rows`, a value per row, and `hidden_total`, their sum with gradients.
 
 With a projection the loop below runs the matrix products of one chunk of rows at a time around the backend's row
 kernel, so that the projected states exist for one chunk only. `hidden_total` keeps the gradients for its backward
 pass, which then needs no product again; on a GPU without a projection `hidden_rows` is enough, its gradient costs one
 more read.
 
-They are registered here and not by ops/pairs.py: with its list of gradients six layers of 2,048 x 768 took 1.13 times
-as long on a CPU.
+Where a projection or an activation brings the student so near to its teacher that float32 loses their difference: a
+product of float32 is off by 2^-24 of its own size and more, whatever it is compared with; a state that comes as it is
+has no such rounding. On a CPU, where the answer costs no wait, some rows of a chunk are asked first, and a chunk that
+is near is computed in float64 and rounded once.
 """
 
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastdistil.backends import choose, module
-from fastdistil.ops.gradients import hand_out, refuse_double_backward
-from fastdistil.ops.hidden_near import is_near
+from fastdistil.ops.families import Found, family
 from fastdistil.ops.precision import with_exact_products
+from fastdistil.ops.products import multiplied
 
 # Elements of one chunk of projected states: 2 MiB of float32 on a CPU, 128 MiB on a GPU.
 CHUNK_ELEMENTS = {"cpu": 2**19, "gpu": 2**25}
 
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # in student, projection, bias
+_SAMPLE, _FEW = 16, 256  # every 16th row of more than 256, a few thousandths of the products' work
+_SMALLEST = 1 / 32  # of the state: a smaller difference has lost five bits and more
 
 
 @with_exact_products
@@ -39,23 +41,17 @@ def _compute(
     activation: str,
     backend: str,
     dense: bool,
-    wanted: tuple[bool, bool, bool],
+    wanted: list[bool],
     rounded: bool,
-) -> tuple[Tensor, Gradients]:
-    """Rows (N,), and the gradients that are `wanted`, in the inputs' dtypes where `rounded`, else in row_scale's.
-
-    Rows of scale 0 are dropped before the products. Finding them waits for a GPU once, unless the caller knows that
+) -> Found:
+    """Rows of scale 0 are dropped before the products. Finding them waits for a GPU once, unless the caller knows that
     there are none (`dense`)."""
     name = choose(backend, student.device, row_scale.dtype)
     kernels = module("hidden", name)
     checked = student.device.type == "cpu" and name != "triton" and row_scale.dtype == torch.float32
     if projection is not None:
         states = (student, teacher, projection, bias, row_scale)
-        rows, found = _projected(kernels, *states, kind, activation, dense, wanted, checked)
-        if rounded:
-            inputs = (student, projection, bias)
-            found = tuple(g if g is None or x is None else g.to(x.dtype) for g, x in zip(found, inputs, strict=True))  # type: ignore[assignment]
-        return rows, found
+        return _projected(kernels, *states, kind, activation, dense, wanted, checked)
     dtype = (student.dtype if rounded else row_scale.dtype) if wanted[0] else None
     wide = (
         checked
@@ -64,7 +60,7 @@ def _compute(
     )
     scale = row_scale.double() if wide else row_scale
     rows, dstudent = kernels.hidden_rows(student, teacher, None, scale, kind, activation, dtype)
-    return rows.to(row_scale.dtype), (dstudent, None, None)
+    return Found(rows.to(row_scale.dtype), (dstudent, None, None))
 
 
 def _projected(
@@ -77,9 +73,9 @@ def _projected(
     kind: str,
     activation: str,
     dense: bool,
-    wanted: tuple[bool, bool, bool],
+    wanted: list[bool],
     checked: bool,
-) -> tuple[Tensor, Gradients]:
+) -> Found:
     dtype, (count, size_s), size_t = row_scale.dtype, student.shape, projection.shape[0]
     on_cpu = student.device.type == "cpu"
     kept = row_scale.nonzero()[:, 0] if on_cpu or not dense else None
@@ -101,7 +97,7 @@ def _projected(
         scale, h = row_scale[chunk], student[chunk].to(low)
         t, offset = teacher[chunk], shift
         if not near:
-            z = _product(h, weight.T, dtype)
+            z = multiplied(h, weight.T, dtype)
             near = checked and is_near(z, t, shift, scale, kind, activation)
         if near:  # and the rest of the rows without asking
             wide = weight.double() if wide is None else wide
@@ -113,15 +109,15 @@ def _projected(
             if kept is None and weight.dtype == dtype:
                 torch.mm(dz, weight, out=dstudent[chunk])
             else:
-                dstudent[chunk] = _product(dz, weight, dtype)
+                dstudent[chunk] = multiplied(dz, weight, dtype)
         if dprojection is not None:
             if h.dtype == dtype:
                 dprojection.addmm_(dz.T, h)
             else:
-                dprojection += _product(dz.T, h, dtype)
+                dprojection += multiplied(dz.T, h, dtype)
         if dbias is not None:
             dbias += dz.sum(0)
-    return rows, (dstudent, dprojection, dbias)
+    return Found(rows, (dstudent, dprojection, dbias))
 
 
 def multiplied_in(student: Tensor, projection: Tensor, dtype: torch.dtype) -> torch.dtype:
@@ -134,137 +130,28 @@ def chunk_rows(columns: int, device: torch.device) -> int:
     return max(1, CHUNK_ELEMENTS["cpu" if device.type == "cpu" else "gpu"] // max(1, columns))
 
 
-def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """left @ right accumulated and returned in `dtype`. 16-bit `right`: the tensor cores' product, for which a float32
-    `left` is scaled to at most 1, since float16 has not the range of a gradient, and rounded once."""
-    if right.dtype == dtype:
-        return left @ right
-    if left.dtype == right.dtype:
-        return low_product(left, right, dtype)
-    largest = left.abs().amax().clamp(min=torch.finfo(dtype).tiny)
-    return low_product((left / largest).to(right.dtype), right, dtype) * largest
+def is_near(z: Tensor, teacher: Tensor, bias: Tensor | None, row_scale: Tensor, kind: str, activation: str) -> bool:
+    """Whether what `kind` sees of act(z + bias) - teacher (N, D) is below 1/32 of the state in some row (for cosine,
+    which sees no length, the teacher's part across the student below 1/32 of it); rows of scale 0 are not asked."""
+    step = _SAMPLE if len(z) > _FEW else 1
+    kept = row_scale[::step] != 0
+    h, t = z[::step][kept], teacher[::step][kept].to(z.dtype)
+    h = h if bias is None else h + bias
+    h = torch.nn.functional.gelu(h) if activation == "gelu" else h
+    if kind == "cosine":
+        h, t = (torch.nn.functional.normalize(x.double(), dim=-1, eps=0.0).nan_to_num(0.0) for x in (h, t))
+        cos = torch.linalg.vecdot(h, t)
+        return bool((1 - cos.square() < _SMALLEST**2).any())
+    difference = h - t
+    if kind == "kl":
+        difference -= difference.mean(-1, keepdim=True)
+    return bool((difference.square().sum(-1) < _SMALLEST**2 * h.square().sum(-1)).any())
 
 
-def low_product(left: Tensor, right: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """left @ right of 16-bit factors, accumulated in `dtype` and returned in it, or written to `out`."""
-    if hasattr(torch.ops.aten.mm, "dtype"):  # torch 2.8
-        op, into = (torch.ops.aten.mm.dtype, {}) if out is None else (torch.ops.aten.mm.dtype_out, {"out": out})
-        found: Tensor = op(left, right, dtype, **into)
-        return found
-    return (left @ right).to(dtype) if out is None else out.copy_(left @ right)
-
-
-@torch.library.custom_op("fastdistil::hidden_rows", mutates_args=())
-def hidden_rows(
-    student: Tensor,
-    teacher: Tensor,
-    projection: Tensor | None,
-    bias: Tensor | None,
-    row_scale: Tensor,
-    kind: str,
-    activation: str,
-    backend: str,
-    dense: bool,
-) -> Tensor:
-    """student (N, D_s), teacher (N, D_t), projection (D_t, D_s), bias (D_t,), row_scale (N,) float32 (float64 for
-    float64 students), without a 0 where `dense` -> rows (N,), already times row_scale."""
-    no = (False, False, False)
-    return _compute(student, teacher, projection, bias, row_scale, kind, activation, backend, dense, no, True)[0]
-
-
-@torch.library.custom_op("fastdistil::hidden_total", mutates_args=())
-def hidden_total(
-    student: Tensor,
-    teacher: Tensor,
-    projection: Tensor | None,
-    bias: Tensor | None,
-    row_scale: Tensor,
-    kind: str,
-    activation: str,
-    backend: str,
-    dense: bool,
-    wanted: list[bool],
-    rounded: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `hidden_rows` -> the rows' sum (), and its gradients in student, projection and bias, empty where not wanted;
-    in the inputs' dtypes where `rounded`, else in row_scale's."""
-    flags = (wanted[0], wanted[1], wanted[2])
-    arguments = (student, teacher, projection, bias, row_scale, kind, activation, backend)
-    rows, found = _compute(*arguments, dense, flags, rounded)
-    dstudent, dprojection, dbias = (row_scale.new_empty(0) if g is None else g for g in found)
-    return rows.sum(), dstudent, dprojection, dbias
-
-
-@hidden_rows.register_fake
-def _(student: Tensor, teacher: Tensor, projection: Any, bias: Any, row_scale: Tensor, *args: Any) -> Tensor:
-    return row_scale.new_empty(row_scale.shape)
-
-
-@hidden_total.register_fake
-def _(
-    student: Tensor,
-    teacher: Tensor,
-    projection: Tensor | None,
-    bias: Tensor | None,
-    row_scale: Tensor,
-    kind: str,
-    activation: str,
-    backend: str,
-    dense: bool,
-    wanted: list[bool],
-    rounded: bool,
-) -> tuple[Tensor, ...]:
-    inputs = (student, projection, bias)
-    return row_scale.new_empty(()), *(
-        row_scale.new_empty(x.shape, dtype=x.dtype if rounded else row_scale.dtype)
-        if want and x is not None
-        else row_scale.new_empty(0)
-        for x, want in zip(inputs, wanted, strict=True)
-    )
-
-
-def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.kind, ctx.activation, ctx.backend, ctx.dense = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward_rows(ctx: Any, drows: Tensor) -> tuple[Tensor | None, ...]:
-    refuse_double_backward("hidden_loss")
-    *tensors, row_scale = ctx.saved_tensors
-    scale = torch.where(row_scale == 0, 0.0, row_scale * drows)
-    needed = ctx.needs_input_grad
-    wanted = [needed[0], needed[2], needed[3]]
-    _, *found = hidden_total(*tensors, scale, ctx.kind, ctx.activation, ctx.backend, ctx.dense, wanted, True)
-    dstudent, dprojection, dbias = (g if want else None for g, want in zip(found, wanted, strict=True))
-    return dstudent, None, dprojection, dbias, *[None] * 5
-
-
-def _setup_total(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # no zeros for them either
-    *tensors, ctx.kind, ctx.activation, ctx.backend, ctx.dense, ctx.wanted, _ = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.kept = output[1:]
-
-
-def _backward_total(ctx: Any, dtotal: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    refuse_double_backward("hidden_loss")
-    if dtotal is None:
-        return (None,) * 11
-    tensors = ctx.saved_tensors
-
-    def again() -> tuple[Tensor, ...]:
-        options = (ctx.kind, ctx.activation, ctx.backend, ctx.dense, ctx.wanted, False)
-        found: tuple[Tensor, ...] = hidden_total(*tensors, *options)
-        return found[1:]
-
-    gradients = hand_out(ctx, dtotal, again)
-    inputs = (tensors[0], tensors[2], tensors[3])
-    dstudent, dprojection, dbias = (
-        g.to(x.dtype) if want else None for g, x, want in zip(gradients, inputs, ctx.wanted, strict=True)
-    )
-    return dstudent, None, dprojection, dbias, *[None] * 7
-
-
-hidden_rows.register_autograd(_backward_rows, setup_context=_setup_rows)
-hidden_total.register_autograd(_backward_total, setup_context=_setup_total)
+# student (N, D_s), teacher (N, D_t), projection (D_t, D_s), bias (D_t,), row_scale (N,) float32 (float64 for float64
+# inputs), without a 0 where `dense` -> rows (N,), times row_scale.
+TENSORS = "Tensor student, Tensor teacher, Tensor? projection, Tensor? bias, Tensor row_scale"
+OPTIONS = "str kind, str activation, str backend, bool dense"
+hidden_rows, hidden_total, _ = family(
+    "hidden", "hidden_loss", TENSORS, OPTIONS, _compute, gradients=("student", "projection", "bias")
+)

@@ -2,7 +2,7 @@
 
 A chunk is two products by the vendor's GEMM into float32, the row op of `logit_loss`, which overwrites the logits with
 their gradient, and two products back (logit_terms.py has the loop). `linear_logit_total` computes the gradients with
-the value and keeps them for the backward pass, which then needs no product again (ops/gradients.py);
+the value and keeps them for the backward pass, which then needs no product again (ops/families.py);
 `linear_logit_rows` has a gradient a row to honour, so its backward pass runs the chunks again.
 """
 
@@ -15,9 +15,9 @@ from fastdistil.backends import choose
 from fastdistil.backends.memory import new_empty
 from fastdistil.contracts.logit import DIVERGENCES, LogitRule
 from fastdistil.ops import linear_mse, vocab_parallel
+from fastdistil.ops.families import Found, family
 from fastdistil.ops.linear_difference import NEAR, Difference, form_of
 from fastdistil.ops.logit_terms import TAKES_DIFFERENCES, Terms, run, unpack
-from fastdistil.ops.pairs import pair
 from fastdistil.ops.precision import with_exact_products
 from fastdistil.ops.products import GATHERED_ROWS, add_product, product, product_back
 from fastdistil.ops.row_statistics import ROW_STATISTICS
@@ -120,7 +120,7 @@ def _compute(
     group: str,
     wanted: list[bool],
     rounded: bool,
-) -> tuple[Tensor, Tensor, Gradients]:
+) -> Found:
     """Rows (N,) times their scales, statistics (see `logit_terms.run`), and those gradients of the rows' sum that are
     `wanted`, in row_scale's dtype.
 
@@ -152,13 +152,13 @@ def _compute(
         if group and source.dstudent is not None:  # each rank has the part that went through its columns
             torch.distributed.all_reduce(source.dstudent, group=vocab_parallel.resolve(group))
     if kept is None:
-        return rows, each, found
+        return Found(rows, found, each)
 
     def spread(x: Tensor) -> Tensor:
         return x.new_zeros(len(row_scale), *x.shape[1:]).index_copy_(0, kept, x)
 
     dstudent = None if found[0] is None else spread(found[0])
-    return spread(rows), spread(each) if statistics else each, (dstudent, *found[1:])
+    return Found(spread(rows), (dstudent, *found[1:]), spread(each) if statistics else each)
 
 
 def _difference(
@@ -184,6 +184,6 @@ TENSORS += ", Tensor teacher_weight, Tensor? teacher_bias, Tensor row_scale, Ten
 TENSORS += ", Tensor? vocab_map"
 OPTIONS = "float[] constants, bool statistics, int chunk_bytes, str backend, bool dense, str group"
 GRADIENTS = ("student_hidden", "student_weight", "student_bias")
-linear_logit_rows, linear_logit_total, _ = pair(
+linear_logit_rows, linear_logit_total, _ = family(
     "linear_logit", "linear_logit_loss", TENSORS, OPTIONS, _compute, GRADIENTS
 )

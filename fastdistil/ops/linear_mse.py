@@ -22,7 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastdistil.backends.memory import new_empty
 from fastdistil.contracts.logit import LogitRule
-from fastdistil.ops import float64
+from fastdistil.ops.products import float64_cost
 
 # How much faster a GPU multiplies in the chunks' 16 bits than in float32 (data sheets, not a record).
 LOW_PRECISION_GAIN = 12.0
@@ -61,7 +61,7 @@ def pays(student: Tensor, student_weight: Tensor, teacher: Tensor, wanted: tuple
         grams = 2.0 * columns * (size_s**2 + size_s * size_t + size_t**2)
         own = grams + 2.0 * rows * (size_s + size_t) ** 2 + 2.0 * columns * size_s * (size_s + size_t) * wanted[1]
     if student.device.type != "cpu" or size_s != size_t:
-        own *= float64.cost(student.device)
+        own *= float64_cost(student.device)
     if student.device.type != "cpu" and student.dtype in (torch.float16, torch.bfloat16):
         own *= LOW_PRECISION_GAIN
     if not wanted[1] and _frozen.get(student_weight) is not None:

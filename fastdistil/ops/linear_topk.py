@@ -1,7 +1,7 @@
 """Custom ops of linear_topk_logit_loss: a top-k teacher against the logits of a head, one chunk of rows at a time.
 
 The loop of linear_logit.py with the row op of topk_logit_loss: a product into float32, the row op, the cross entropy
-with labels where there are any, two products back. ops/topk_rows.py runs it over rows in memory.
+with labels where there are any, two products back. ops/topk.py runs it over rows in memory.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torch import Tensor
 from fastdistil.backends import choose, module
 from fastdistil.backends.memory import new_empty
 from fastdistil.contracts.topk import STATS, TopkRule
-from fastdistil.ops.linear_logit import Gradients, StudentHead
+from fastdistil.ops.families import Found, family
+from fastdistil.ops.linear_logit import StudentHead
 from fastdistil.ops.logit_terms import ALIGNED_COLUMNS, Terms, cap, cap_back, chunk_rows
-from fastdistil.ops.pairs import pair
 from fastdistil.ops.precision import with_exact_products
 from fastdistil.ops.row_statistics import kernels
 from fastdistil.ops.topk_teacher import canonical
@@ -63,7 +63,7 @@ def _compute(
     dense: bool,
     wanted: list[bool],
     rounded: bool,
-) -> tuple[Tensor, None, Gradients]:
+) -> Found:
     """Rows (N,) times their scales and the gradients of their sum that are `wanted`, in row_scale's dtype."""
     flags = (wanted[0], wanted[1], wanted[2])
     name = choose(backend, row_scale.device, row_scale.dtype)
@@ -82,12 +82,12 @@ def _compute(
     rows = run(head, teacher, scale, rule, terms, chunk_bytes, name, any(wanted))
     found = head.gradients
     if kept is None:
-        return rows, None, found
+        return Found(rows, found)
 
     def spread(x: Tensor) -> Tensor:
         return x.new_zeros(len(row_scale), *x.shape[1:]).index_copy_(0, kept, x)
 
-    return spread(rows), None, (None if found[0] is None else spread(found[0]), *found[1:])
+    return Found(spread(rows), (None if found[0] is None else spread(found[0]), *found[1:]))
 
 
 def run(
@@ -148,6 +148,6 @@ def run(
 TENSORS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor values, Tensor indices, Tensor? teacher_tail"
 TENSORS += ", Tensor row_scale, Tensor? labels, Tensor? label_scale, Tensor? vocab_map"
 OPTIONS = "float[] constants, int chunk_bytes, str backend, bool dense"
-linear_topk_rows, linear_topk_total, _ = pair(
+linear_topk_rows, linear_topk_total, _ = family(
     "linear_topk", "linear_topk_logit_loss", TENSORS, OPTIONS, _compute, gradients=("hidden", "weight", "bias")
 )

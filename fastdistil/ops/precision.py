@@ -13,9 +13,9 @@ from torch import Tensor
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# torch 2.9 splits the permission by library; before, there is torch.set_float32_matmul_precision alone.
-_read: Any = getattr(torch._C, "_get_fp32_precision_getter", None)
-_write: Any = getattr(torch._C, "_set_fp32_precision_setter", None)
+# The permission of each library, beside torch.set_float32_matmul_precision, which sets both.
+_read: Any = torch._C._get_fp32_precision_getter
+_write: Any = torch._C._set_fp32_precision_setter
 _LIBRARIES = ("mkldnn", "cuda")
 _REDUCED = ("bf16", "tf32")
 
@@ -61,29 +61,26 @@ def _state() -> tuple[str | None, ...]:
         common: str | None = torch._C._get_float32_matmul_precision()
     except RuntimeError:
         common = None
-    return (common,) if _read is None else (common, *(_read(library, "matmul") for library in _LIBRARIES))
+    return common, *(_read(library, "matmul") for library in _LIBRARIES)
 
 
 def _may_round() -> bool:
-    if _read is None:
-        return torch.get_float32_matmul_precision() != "highest"
     return _read("mkldnn", "matmul") in _REDUCED or _read("cuda", "matmul") in _REDUCED
 
 
 def _refuse(state: tuple[str | None, ...]) -> None:
     if state[0] not in (None, "highest"):  # the libraries' settings follow, and torch finds no contradiction
         torch._C._set_float32_matmul_precision("highest")
-    if _read is not None:
-        for library in _LIBRARIES:
-            if _read(library, "matmul") in _REDUCED:
-                _write(library, "matmul", "ieee")
+    for library in _LIBRARIES:
+        if _read(library, "matmul") in _REDUCED:
+            _write(library, "matmul", "ieee")
 
 
 def _restore(state: tuple[str | None, ...]) -> None:
     common, *libraries = state
     if common not in (None, "highest"):
         torch._C._set_float32_matmul_precision(common)
-    for library, wanted in zip(_LIBRARIES, libraries, strict=False):
+    for library, wanted in zip(_LIBRARIES, libraries, strict=True):
         if _read(library, "matmul") != wanted:
             _write(library, "matmul", "none")  # what torch.backends.fp32_precision says, where that is what was read
         if _read(library, "matmul") != wanted:

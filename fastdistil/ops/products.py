@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,9 @@ CPU_ROWS = 512
 # Rows of a head that are gathered at a time on a GPU.
 GATHERED_ROWS = 8192
 
+# How many times as long a product in float64 takes as in float32 (without TF32): data sheets, not a record.
+_CPU, _NVIDIA, _AMD, _OTHER = 2.0, {(8, 0): 1.0, (9, 0): 1.0, (10, 0): 2.0}, ("gfx90a", "gfx942", "gfx950"), 32.0
+
 
 def product(left: Tensor, right: Tensor, out: Tensor, chosen: Tensor | None = None) -> Tensor:
     """out (n, m) = left (n, k) @ right (m, k).T; out is float32 or float64 and may have padded rows.
@@ -20,12 +25,12 @@ def product(left: Tensor, right: Tensor, out: Tensor, chosen: Tensor | None = No
     fast = multiplied_low(left, right, out.dtype)
     left = left if fast else left.to(out.dtype)
     if chosen is None and left.device.type != "cpu" and (fast or right.dtype == out.dtype):
-        return _low(left, right.T, out) if fast else torch.mm(left, right.T, out=out)
+        return low_product(left, right.T, out.dtype, out) if fast else torch.mm(left, right.T, out=out)
     rows = CPU_ROWS if left.device.type == "cpu" else GATHERED_ROWS
     for some in _slices(right if chosen is None else chosen, rows):
         part = right[some] if chosen is None else right[chosen[some].clamp(min=0)]
         if fast:
-            _low(left, part.T, out[:, some])
+            low_product(left, part.T, out.dtype, out[:, some])
         else:
             torch.mm(left, part.to(out.dtype).T, out=out[:, some])
     return out
@@ -49,7 +54,7 @@ def product_back(left: Tensor, right: Tensor, out: Tensor, chosen: Tensor | None
             out.addmm_(left[:, rows], right[rows].to(out.dtype))
         return out
     low, factor = rounded(left, right.dtype)
-    return _low(low, right, out).mul_(factor)
+    return low_product(low, right, out.dtype, out).mul_(factor)
 
 
 def add_product(left: Tensor, right: Tensor, out: Tensor, first: bool) -> Tensor:
@@ -58,8 +63,8 @@ def add_product(left: Tensor, right: Tensor, out: Tensor, first: bool) -> Tensor
         return out.addmm_(left.T, right.to(out.dtype), beta=0 if first else 1)
     low, factor = rounded(left, right.dtype)
     if first:
-        return _low(low.T, right, out).mul_(factor)
-    return out.addcmul_(_low(low.T, right, torch.empty_like(out)), factor)
+        return low_product(low.T, right, out.dtype, out).mul_(factor)
+    return out.addcmul_(low_product(low.T, right, out.dtype), factor)
 
 
 def rounded(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -77,9 +82,35 @@ def multiplied_low(left: Tensor, right: Tensor, dtype: torch.dtype) -> bool:
     return left.device.type != "cpu" and left.dtype == right.dtype != dtype
 
 
-def _low(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-    """The product of two 16-bit matrices, kept in float32 from the accumulator on."""
-    if hasattr(torch.ops.aten.mm, "dtype_out"):  # torch 2.8
-        torch.ops.aten.mm.dtype_out(left, right, out.dtype, out=out)
-        return out
-    return torch.mm(left.to(out.dtype), right.to(out.dtype), out=out)
+def multiplied(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """left @ right accumulated and returned in `dtype`; a float32 `left` is rounded once to a 16-bit right's."""
+    if right.dtype == dtype:
+        return left @ right
+    if left.dtype == right.dtype:
+        return low_product(left, right, dtype)
+    low, factor = rounded(left, right.dtype)
+    return low_product(low, right, dtype).mul_(factor)
+
+
+def low_product(left: Tensor, right: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """left @ right of 16-bit factors, kept in `dtype` from the accumulator on, returned in it or written to `out`."""
+    op, into = (torch.ops.aten.mm.dtype, {}) if out is None else (torch.ops.aten.mm.dtype_out, {"out": out})
+    found: Tensor = op(left, right, dtype, **into)
+    return found
+
+
+@cache
+def float64_cost(device: torch.device) -> float:
+    """A float64 matrix product's time, in float32 ones."""
+    if device.type == "cpu":
+        return _CPU
+    if device.type != "cuda":
+        return _OTHER
+    if torch.version.hip is not None:
+        return 1.0 if torch.cuda.get_device_properties(device).gcnArchName.startswith(_AMD) else _OTHER
+    return _NVIDIA.get(torch.cuda.get_device_capability(device), _OTHER)
+
+
+def float64_is_fast(device: torch.device) -> bool:
+    """Whether float64 costs so little more that exactness is not worth another way."""
+    return float64_cost(device) <= 2.0

@@ -6,7 +6,6 @@ A backend's ``row_moments`` leaves a few numbers a row; those of a vocabulary sp
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,22 +66,3 @@ def merged(parts: Tensor, widths: Tensor) -> Tensor:
         torch.where(factor_b == 0, 0.0, factor_b * (cross + distance * sum_b)).sum(0), column_a, column_b,
     )  # fmt: skip
     return torch.stack(found, -1)
-
-
-@torch.library.custom_op("fastdistil::row_statistics", mutates_args=())
-def row_statistics(
-    student: Tensor,
-    teacher: Tensor,
-    row_scale: Tensor,
-    student_temperature: float,
-    teacher_temperature: float,
-    backend: str,
-) -> Tensor:
-    """student, teacher (N, V), row_scale (N,) float32 (float64 for float64 logits) -> (N, ROW_STATISTICS)."""
-    found = moments(student, teacher, row_scale, (student_temperature, teacher_temperature), backend)
-    return statistics(found, row_scale)
-
-
-@row_statistics.register_fake
-def _(student: Tensor, teacher: Tensor, row_scale: Tensor, *rest: Any) -> Tensor:
-    return row_scale.new_empty(len(row_scale), ROW_STATISTICS)

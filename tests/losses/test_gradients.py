@@ -1,4 +1,4 @@
-"""Kept gradients times the incoming gradient (ops/gradients.py, kernels/triton/scale.py)."""
+"""Kept gradients times the incoming gradient (ops/families.py, kernels/triton/scale.py)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from conftest import DEVICE, available
 from torch import Tensor
 
-from fastdistil.ops import gradients
+from fastdistil.ops import families
 
 LOW = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -49,11 +49,11 @@ def test_kernel_with_a_factor_a_row(dtype: torch.dtype, columns: int) -> None:
 def test_multiplication_rounds_once(
     dtype: torch.dtype, rows: bool, smallest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gradients, "SMALLEST_SKIPPED", smallest)
+    monkeypatch.setattr(families, "SMALLEST_SKIPPED", smallest)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     x = torch.randn(6, 33, device=DEVICE).to(dtype)
     factor = torch.rand(6 if rows else (), device=DEVICE, dtype=wide) + 0.5
     found = x.clone()
-    gradients.multiply_(found, factor)
+    families.multiply_(found, factor)
     product = (x.to(wide) * (factor[:, None] if rows else factor)).to(dtype)
     assert torch.equal(found, product)

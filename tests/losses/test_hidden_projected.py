@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fastdistil import hidden_loss
 from fastdistil.ops import hidden as hidden_op
-from fastdistil.ops import hidden_chunks
-from fastdistil.ops.hidden_projected import hidden_projected_total
+from fastdistil.ops import hidden_layers, products
+from fastdistil.ops.hidden_layers import hidden_projected_total
 
 if "triton" not in available("triton"):
     pytest.skip("needs triton's interpreter or a GPU", allow_module_level=True)
@@ -43,9 +43,10 @@ def low_products(monkeypatch: pytest.MonkeyPatch) -> None:
         found = left.to(dtype) @ right.to(dtype)
         return found if out is None else out.copy_(found)
 
-    for module in (hidden_op, hidden_chunks):
+    for module in (hidden_op, hidden_layers):
         monkeypatch.setattr(module, "multiplied_in", lambda student, projection, dtype: projection.dtype)
-        if DEVICE.type == "cpu":
+    if DEVICE.type == "cpu":
+        for module in (products, hidden_layers):
             monkeypatch.setattr(module, "low_product", low_product)
 
 

@@ -14,7 +14,7 @@ from test_hidden import KINDS, _odd, outcome, weights
 from torch import Tensor
 
 from fastdistil.losses import hidden as losses
-from fastdistil.ops.hidden_projected import hidden_projected_rows, hidden_projected_total
+from fastdistil.ops.hidden_layers import hidden_projected_rows, hidden_projected_total
 
 if "triton" not in available("triton"):
     pytest.skip("needs triton's interpreter or a GPU", allow_module_level=True)

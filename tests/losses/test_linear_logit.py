@@ -135,7 +135,7 @@ def test_16_bit_heads_near_convergence(backend: str, divergence: str) -> None:
     constants = pack((DIVERGENCES.index(divergence), 0.5, 1.0, 1.0, 1.0), (1.0, 0.0, 1.0, 0.0))
     terms = (scale, None, None, None, constants, False)
     heads = (*inputs, None, teacher_hidden, teacher_weight, None)
-    _, _, kept = linear_logit_total(*heads, *terms, 1 << 21, backend, True, "", [True, True, False], False)
+    _, _, *kept = linear_logit_total(*heads, *terms, 1 << 21, backend, True, "", [True, True, False], False)
     for gradient, wanted in zip(kept[:2], truth.gradients, strict=True):
         assert gradient.dtype == torch.float32 and error(gradient, wanted) <= 1e-3
 

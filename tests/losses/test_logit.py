@@ -13,6 +13,8 @@ from torch import Tensor
 
 import fastdistil as fd
 from fastdistil.contracts.logit import DIVERGENCES
+from fastdistil.ops.logit import logit_rows, logit_rows_overwrite_, logit_total
+from fastdistil.ops.logit_terms import pack
 
 BACKENDS = available("reference", "cpu", "triton", "cuda")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -404,18 +406,19 @@ def test_gradcheck(backend: str, divergence: str) -> None:
         assert torch.autograd.gradcheck(loss, student.clone().requires_grad_(), fast_mode=False)
 
 
-@pytest.mark.parametrize("ahead", [True, False])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_opcheck(backend: str, ahead: bool) -> None:
+def test_opcheck(backend: str) -> None:
     student, teacher = draw(3, 65, torch.float32)
     scale = torch.rand(3, device=DEVICE)
-    rule = (0, 0.5, 2.0, 2.0, 4.0)
+    constants = pack((0, 0.5, 2.0, 2.0, 4.0), (1.0, 0.0, 1.0, 0.0))
+    rest = (teacher, scale, None, None, None, constants, False, backend, "")
     leaf = student.clone().requires_grad_()
-    torch.library.opcheck(torch.ops.fastdistil.logit, (leaf, teacher, scale, *rule, ahead, backend))
-    _, stats, _ = torch.ops.fastdistil.logit(student, teacher, scale, *rule, True, backend)
-    rest = (teacher, scale, stats, torch.rand(3, device=DEVICE), *rule, backend)
-    torch.library.opcheck(torch.ops.fastdistil.logit_bwd, (student, *rest))
-    torch.library.opcheck(torch.ops.fastdistil.logit_overwrite_, (student.clone(), teacher, scale, *rule, backend))
+    torch.library.opcheck(logit_rows, (leaf, *rest))
+    for rounded in (True, False):
+        torch.library.opcheck(logit_total, (leaf, *rest, [True], rounded))
+    _, _, state = logit_rows(student, *rest)
+    torch.library.opcheck(torch.ops.fastdistil.logit_back, (student, *rest, state, torch.rand(3, device=DEVICE)))
+    torch.library.opcheck(logit_rows_overwrite_, (student.clone(), *rest))
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])

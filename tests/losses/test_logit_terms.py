@@ -16,7 +16,7 @@ from torch.nn import functional
 import fastdistil as fd
 from fastdistil.contracts.logit import DIVERGENCES
 from fastdistil.ops import row_statistics
-from fastdistil.ops.logit_rows import logit_rows, logit_rows_overwrite_, logit_total
+from fastdistil.ops.logit import logit_rows, logit_rows_overwrite_, logit_total
 from fastdistil.ops.logit_terms import pack
 from fastdistil.reference import cross_entropy as reference
 
@@ -482,9 +482,6 @@ def test_opcheck() -> None:
     for rounded in (True, False):
         torch.library.opcheck(logit_total, (*arguments, False, "auto", "", [True], rounded))
     torch.library.opcheck(logit_rows_overwrite_, (x["student"].detach().clone(), *arguments[1:], True, "auto", ""))
-    torch.library.opcheck(
-        row_statistics.row_statistics, (x["student"].detach(), x["teacher"][:, :COLUMNS], x["weight"], 2.0, 2.0, "auto")
-    )
 
 
 def test_compiles_without_a_graph_break() -> None:

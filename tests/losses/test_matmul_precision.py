@@ -19,8 +19,6 @@ from torch.nn import functional
 import fastdistil as fd
 from fastdistil.ops.precision import _read, _write, full_precision
 
-pytestmark = pytest.mark.skipif(_read is None, reason="this torch has no setting for each library")
-
 ROWS, SIZE, COLUMNS = 24, 16, 80
 
 

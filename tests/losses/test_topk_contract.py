@@ -18,6 +18,7 @@ from torch import Tensor
 
 import fastdistil as fd
 from fastdistil.contracts.topk import TAILS
+from fastdistil.ops.topk import topk_rows, topk_total
 
 BACKENDS = available("reference", "cpu", "triton")
 
@@ -129,19 +130,19 @@ def test_strided_and_misaligned_rows(backend: str) -> None:
         assert (gradient[:, :3] == 0).all() and (gradient[:, 3 + 1021 :] == 0).all()
 
 
-@pytest.mark.parametrize("ahead", [True, False])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_opcheck(backend: str, ahead: bool) -> None:
+def test_opcheck(backend: str) -> None:
     student, teacher = draw(3, 65, torch.float32)
     values, indices = known(teacher, 5)
     scale = torch.rand(3, device=DEVICE)
     leaf = student.clone().requires_grad_()
-    rule = (0, 0.5, 0, 2.0, 4.0)
+    constants = [0.0, 0.5, 0.0, 2.0, 4.0, 1.0, 0.0]
     for tail in (None, torch.log1p(-values.exp().sum(-1))):
-        torch.library.opcheck(torch.ops.fastdistil.topk, (leaf, values, indices, tail, scale, *rule, ahead, backend))
-    _, columns, stats, _ = torch.ops.fastdistil.topk(student, values, indices, None, scale, *rule, False, backend)
-    rest = (columns, scale, stats, torch.rand(3, device=DEVICE), 2.0, backend)
-    torch.library.opcheck(torch.ops.fastdistil.topk_bwd, (student, *rest))
+        rest = (values, indices, tail, scale, None, None, None, constants, backend)
+        torch.library.opcheck(topk_rows, (leaf, *rest))
+        torch.library.opcheck(topk_total, (leaf, *rest, [True], True))
+        _, *state = topk_rows(student, *rest)
+        torch.library.opcheck(torch.ops.fastdistil.topk_back, (student, *rest, *state, torch.rand(3, device=DEVICE)))
 
 
 @pytest.mark.parametrize("backend", available("cpu", "triton"))

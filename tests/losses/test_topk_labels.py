@@ -16,7 +16,7 @@ from torch.nn import functional
 
 import fastdistil as fd
 from fastdistil.contracts.topk import TAILS
-from fastdistil.ops.topk_rows import topk_rows, topk_rows_overwrite_, topk_total
+from fastdistil.ops.topk import topk_rows, topk_rows_overwrite_, topk_total
 
 BACKENDS = available("reference", "cpu", "triton")
 ROWS, COLUMNS, K = 6, 97, 9
