@@ -90,7 +90,8 @@ def compact_student(
     `pad_token_id` counts in the new ids. The student's positions count from 0: of XLM-R's 514 rows it has the 512 that
     tokens get.
 
-    Raises TypeError for a teacher without one of the tables, ValueError for another task.
+    Raises TypeError for a teacher without one of the tables, ValueError for another task and for a `hidden_size` that
+    is larger than the teacher's.
     Source: Mukherjee & Awadallah 2020 (XtremeDistil) for the embeddings, Turc et al. 2019 for the sizes.
     """
     kinds = {"token": BertForTokenClassification, "sequence": BertForSequenceClassification}
@@ -100,6 +101,11 @@ def compact_student(
     positions = teacher_embeddings.position_embeddings.weight[_first_position(teacher_embeddings) :]
     types = teacher_embeddings.token_type_embeddings.weight
     table = teacher_embeddings.word_embeddings.weight.detach()[rows]  # (V_s, D_t)
+    if not 1 <= hidden_size <= table.shape[1]:
+        raise ValueError(
+            f"compact_student: hidden_size is {hidden_size}, expected 1 to {table.shape[1]}, the width of the "
+            "teacher's word embeddings"
+        )
     mean, basis = svd_basis(table, hidden_size)
     config = BertConfig(
         vocab_size=len(rows),

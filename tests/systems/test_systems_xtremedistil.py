@@ -296,6 +296,7 @@ BAD = [
     ({"steps": 5}, "XtremeDistil: steps is 5, which leaves one of 9 stages without a step"),
     ({"teacher_layer": 3}, "teacher_layer is 3, expected -3 to 2"),
     ({"hidden_size": 15}, "hidden_size is 15, expected a multiple of heads = 2"),
+    ({"hidden_size": 18, "student": "transformer"}, "hidden_size is 18, expected 1 to 16, the width of the"),
     ({"lr": 0.0}, "lr 0.0, expected more than 0"),
 ]  # fmt: skip
 
