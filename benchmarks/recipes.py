@@ -114,8 +114,8 @@ def finetune(bench: Bench, model: Path, out: Path, steps: int, lr: float, *, see
 
 def teacher(bench: Bench) -> Path:
     """The tagger, the same for all seeds."""
-    steps = bench.steps(250)
-    return finetune(bench, encoder(bench), bench.runs / "teacher", steps, 2e-4, seed=0, head_steps=bench.steps(60))
+    steps = bench.steps(400)
+    return finetune(bench, encoder(bench), bench.runs / "teacher", steps, 1e-4, seed=0, head_steps=bench.steps(60))
 
 
 def scores(bench: Bench, model: Path) -> Scores:
