@@ -19,7 +19,6 @@ from fastdistil.backends import interpreting
 
 if interpreting():
     import triton_interpreter_fast  # noqa: F401
-    import triton_interpreter_fix  # noqa: F401
 
 
 @pytest.fixture(autouse=True)

@@ -34,7 +34,7 @@ from fastdistil import _C
 from fastdistil.backends import interpreting
 
 if interpreting():
-    import triton_interpreter_fix  # noqa: F401
+    import triton_interpreter_fast  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
 KEPT = Path(os.environ.get("FUZZ_KEPT", ROOT / "tests/data/cases.jsonl"))

@@ -32,7 +32,6 @@ from fastdistil.backends import interpreting
 
 if interpreting():
     import triton_interpreter_fast  # noqa: F401
-    import triton_interpreter_fix  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
