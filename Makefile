@@ -75,7 +75,7 @@ lint: $(VENV)/.lint
 	$(MAKE) types
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu')
 
-# 300 drawn cases a loss and every case that ever failed, a part of `make test`; Triton's 60 a loss, of which that has 10.
+# 300 drawn cases per loss, Triton's 60, and every case that ever failed; `make test` has 100, 10 and all of those.
 judge: $(VENV)/.test
 	$(BIN)/python -m pytest -m 'drawn or not drawn' tests/losses/test_rows.py tests/backends/test_cuda_host.py::test_rows_as_training_makes_them
 

@@ -134,18 +134,18 @@ def mean(q_s, k_s, q_t, k_t, *, kind):  # half as many heads as the teacher's
     return attention_loss(q_s[:, :heads], k_s[:, :heads], q_t, k_t, kind=kind, heads="mean")
 def peak():  # MiB; unlike ru_maxrss it does not begin with the parent's
     return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
-def measure(which, kind):
+def measure(which, kind, *shape):
     function = {"eager": eager, "ours": attention_loss, "mean": mean}[which]
     def run(q, k, q_t, k_t):
         function(q.requires_grad_(), k.requires_grad_(), q_t, k_t, kind=kind).backward()
     run(*torch.randn(4, 1, 2, 64, 64))
-    inputs = torch.randn(4, *map(int, sys.argv[1:4]), 64).unbind()
+    inputs = torch.randn(4, *map(int, shape), 64).unbind()
     before = peak()
     run(*inputs)
-    print(which, kind, peak() - before, flush=True)
+    print(which, kind, shape[2], peak() - before, flush=True)
 # Each begins in the same process, which has only imported: what one leaves, such as the CPU backend's blocks of memory,
 # would be there for the next.
-for name in sys.argv[4:]:
+for name in sys.argv[1:]:
     child = os.fork()
     if child == 0:
         measure(*name.split("-"))
@@ -158,15 +158,17 @@ _MEASURED = {512: (2, 12), 2048: (1, 8)}
 
 
 @functools.cache
-def _peaks_mib(length: int) -> dict[tuple[str, str], float]:
-    """Beyond the inputs, by implementation and kind."""
+def _peaks_mib() -> dict[tuple[str, str, int], float]:
+    """Beyond the inputs, by implementation, kind and length."""
     names = [f"{which}-{kind}" for kind in KINDS for which in ("ours", "eager")] + ["mean-prob_mse"]
-    command = [sys.executable, "-c", _MEMORY, *map(str, (*_MEASURED[length], length)), *names]
+    measured = [f"{name}-{b}-{h}-{length}" for length, (b, h) in _MEASURED.items() for name in names]
+    command = [sys.executable, "-c", _MEMORY, *measured]
     # Maps of 24 MiB would else come from a heap whose holes count as eager's.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1048576"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
-    return {(which, kind): float(mib) for which, kind, mib in map(str.split, result.stdout.splitlines())}
+    lines = map(str.split, result.stdout.splitlines())
+    return {(which, kind, int(length)): float(mib) for which, kind, length, mib in lines}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc")
@@ -185,7 +187,7 @@ def _peaks_mib(length: int) -> dict[tuple[str, str], float]:
 def test_peak_memory(which: str, kind: str, length: int, at_least: int) -> None:
     """Beyond the inputs: eager holds several maps, we two blocks of 256 KiB a thread. For score_mse eager holds so
     little that the gradients alone are 1/48 of it; beyond them every kind keeps to 1/10 and 1/50."""
-    ours, eager = (_peaks_mib(length)[x, kind] for x in (which, "eager"))
+    ours, eager = (_peaks_mib()[x, kind, length] for x in (which, "eager"))
     batch, heads = _MEASURED[length]
     gradients = 2 * batch * heads * length * 64 * 4 / 2**20
     assert 0 < ours < eager / at_least, f"{ours:.1f} MiB, eager {eager:.0f} MiB"

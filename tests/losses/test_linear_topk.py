@@ -20,10 +20,12 @@ BACKENDS = available("reference", "cpu", "triton")
 ROWS, SIZE, COLUMNS, K = 13, 9, 83, 6
 
 
-def draw(dtype: torch.dtype = torch.float32, columns: int = COLUMNS) -> tuple[list[Tensor], dict[str, Tensor]]:
+def draw(
+    dtype: torch.dtype = torch.float32, columns: int = COLUMNS, size: int = SIZE, k: int = K
+) -> tuple[list[Tensor], dict[str, Tensor]]:
     """hidden, weight and bias; the teacher and row weights as keywords."""
-    inputs = [torch.randn(*size, dtype=torch.float64) for size in ((ROWS, SIZE), (columns, SIZE), (columns,))]
-    values, indices = known(functional.linear(*inputs) + torch.randn(ROWS, columns), K)
+    inputs = [torch.randn(*shape, dtype=torch.float64) for shape in ((ROWS, size), (columns, size), (columns,))]
+    values, indices = known(functional.linear(*inputs) + torch.randn(ROWS, columns), k)
     weight = torch.arange(1.0, ROWS + 1)
     weight[::4] = 0
     options = {"teacher_values": values.float(), "teacher_indices": indices, "weight": weight}
@@ -139,7 +141,7 @@ def test_backward_twice() -> None:
 
 @pytest.mark.parametrize(("tail", "reduction"), [("bucket", "none"), ("renormalize", "mean"), ("zero", "mean")])
 def test_gradcheck(tail: str, reduction: str) -> None:
-    inputs, x = draw(torch.float64, columns=11)
+    inputs, x = draw(torch.float64, columns=7, size=2, k=3)
     inputs[0], x = inputs[0][:3], {name: y[:3] for name, y in x.items()}
     function = partial(ours, tail=tail, reduction=reduction, backend="auto", **x)
     assert torch.autograd.gradcheck(function, [y.requires_grad_() for y in inputs])

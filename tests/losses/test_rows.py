@@ -71,6 +71,12 @@ def judge_some(
 
 @pytest.mark.parametrize("loss", rows.CASES)
 def test_every_loss(loss: str) -> None:
+    judge_some(loss, 100, available("reference", "cpu"))
+
+
+@pytest.mark.drawn
+@pytest.mark.parametrize("loss", rows.CASES)
+def test_every_loss_on_more(loss: str) -> None:
     judge_some(loss, 300, available("reference", "cpu"))
 
 

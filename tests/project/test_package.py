@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+WORKING = {".venv", "build", "dist", "runs", ".git"}
 # Of the libraries that manylinux_2_28 lets a wheel expect of any system, those that a C++ extension links to.
 OF_ANY_SYSTEM = {"libc.so.6", "libgcc_s.so.1", "libm.so.6", "libpthread.so.0", "libstdc++.so.6"}
 LOADERS = {"ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1"}
@@ -20,9 +22,14 @@ LOADERS = {"ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1"}
 
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sdist")
+    """Of a copy with a little in each folder that a working checkout has more of, for all of which is looked through."""
+    folder, source = tmp_path_factory.mktemp("sdist"), tmp_path_factory.mktemp("checkout") / "fastdistil"
+    shutil.copytree(ROOT, source, ignore=lambda at, names: WORKING & set(names) if Path(at) == ROOT else ())
+    for name in WORKING:
+        (source / name).mkdir()
+        (source / name / "module.py").touch()
     code = f"from scikit_build_core.build import build_sdist; print(build_sdist({str(folder)!r}))"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-4000:]
     return next(folder.glob("*.tar.gz"))
 
@@ -33,7 +40,7 @@ def test_the_sdist_holds_all_sources(sdist: Path) -> None:
     assert {"csrc/CMakeLists.txt", "kernels/cuda/logit.cu", "kernels/triton/logit.py", "LICENSE", "README.md"} <= names
     assert {"benchmarks/cases.py", "fastdistil/py.typed", "fastdistil/configs/shipped/finetune-ner.yaml"} <= names
     assert not any(name.endswith((".so", ".o", ".whl")) for name in names)
-    assert not {name.split("/")[0] for name in names} & {".venv", "build", "dist", "runs", ".git", ".github", ".ci"}
+    assert not {name.split("/")[0] for name in names} & {*WORKING, ".github", ".ci"}
 
 
 def test_a_wheel_from_the_sdist_without_nvcc(sdist: Path, tmp_path: Path) -> None:
