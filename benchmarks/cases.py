@@ -1,7 +1,7 @@
-"""What is measured, as data: op -> shapes named after real models -> contenders -> bytes and operations by formula.
+"""What is measured, as data: op -> shapes named after real models -> implementations -> thresholds.
 
-Axis letters as in docs/losses.md: N rows (tokens), V vocabulary, K known columns, B batch, H heads, S sequence, d head
-size, D hidden size, L layers. A contender's name is resolved in contenders.py.
+Axis letters as in docs/losses.md: N rows (tokens), V vocabulary, K top-k columns, B batch, H heads, S sequence, d head
+size, D hidden size, L layers. losses.py, sparse.py and steps.py say what the names of implementations stand for.
 """
 
 from __future__ import annotations
@@ -9,90 +9,46 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-OPS = ("logits", "topk", "linear", "hidden", "attention")
-ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}  # bytes
+LOSSES = ("logits", "topk", "linear", "hidden", "attention")
+OPS = (*LOSSES, "sparse", "steps")
 
 
 @dataclass(frozen=True)
-class Bar:
-    """`contender` must be `at_least` times as fast as `against`, or need at most 1/`at_least` of its extra memory."""
+class Threshold:
+    """`implementation` must be `at_least` times as fast as `baseline`, or need at most 1/`at_least` of its "memory" or
+    "state"; without a baseline its quantity (MiB) is `at_most` that."""
 
-    contender: str
-    against: str
-    at_least: float
-    quantity: str = "both"  # a pass, or "memory"
+    implementation: str
+    baseline: str = ""
+    at_least: float = 0.0
+    quantity: str = "both"  # a pass, "memory" or "state"
+    at_most: float | None = None
 
 
 @dataclass(frozen=True)
 class Case:
+    """`baseline`: whose error is the measure of the others', and whose speed is 1."""
+
     op: str
     name: str
     shape: dict[str, int]
-    contenders: tuple[str, ...]
+    implementations: tuple[str, ...]
     dtype: str = "float32"
     options: dict[str, Any] = field(default_factory=dict)
     repetitions: int = 7
     memory: bool = True
-    bars: tuple[Bar, ...] = ()
+    thresholds: tuple[Threshold, ...] = ()
+    baseline: str = "eager"
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Case:
-        bars = tuple(Bar(**bar) for bar in data.get("bars", ()))
-        return Case(**{**data, "contenders": tuple(data["contenders"]), "bars": bars})
-
-
-def traffic_bytes(case: Case, what: str) -> int:
-    """Bytes that any implementation must move: each input read once; for "both" each gradient written once as well."""
-    s, size = case.shape, ITEMSIZE[case.dtype]
-    gradient = what == "both"
-    if case.op == "logits":
-        return s["N"] * s["V"] * size * (3 if gradient else 2)
-    if case.op == "topk":
-        return s["N"] * (s["V"] * size * (2 if gradient else 1) + s["K"] * (4 + 8))  # float32 values, int64 indices
-    if case.op == "hidden":
-        student, teacher = s["N"] * s["D_s"] * s["L"], s["N"] * s["D_t"] * s["L"]
-        projection = s["D_s"] * s["D_t"] * s["L"] if case.options.get("projection") else 0
-        return size * (student + teacher + projection + gradient * (student + projection))
-    if case.op == "linear":
-        student, teacher = (s["N"] + s["V"]) * s["D_s"], (s["N"] + s["V"]) * s["D_t"]
-        own = s["N"] * s["D_s"] if case.options.get("frozen") else student
-        return size * (student + teacher + gradient * own)
-    heads = s["B"] * s["H"] * s["S"]
-    return size * heads * (2 * s["d_s"] + 2 * s["d_t"] + gradient * 2 * s["d_s"])
-
-
-def operations(case: Case, what: str) -> int:
-    """Multiplications and additions of the matrix products, without recomputation; for logits, which have none, about
-    10 operations an entry forward and 16 in all (never what limits them)."""
-    s = case.shape
-    gradient = what == "both"
-    if case.op in ("logits", "topk"):
-        return s["N"] * s["V"] * (16 if gradient else 10)
-    if case.op == "hidden":
-        products = (3 if gradient else 1) if case.options.get("projection") else 0
-        return 2 * s["N"] * s["D_s"] * s["D_t"] * s["L"] * products
-    if case.op == "linear":
-        return _linear_operations(case, gradient)
-    heads = s["B"] * s["H"]
-    maps = 2 * heads * s["S"] ** 2 * (s["d_s"] + s["d_t"] + gradient * 2 * s["d_s"])
-    if case.options["kind"] == "score_mse" and s["d_s"] == s["d_t"]:
-        # No map at all: half of each factor's symmetric Gram matrix, 2 S d^2 multiply-adds each, and from these each
-        # gradient for 2 S d^2 more (attention_low_rank.cpp). Fewer than the maps' from S = 2 d on.
-        return min(maps, heads * s["S"] * s["d_s"] ** 2 * (16 if gradient else 8))
-    return maps
-
-
-def _linear_operations(case: Case, gradient: bool) -> int:
-    """Of the logits' products and those back; of the Gram matrices and what is made of them for the mse of two heads of
-    one width, which needs no logits (a frozen pair's matrices are there already)."""
-    s, trained = case.shape, not case.options.get("frozen")
-    if case.options["divergence"] == "mse" and s["D_s"] == s["D_t"]:
-        return s["D_s"] ** 2 * (8 * s["N"] + s["V"] * (6 + 4 * gradient) * trained)
-    back = 2 * s["D_s"] * gradient if trained else s["D_s"] * gradient
-    return 2 * s["N"] * s["V"] * (s["D_s"] + s["D_t"] + back)
+        thresholds = tuple(Threshold(**x) for x in data.get("thresholds", ()))
+        return Case(**{**data, "implementations": tuple(data["implementations"]), "thresholds": thresholds})
 
 
 VOCABULARIES = {"mbert": 119_547, "llama3": 128_256, "xlmr": 250_002, "llama2": 32_000}  # columns of the logits
+DENSITY = 0.08  # of the entries that sparse fine-tuning trains: BiStil's
+BERT = 30_522  # English BERT's vocabulary
 
 _CPU_LOGITS = (
     "eager", "eager_common", "compile", "fastdistil:cpu", "fastdistil:cpu:inplace",
@@ -137,10 +93,10 @@ def _linear(
     return Case("linear", name, shape, names, dtype, options, **rest)
 
 
-CPU_LINEAR_BARS = (
-    Bar("fastdistil:cpu", "products", 1 / 1.08),
-    Bar("fastdistil:cpu", "eager", 1.45),
-    Bar("fastdistil:cpu", "compile", 1.0),
+CPU_LINEAR_THRESHOLDS = (
+    Threshold("fastdistil:cpu", "products", 1 / 1.08),
+    Threshold("fastdistil:cpu", "eager", 1.45),
+    Threshold("fastdistil:cpu", "compile", 1.0),
 )
 
 
@@ -149,16 +105,16 @@ def _topk(model: str, rows: int, dtype: str, names: tuple[str, ...], **rest: Any
     return Case("topk", f"{model}-bucket-{dtype}", shape, names, dtype, {"tail": "bucket", "temperature": 2.0}, **rest)
 
 
-CPU_LOGIT_BARS = (
-    Bar("fastdistil:cpu", "eager", 7.0),
-    Bar("fastdistil:cpu", "compile", 1.6),
-    Bar("fastdistil:cpu:inplace", "eager", 14.0),
-    Bar("fastdistil:cpu:inplace", "compile", 3.0),
+CPU_LOGIT_THRESHOLDS = (
+    Threshold("fastdistil:cpu", "eager", 7.0),
+    Threshold("fastdistil:cpu", "compile", 1.6),
+    Threshold("fastdistil:cpu:inplace", "eager", 14.0),
+    Threshold("fastdistil:cpu:inplace", "compile", 3.0),
 )
 
 
 # (kind, S) -> at least so many times as fast as eager, and as torch.compile
-CPU_ATTENTION_BARS = {
+CPU_ATTENTION_THRESHOLDS = {
     ("prob_mse", 128): (1.5, None), ("prob_mse", 512): (3.0, 1.8), ("prob_mse", 2048): (4.0, None),
     ("prob_kl", 128): (2.0, None), ("prob_kl", 512): (4.0, 1.8), ("prob_kl", 2048): (5.0, None),
     ("score_mse", 128): (1.5, None), ("score_mse", 512): (10.0, None), ("score_mse", 2048): (45.0, None),
@@ -169,13 +125,13 @@ def _less_memory(kind: str, length: int) -> float:
     return 10.0 if length == 512 else 40.0 if kind == "score_mse" else 50.0
 
 
-def _attention_bars(kind: str, length: int) -> tuple[Bar, ...]:
+def _attention_thresholds(kind: str, length: int) -> tuple[Threshold, ...]:
     """Of time; and of memory beyond the inputs: at most 1/10 of eager's at S 512, 1/50 at 2048 (1/40 for score_mse, of
     whose eager form the gradients alone are 1/48)."""
-    times = zip(("eager", "compile"), CPU_ATTENTION_BARS[kind, length], strict=True)
-    found = [Bar("fastdistil:cpu", against, at_least) for against, at_least in times if at_least is not None]
+    times = zip(("eager", "compile"), CPU_ATTENTION_THRESHOLDS[kind, length], strict=True)
+    found = [Threshold("fastdistil:cpu", against, at_least) for against, at_least in times if at_least is not None]
     if length >= 512:
-        found.append(Bar("fastdistil:cpu", "eager", _less_memory(kind, length), "memory"))
+        found.append(Threshold("fastdistil:cpu", "eager", _less_memory(kind, length), "memory"))
     return tuple(found)
 
 
@@ -190,11 +146,47 @@ def _attention(kind: str, batch: int, length: int, names: tuple[str, ...], dtype
     return Case("attention", f"bert-{kind}-{length}", shape, names, dtype, {"kind": kind}, **rest)
 
 
+def parameters(shape: dict[str, int], pooler: bool = True) -> int:
+    """Of BERT's V, D, L, with its position and type embeddings, norm and pooler, or without all four."""
+    d = shape["D"]
+    return d * shape["V"] + shape["L"] * (12 * d + 13) * d + pooler * d * (512 + 2 + 2 + d + 1)
+
+
+def _selection(ours: str, **rest: Any) -> Case:
+    """The entries of mBERT that training changed most; of 64 MiB more than their positions it may need no more."""
+    shape = {"V": VOCABULARIES["mbert"], "D": 768, "L": 12}
+    mib = 4 * DENSITY * parameters(shape) / (1 << 20) + 64
+    speeds = (Threshold(ours, "composable", 10.0), Threshold(ours, "topk", 3.0))
+    thresholds = (*speeds, Threshold(ours, quantity="memory", at_most=mib))
+    return _sparse("select", "mbert-select", shape, (ours, "topk", "composable"), "topk", thresholds, **rest)
+
+
+def _step(ours: str, name: str, vocabulary: int, **rest: Any) -> Case:
+    shape = {"V": vocabulary, "D": 768, "L": 12}
+    thresholds = (
+        Threshold(ours, "fused:bool", 6.0), Threshold(ours, "fused:float", 2.5), Threshold(ours, "fused", 7.0, "state"),
+    )  # fmt: skip
+    return _sparse("step", name, shape, (ours, "fused", "fused:bool", "fused:float"), "fused", thresholds, **rest)
+
+
+def _sparse(
+    work: str, name: str, shape: dict[str, int], names: tuple[str, ...], baseline: str, thresholds: Any, **rest: Any
+) -> Case:
+    options = {"work": work, "density": DENSITY}
+    return Case("sparse", name, shape, names, options=options, thresholds=thresholds, baseline=baseline, **rest)
+
+
+def _steps(batch: int, dtype: str, ours: str, **rest: Any) -> list[Case]:
+    """A teacher of mBERT's size, a student of half its blocks."""
+    shape = {"B": batch, "S": 256, "L": 12, "D": 768, "H": 12, "V": VOCABULARIES["mbert"]}
+    return [Case("steps", system, shape, ("eager", ours), dtype, **rest) for system in ("lightmbert", "bistil")]
+
+
 def cpu_cases() -> list[Case]:
     """The most valuable first."""
-    half = (Bar("fastdistil:cpu", "eager", 2.0, "memory"),)
+    half = (Threshold("fastdistil:cpu", "eager", 2.0, "memory"),)
     logits = [
-        _logits("mbert", 512, "float32", _KL, _CPU_LOGITS, bars=CPU_LOGIT_BARS),
+        _logits("mbert", 512, "float32", _KL, _CPU_LOGITS, thresholds=CPU_LOGIT_THRESHOLDS),
         _logits("mbert", 64, "bfloat16", _KL, _CPU_BF16, memory=False),
         # The reference needs seconds a call: one case, to say what it costs.
         _logits("xlmr", 32, "float32", _KL, (*_CPU_LOGITS, "fastdistil:reference"), memory=False),
@@ -203,36 +195,52 @@ def cpu_cases() -> list[Case]:
     ]
     mse = {"divergence": "mse", "temperature": 1.0}
     linear = [
-        _linear("mbert", 512, (768, 768), "float32", _KL, _CPU_LINEAR, bars=CPU_LINEAR_BARS, repetitions=5),
+        _linear("mbert", 512, (768, 768), "float32", _KL, _CPU_LINEAR, thresholds=CPU_LINEAR_THRESHOLDS, repetitions=5),
         *(
             _linear(
                 "mbert", 4096, (768, 768), "float32", mse | more, ("eager", "fastdistil:cpu"),
-                bars=(Bar("fastdistil:cpu", "eager", bar),), repetitions=2, memory=False,
+                thresholds=(Threshold("fastdistil:cpu", "eager", at_least),), repetitions=2, memory=False,
             )
-            for more, bar in (({}, 3.0), ({"frozen": True}, 20.0))
+            for more, at_least in (({}, 3.0), ({"frozen": True}, 20.0))
         ),
     ]  # fmt: skip
     hidden = [
-        _hidden("minilm-mbert-mse", 4096, 384, 1, _CPU_OTHER, "float32", bars=half),
-        _hidden("lightmbert-mse", 2048, 768, 6, _CPU_OTHER, "float32", bars=(Bar("fastdistil:cpu", "eager", 1.1),)),
+        _hidden("minilm-mbert-mse", 4096, 384, 1, _CPU_OTHER, "float32", thresholds=half),
+        _hidden(
+            "lightmbert-mse",
+            2048,
+            768,
+            6,
+            _CPU_OTHER,
+            "float32",
+            thresholds=(Threshold("fastdistil:cpu", "eager", 1.1),),
+        ),
     ]
     attention = [
         _attention(
             kind, batch, length, _CPU_OTHER[:2] + _CPU_OTHER[3:], "float32", repetitions=5, memory=length > 128,
-            bars=_attention_bars(kind, length),
+            thresholds=_attention_thresholds(kind, length),
         )
         for length, batch in ((128, 8), (512, 8), (2048, 2))
         for kind in ("prob_mse", "prob_kl", "score_mse")
     ]  # fmt: skip
     topk = [_topk("mbert", 512, "float32", _CPU_TOPK)]
-    return [*logits, *topk, *linear, *hidden, *attention]
+    ours = "fastdistil:cpu"
+    train = {"V": BERT, "D": 768, "L": 12, "B": 2, "S": 64}
+    names = ("fused:bool", ours, f"{ours}:backward")
+    sparse = [
+        _selection(ours, repetitions=5),
+        _step(ours, "bert-step", BERT, repetitions=9),
+        _sparse("train", "bert-backward", train, names, "fused:bool", (), repetitions=5),
+    ]
+    return [*logits, *topk, *linear, *hidden, *attention, *sparse, *_steps(8, "float32", ours, repetitions=3)]
 
 
 _FORWARD_KL = ("eager_common", "liger_kl", "fla_kl", "linear_cross_entropy")
 
 
 def _same_work(name: str, dtype: str, options: dict[str, Any]) -> bool:
-    """These contenders exist for 16-bit logits, or for the forward KL, alone."""
+    """These implementations exist for 16-bit logits, or for the forward KL, alone."""
     if name == "eager_upcast":
         return dtype != "float32"
     return name not in _FORWARD_KL or options["divergence"] == "forward_kl"
@@ -278,20 +286,23 @@ def gpu_cases() -> list[Case]:
         for kind in ("prob_mse", "prob_kl", "score_mse")
     ]
     topk = [_topk(model, 8192, "bfloat16", _GPU_OTHER, **more) for model in ("mbert", "llama3")]
-    return [*logits, *topk, *linear, *hidden, *attention]
+    ours = "fastdistil:auto"
+    sparse = [_selection(ours, repetitions=7), _step(ours, "mbert-step", VOCABULARIES["mbert"], repetitions=9)]
+    steps = _steps(32, "bfloat16", "fastdistil:triton", **more)
+    return [*logits, *topk, *linear, *hidden, *attention, *sparse, *steps]
 
 
-SMALL = {"N": 6, "V": 515, "K": 7, "B": 2, "H": 2, "S": 33, "d_s": 16, "d_t": 16, "D_s": 24, "D_t": 32, "L": 2}
+SMALL = {"N": 6, "V": 515, "K": 7, "B": 2, "H": 2, "S": 33, "d_s": 16, "d_t": 16, "D_s": 24, "D_t": 32, "L": 2, "D": 32}
 
 
 def small(case: Case, first: bool = True) -> Case:
-    """The same case, tiny: a dry run of everything but the numbers, so without bars. What takes seconds whatever the
-    size, torch.compile and memory in a child process, is for the first case of an op alone."""
+    """The same case, tiny: a dry run of everything but the numbers, so without thresholds. What takes seconds whatever
+    the size, torch.compile and memory in a child process, is for the first case of an op alone."""
     shape = {axis: min(size, SMALL[axis]) for axis, size in case.shape.items()}
     if case.op == "hidden" and not case.options["projection"]:
         shape["D_t"] = shape["D_s"]
-    names = tuple(name for name in case.contenders if first or name != "compile")
-    return replace(case, shape=shape, contenders=names, memory=case.memory and first, repetitions=3, bars=())
+    names = tuple(name for name in case.implementations if first or name != "compile")
+    return replace(case, shape=shape, implementations=names, memory=case.memory and first, repetitions=3, thresholds=())
 
 
 def select(device: str, ops: tuple[str, ...], tiny: bool = False) -> list[Case]:

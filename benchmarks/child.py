@@ -6,26 +6,19 @@ import json
 import sys
 from typing import Any
 
-from fastdistil.benchmarks import exactness, sparse_contenders, steps
+from fastdistil.benchmarks import exactness
 from fastdistil.benchmarks.cases import Case
-from fastdistil.benchmarks.contenders import build
 from fastdistil.benchmarks.measure import peak_here_mib
-from fastdistil.benchmarks.problems import make
+from fastdistil.benchmarks.run import work_of
 
 
 def memory(arguments: dict[str, Any]) -> dict[str, Any]:
-    case = Case.from_json(arguments["case"])
-    contender = build(arguments["contender"], case, make(case, "cpu", noise=1.0))
-    return {"peak_mib": peak_here_mib(contender, "cpu")}
+    work = work_of(Case.from_json(arguments["case"]), "cpu")
+    return {"peak_mib": peak_here_mib(work.build(arguments["implementation"]), "cpu")}
 
 
 def main() -> None:
-    tasks = {
-        "memory": memory,
-        "exactness": exactness.from_child,
-        "sparse": sparse_contenders.from_child,
-        "step": steps.from_child,
-    }
+    tasks = {"memory": memory, "exactness": exactness.from_child}
     print(json.dumps(tasks[sys.argv[1]](json.load(sys.stdin))))
 
 

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 from fastdistil.benchmarks.cases import Case
-from fastdistil.benchmarks.contenders import build
+from fastdistil.benchmarks.losses import build
 from fastdistil.benchmarks.measure import child
-from fastdistil.benchmarks.peers import Unavailable
-from fastdistil.benchmarks.problems import errors, make, truth
+from fastdistil.benchmarks.problems import make, truth
 from fastdistil.benchmarks.record import Record, environment, source_root
+from fastdistil.benchmarks.work import Unavailable, errors
 
 from fastdistil.backends import interpreting
 
@@ -34,7 +34,7 @@ SHAPE = {"N": 4, "V": 119_547}  # mBERT's vocabulary
 
 
 def measure(names: tuple[str, ...], dtypes: tuple[str, ...], shape: dict[str, int], device: str) -> list[Record]:
-    """One record a contender, dtype and noise; contenders that cannot run here are left out."""
+    """One record per implementation, dtype and noise; those that cannot run here are left out."""
     found = []
     for dtype in dtypes:
         case = Case("logits", "exactness", shape, names, dtype, {"divergence": "forward_kl", "temperature": 1.0})
@@ -48,18 +48,16 @@ def measure(names: tuple[str, ...], dtypes: tuple[str, ...], shape: dict[str, in
                     outcome = build(name, case, problem).outcome()
                 except Unavailable:
                     continue
-                value_error, gradient_error = errors(outcome, true)
                 found.append({
-                    "op": "exactness", "case": "mbert-kl", "shape": shape, "dtype": dtype, "contender": name,
-                    "noise": noise, "kl": true.value, "value_error": value_error, "gradient_error": gradient_error,
-                    "interpreted": interpreting(),
+                    "op": "exactness", "case": "mbert-kl", "shape": shape, "dtype": dtype, "implementation": name,
+                    "noise": noise, "kl": true.value, "interpreted": interpreting(), **errors(outcome, true),
                 })  # fmt: skip
             gc.collect()
     return found
 
 
 def from_child(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The contenders that run on a CPU in Triton's interpreter only, whose 16-bit arithmetic is wrong: float32 alone.
+    """Those that run on a CPU in Triton's interpreter only, whose 16-bit arithmetic is wrong: float32 alone.
 
     fastdistil's kernels need the tests' repair of the interpreter; where there is no checkout they are left out.
     """
@@ -77,7 +75,7 @@ def run(device: str, tiny: bool, say: Callable[[str], None]) -> list[Record]:
     say(f"exactness: {shape['N']} rows of {shape['V']:,}, noise {NOISES[0]:g} to {NOISES[-1]:g}")
     records = measure(names, DTYPES, shape, device)
     if importlib.util.find_spec("triton") is None:
-        say("exactness: triton is not installed, its contenders are left out (pip install 'fastdistil[triton]')")
+        say("exactness: triton is not installed, its kernels are left out (pip install 'fastdistil[triton]')")
     elif device == "cpu" and not interpreting():
         say("exactness: Triton's kernels and Liger-Kernel in the interpreter, in float32")
         records += child("exactness", {"shape": shape}, interpret=True)["records"]

@@ -4,7 +4,7 @@
 #   --small          a dry run with tiny shapes (also without a GPU)
 #   --only A,B       these steps alone, each with all the time there is: exactness, logits, linear, topk, hidden,
 #                    attention, steps, sparse, tests, sanitize; records that OUT_FOLDER already has are kept
-#   --wheels FOLDER  installs its *.whl beside fastdistil, without an index and without what they need: the contenders
+#   --wheels FOLDER  installs its *.whl beside fastdistil, without an index and without what they need: baselines
 #                    (on a machine with an index: pip download --no-deps -d FOLDER liger-kernel==0.8.5
 #                    orda-kernel==0.1.0 flash-linear-attention==0.6.0 fla-core==0.6.0 einops)
 #   --commit HASH    what the records say where the checkout has no .git
@@ -89,9 +89,9 @@ missing=()
 for module in torch triton numpy pytest typer rich matplotlib pybind11 scikit_build_core hypothesis transformers; do
   have "$module" || missing+=("python module $module")
 done
-for module in liger_kernel orda_kernel fla; do have "$module" || missing+=("contender $module (--wheels)"); done
+for module in liger_kernel orda_kernel fla; do have "$module" || missing+=("baseline $module (--wheels)"); done
 "$python" -c "import sys, torch.nn.functional as F; sys.exit(not hasattr(F, 'linear_cross_entropy'))" 2>/dev/null ||
-  missing+=("contender torch's F.linear_cross_entropy (torch 2.13)")
+  missing+=("baseline torch's F.linear_cross_entropy (torch 2.13)")
 have xdist || missing+=("python module xdist: the tests run in one process")
 for tool in nvcc cmake ninja compute-sanitizer nvidia-smi; do command -v "$tool" >/dev/null || missing+=("$tool"); done
 gpu=$("$python" -c "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')" 2>/dev/null)

@@ -19,59 +19,11 @@ from typing import Any
 
 import torch
 from fastdistil.benchmarks.cases import Case
-from fastdistil.benchmarks.contenders import Contender
+from fastdistil.benchmarks.work import MIB, Clock, Implementation
 
 import fastdistil
 
-PASSES = ("forward", "forward_grad", "backward", "both")  # forward: no_grad; forward_grad: with the graph kept
-MIB = 1 << 20
-BUDGET_US, FEWEST = 1e6, 5  # a GPU's time is short: a contender that needs more than a second has few repetitions
-FLUSHED_BYTES = 256 * MIB  # several times the cache of any GPU
-
-
-class Clock:
-    """Marks in time: CUDA events on a GPU, the wall clock on a CPU."""
-
-    def __init__(self, device: str) -> None:
-        self.cuda = device == "cuda"
-        self.scratch = torch.empty(FLUSHED_BYTES if self.cuda else 0, dtype=torch.int8, device=device)
-
-    def flush(self) -> None:
-        """Inputs that fit in a GPU's cache are read from memory in every run, as in training."""
-        self.scratch.zero_()
-
-    def mark(self) -> Any:
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def between_us(self, start: Any, end: Any) -> float:
-        if not self.cuda:
-            return float((end - start) * 1e6)
-        end.synchronize()
-        return float(start.elapsed_time(end) * 1e3)
-
-
-def time_once(contender: Contender, clock: Clock) -> dict[str, float]:
-    """Microseconds of each pass. "backward" and "both" are of the same run as "forward_grad"."""
-    contender.prepare()
-    clock.flush()
-    with torch.no_grad():
-        start = clock.mark()
-        contender.forward()
-        forward = clock.between_us(start, clock.mark())
-    contender.prepare()
-    clock.flush()
-    start = clock.mark()
-    value = contender.forward()
-    middle = clock.mark()
-    gradients = contender.backward(value)
-    end = clock.mark()
-    times = (forward, *(clock.between_us(*ends) for ends in ((start, middle), (middle, end), (start, end))))
-    del value, gradients  # outside of the timed region: the next run meets memory as fresh as this one
-    return dict(zip(PASSES, times, strict=True))
+BUDGET_US, FEWEST = 1e6, 5  # a GPU's time is short: an implementation that needs more than a second has few repetitions
 
 
 def quantiles(samples: list[float]) -> dict[str, float]:
@@ -82,19 +34,21 @@ def quantiles(samples: list[float]) -> dict[str, float]:
     return {"p20": fifths[0], "p50": statistics.median(samples), "p80": fifths[3]}
 
 
-def time_interleaved(contenders: list[Contender], repetitions: int, device: str) -> dict[str, dict[str, list[float]]]:
-    """Contender -> pass -> microseconds; each repetition runs every contender once. On a GPU a slow one stops early."""
+def time_interleaved(
+    implementations: list[Implementation], repetitions: int, device: str
+) -> dict[str, dict[str, list[float]]]:
+    """Name -> pass -> microseconds; each repetition runs every one once. On a GPU a slow one stops early."""
     clock, budget_us = Clock(device), BUDGET_US if device == "cuda" else math.inf
-    samples: dict[str, dict[str, list[float]]] = {c.name: {p: [] for p in PASSES} for c in contenders}
-    for contender in contenders:  # warm-up
-        time_once(contender, clock)
+    samples: dict[str, dict[str, list[float]]] = {}
+    for implementation in implementations:  # warm-up
+        samples[implementation.name] = {what: [] for what in implementation.time_us(clock)}
     for _ in range(repetitions):
-        for contender in contenders:
-            own = samples[contender.name]
-            if len(own["both"]) >= FEWEST and sum(own["forward"]) + sum(own["both"]) > budget_us:
+        for implementation in implementations:
+            own = samples[implementation.name]
+            if len(own["both"]) >= FEWEST and sum(own.get("forward", ())) + sum(own["both"]) > budget_us:
                 continue
-            for name, duration in time_once(contender, clock).items():
-                own[name].append(duration)
+            for what, duration in implementation.time_us(clock).items():
+                own[what].append(duration)
     return samples
 
 
@@ -125,12 +79,11 @@ def _resident_mib(line: str) -> float:
     return int(status[line].split()[0]) / 1024
 
 
-def peak_here_mib(contender: Contender, device: str) -> float:
-    """Memory at the peak of forward + backward, the gradient included, beyond the inputs; MiB."""
-    contender.outcome()  # warm-up: whatever is compiled or cached
-    contender.prepare()
-    peak = peak_of_cuda_mib if device == "cuda" else peak_of_mib
-    return peak(lambda: contender.backward(contender.forward()))
+def peak_here_mib(implementation: Implementation, device: str) -> float:
+    """Memory at the peak of a run, what it returns included, beyond the inputs; MiB."""
+    implementation.before_peak()
+    implementation.prepare()
+    return (peak_of_cuda_mib if device == "cuda" else peak_of_mib)(implementation.run)
 
 
 def peak_of_mib(work: Callable[[], object]) -> float:
@@ -152,7 +105,7 @@ def peak_mib(case: Case, name: str, device: str, here: Callable[[], float]) -> f
         return here()
     if not Path("/proc/self/clear_refs").exists():
         return None
-    return float(child("memory", {"case": asdict(case), "contender": name})["peak_mib"])
+    return float(child("memory", {"case": asdict(case), "implementation": name})["peak_mib"])
 
 
 def child(task: str, arguments: dict[str, Any], interpret: bool = False) -> dict[str, Any]:
@@ -169,11 +122,6 @@ def child(task: str, arguments: dict[str, Any], interpret: bool = False) -> dict
         raise RuntimeError(f"benchmark child {task!r} failed with exit code {run.returncode}:\n{run.stderr[-2000:]}")
     found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
     return found
-
-
-def floor_of(moved_bytes: float, operations: float, rates: dict[str, float]) -> float:
-    """Microseconds: nothing is faster than its memory traffic at copy speed, or its products at the matrix rate."""
-    return max(moved_bytes / rates["copy_gb_s"], operations / rates["matrix_gflop_s"]) / 1e3
 
 
 def peak_of_cuda_mib(work: Callable[[], object]) -> float:

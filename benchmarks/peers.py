@@ -19,17 +19,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from fastdistil.benchmarks.cases import Case
-from fastdistil.benchmarks.problems import Tensors
+from fastdistil.benchmarks.work import Tensors, Unavailable
 from torch import Tensor
 
 from fastdistil.backends import interpreting
 
 Loss = Callable[[Tensors], Tensor]
 HEADS = ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight")
-
-
-class Unavailable(Exception):
-    """Why a contender cannot run here."""
 
 
 def peer(name: str, case: Case, device: torch.device) -> Loss:

@@ -45,7 +45,7 @@ def replace_section(document: str, name: str, text: str) -> str:
 
 def draw(records: list[Record], images: Path, prefix: str = "") -> list[Path]:
     drawn = []
-    timed = [r for r in records if "ratios" in r and r["op"] in OPS]
+    timed = [r for r in records if "this_over_floor" in r.get("ratios", {}).get("both", {})]
     exact = [r for r in records if r["op"] == "exactness"]
     if exact:
         drawn.append(figures.exactness(exact, images / f"{prefix}exactness.png"))
@@ -57,8 +57,9 @@ def draw(records: list[Record], images: Path, prefix: str = "") -> list[Path]:
         line = _comparable(own, axis) if axis else []
         if axis and line:
             drawn.append(figures.scaling(line, axis, images / f"{prefix}{op}-scaling.png"))
-    if timed:
-        drawn.append(figures.roofline(timed, images / f"{prefix}roofline.png"))
+    computing = [r for r in timed if r["flops"]["both"] > 0]
+    if computing:
+        drawn.append(figures.roofline(computing, images / f"{prefix}roofline.png"))
     return drawn
 
 
@@ -82,25 +83,22 @@ def page(records: list[Record], images: list[str]) -> str:
     ]
     if any(r.get("small") for r in records):
         lines.append("**A dry run with tiny shapes: its times mean nothing.**")
-    if any(is_stale(r) for r in records):
+    stale = [is_stale(r) for r in records]
+    if all(stale):
+        lines.append("All of these records are **stale**: the kernel sources have changed since they were taken.")
+    elif any(stale):
         lines.append("**Stale** marks a record taken before the kernel sources last changed.")
-    bars = _bars(records)
-    if bars:
-        lines += ["### Bars", _markdown(["case", "contender", "against", "quantity", "bar", "measured", ""], bars)]
-    for op in OPS:
-        own = [r for r in records if r["op"] == op]
-        if own:
-            lines += [f"### {op.capitalize()}", _times(own)]
-    sparse = [r for r in records if r["op"] == "sparse"]
-    if sparse:
-        lines += ["### Sparse fine-tuning", _sparse(sparse)]
-    lines += [_threads(r) for r in records if r["op"] == "threads"]
-    steps = [r for r in records if r["op"] == "steps"]
-    if steps:
-        lines += ["### Training steps", _steps(steps)]
+    passed = [_threshold(r, x, not all(stale)) for r in records for x in r.get("thresholds", ())]
+    if passed:
+        header = ["case", "implementation", "baseline", "quantity", "threshold", "measured", ""]
+        lines += ["### Thresholds", _markdown(header, passed)]
+    measured = [r for op in OPS for r in records if r["op"] == op]
+    if measured:
+        lines += ["### Time, error and memory", _table(measured, not all(stale))]
+    lines += [_threads(r, not all(stale)) for r in records if r["op"] == "threads"]
     exact = [r for r in records if r["op"] == "exactness"]
     if exact:
-        lines += ["### Exactness", _exactness(exact)]
+        lines += ["### Exactness", _exactness(exact, not all(stale))]
     lines += [f"![{Path(image).stem}]({image})" for image in images]
     return "\n\n".join(lines) + "\n"
 
@@ -110,125 +108,86 @@ def _markdown(header: list[str], rows: Table) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])
 
 
-def marks(record: Record) -> str:
-    """Why a number must not be trusted, if so."""
-    found = [record["reason"]] if record.get("reason") else []
-    if is_stale(record):
+def marks(record: Record, stale: bool = True) -> str:
+    """Why a number must not be trusted, if so; staleness only where `stale`."""
+    found: list[str] = [record["reason"]] if record.get("reason") else []
+    if stale and is_stale(record):
         found.append("**stale**")
     if record["device"] == "cpu" and record.get("other_load_cores", 0) > DISTURBED:
         found.append(f"**void**: {record['other_load_cores']} cores busy elsewhere")
     return "; ".join(found)
 
 
-def _bars(records: list[Record]) -> Table:
-    def row(record: Record, bar: Record) -> list[str]:
-        verdict = "pass" if bar["reached"] else "**FAIL**"
-        noted = " ".join(filter(None, (verdict, marks(record))))
-        quantity = {"both": "forward + backward", "memory": "extra memory"}.get(bar["quantity"], bar["quantity"])
-        return [
-            record["case"], figures.label(record["contender"]), figures.label(bar["against"]), quantity,
-            *_bar_numbers(bar), noted,
-        ]  # fmt: skip
-
-    return [row(record, bar) for record in records for bar in record.get("bars", ())]
+def _named(record: Record) -> list[str]:
+    return [f"{record['op']} {record['case']}", figures.label(record["implementation"])]
 
 
-def _bar_numbers(bar: Record) -> tuple[str, str]:
-    if bar["quantity"].startswith("MiB"):
-        return f"≤ {bar['at_least']:g}", f"{bar['found']:.0f}"
-    return f"≥ {bar['at_least']:g}×", f"{bar['found']:.1f}×"
+def _threshold(record: Record, threshold: Record, stale: bool) -> list[str]:
+    verdict = "pass" if threshold["reached"] else "**FAIL**"
+    quantity = str(threshold["quantity"])
+    quantity = {"both": "time", "memory": "extra memory"}.get(quantity, quantity)
+    if "at_most" in threshold:
+        numbers = [f"≤ {threshold['at_most']:.0f} MiB", f"{threshold['found']:.0f} MiB"]
+    else:
+        numbers = [f"≥ {threshold['at_least']:.3g}×", f"{threshold['found']:.1f}×"]
+    baseline = figures.label(threshold["baseline"]) if threshold["baseline"] else "–"
+    return [*_named(record), baseline, quantity, *numbers, " ".join(filter(None, (verdict, marks(record, stale))))]
 
 
 def _number(value: float | None, pattern: str) -> str:
     return "–" if value is None or math.isnan(value) else format(value, pattern)
 
 
-def _times(records: list[Record]) -> str:
-    """On a GPU with milliseconds, on a CPU with ratios alone."""
+def _table(records: list[Record], stale: bool) -> str:
+    """Speeds are times the case's baseline's, each with an error beside it; milliseconds on a GPU alone, because on a
+    CPU only ratios carry over."""
     header = [
-        "case",
-        "contender",
-        "speed / eager: forward",
-        "forward + backward",
-        "/ compile",
-        "time / best",
-        "time / floor",
-    ]
-    header += _milliseconds_header(records)
-    header += ["extra MiB", "gradient error", "near convergence", ""]
+        "case", "implementation", "forward: speed, error of the value", "whole: speed, error of the gradient",
+        "whole / compile", "whole / floor", "extra MiB", "gradient error near convergence", "",
+    ]  # fmt: skip
     rows = []
-    for record in records:
-        forward, both = ({}, {}) if "ratios" not in record else (record["ratios"]["forward"], record["ratios"]["both"])
-        row = [f"{record['case']}", figures.label(record["contender"])]
-        row += [_number(forward.get("eager_over_this"), ".2f"), _number(both.get("eager_over_this"), ".2f")]
-        row += [_number(both.get(key), ".2f") for key in ("compile_over_this", "this_over_best", "this_over_floor")]
-        row += _milliseconds(record)
-        row.append(_number(record.get("peak_mem_mib"), ",.0f"))
-        row += [_number(record.get(key), ".1e") for key in ("gradient_error", "near_gradient_error")]
-        rows.append([*row, marks(record)])
+    for r in records:
+        both = r.get("ratios", {}).get("both", {})
+        whole = "gradient_error" if "gradient_error" in r else "value_error"
+        memory = _number(r.get("peak_mem_mib"), ",.0f")
+        if "state_mib" in r:
+            memory = f"{memory}, state {r['state_mib']:,.0f}".removeprefix("–, ")
+        rows.append([
+            *_named(r), _speed(r, "forward", "value_error"), _speed(r, "both", whole),
+            _number(both.get("compile_over_this"), ".2f"), _number(both.get("this_over_floor"), ".2f"), memory,
+            _number(r.get("near_gradient_error"), ".1e"), marks(r, stale),
+        ])  # fmt: skip
     return _markdown(header, rows)
 
 
-def _threads(record: Record) -> str:
-    s = record["shape"]
+def _speed(record: Record, what: str, error: str) -> str:
+    if what not in record.get("time_us", {}):
+        return "–"
+    words = []
+    if record["device"] != "cpu":
+        p20, p50, p80 = (record["time_us"][what][p] / 1e3 for p in ("p20", "p50", "p80"))
+        words.append(f"{p50:.3f} ms ({p20:.3f} to {p80:.3f})")
+    speed = record["ratios"][what].get(f"{record['baseline']}_over_this")
+    words += [] if speed is None else [f"{speed:.2f}×"]
+    return ", ".join([*words, _number(record.get(error), ".1e")])
+
+
+def _threads(record: Record, stale: bool) -> str:
+    s, ratio = record["shape"], record["turns_over_sum"]
     return (
-        f"Threads: torch.mm ({s['side']}²) and logit_loss ([{s['N']}, {s['V']:,}]) in turns take "
-        f"{record['turns_over_sum']:.2f}× the sum of each alone (1 = the two share their threads). {marks(record)}"
+        f"Threads: torch.mm ({s['side']}²) and logit_loss ([{s['N']}, {s['V']:,}]) in turns take {ratio:.2f}× the sum "
+        f"of each alone (1 = the two share their threads). {marks(record, stale)}"
     ).strip()
 
 
-def _milliseconds(record: Record) -> list[str]:
-    """Medians of a GPU alone: on a CPU only ratios carry over."""
-    if record["device"] == "cpu":
-        return []
-    times = record.get("time_us", {}).get("both", {})
-    return [_number(times[p] / 1e3 if times else None, ".3f") for p in ("p20", "p50", "p80")]
-
-
-def _milliseconds_header(records: list[Record]) -> list[str]:
-    return [] if records[0]["device"] == "cpu" else ["ms p20", "p50", "p80"]
-
-
-def _sparse(records: list[Record]) -> str:
-    """Each case's times over ours, which is its first record."""
-    rows = []
-    for record in records:
-        own = next(r for r in records if r["case"] == record["case"])
-        ratio = record["time_us"]["both"]["p50"] / own["time_us"]["both"]["p50"] if "time_us" in record else None
-        memory = [_number(record.get(key), ",.0f") for key in ("peak_mem_mib", "state_mib")]
-        floor = _number(record.get("ratios", {}).get("both", {}).get("this_over_floor"), ".2f")
-        name = figures.label(record["contender"])
-        times = [_number(ratio, ".2f"), floor, *_milliseconds(record)]
-        rows.append([record["case"], name, *times, *memory, marks(record)])
-    times = ["time / fastdistil", "time / floor", *_milliseconds_header(records)]
-    return _markdown(["case", "contender", *times, "extra MiB", "state MiB", ""], rows)
-
-
-def _steps(records: list[Record]) -> str:
-    """Whole steps of a recipe, as ratios to the one that keeps the maps."""
-    eager = {r["case"]: r for r in records if r["contender"] == "eager"}
-    rows = []
-    for r in records:
-        speed = eager[r["case"]]["time_us"]["both"]["p50"] / r["time_us"]["both"]["p50"]
-        shape = ", ".join(f"{axis} {size}" for axis, size in r["shape"].items())
-        rows.append([
-            r["case"], f"{shape}, {r['dtype']}", figures.label(r["contender"]), f"{speed:.2f}", *_milliseconds(r),
-            _number(r.get("peak_mem_mib"), ",.0f"), f"{r['gradient_error']:.1e}", marks(r),
-        ])  # fmt: skip
-    times = ["speed / eager", *_milliseconds_header(records)]
-    return _markdown(["recipe", "shape", "contender", *times, "MiB beyond the models", "gradient error", ""], rows)
-
-
-def _exactness(records: list[Record]) -> str:
+def _exactness(records: list[Record], stale: bool) -> str:
     noises = sorted({r["noise"] for r in records}, reverse=True)
-    names = dict.fromkeys((r["contender"], r["dtype"]) for r in records)
-    cell = {(r["contender"], r["dtype"], r["noise"]): r for r in records}
+    names = dict.fromkeys((r["implementation"], r["dtype"]) for r in records)
+    cell = {(r["implementation"], r["dtype"], r["noise"]): r for r in records}
     rows = []
     for name, dtype in names:
         own = [cell[name, dtype, noise] for noise in noises if (name, dtype, noise) in cell]
-        rows.append([
-            figures.label(name), dtype, *(f"{r['value_error']:.0e} / {r['gradient_error']:.0e}" for r in own),
-            marks(own[0]),
-        ])  # fmt: skip
+        errors = [f"{r['value_error']:.0e} / {r['gradient_error']:.0e}" for r in own]
+        rows.append([figures.label(name), dtype, *errors, marks(own[0], stale)])
     header = ["value / gradient error at noise", "logits", *(f"{noise:g}" for noise in noises), ""]
     return _markdown(header, rows)

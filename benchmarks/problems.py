@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from fastdistil.benchmarks.cases import Case
+from fastdistil.benchmarks.work import Outcome, Tensors
 from torch import Tensor
 
-Tensors = dict[str, Tensor]
 CHUNK_ELEMENTS = {"cpu": 1 << 26, "cuda": 1 << 28}  # float64 entries of a chunk's largest tensor: 512 MiB, 2 GiB
 SAMPLED = 64  # items whose gradient is compared
 
@@ -34,7 +34,7 @@ class Problem:
 
 
 def make(case: Case, device: str, noise: float, seed: int = 0) -> Problem:
-    """student = teacher + noise, the same numbers for every contender and process."""
+    """student = teacher + noise, the same numbers for every implementation and process."""
     generator = torch.Generator(device).manual_seed(seed)
     dtype = getattr(torch, case.dtype)
     s = case.shape
@@ -100,7 +100,7 @@ def layers(x: Tensors, name: str) -> list[Tensor]:
 
 
 def textbook(case: Case) -> Callable[[Tensors], Tensor]:
-    """The loss as one writes it in PyTorch: eager contender in the case's dtype, truth in float64."""
+    """The loss as one writes it in PyTorch: eager baseline in the case's dtype, truth in float64."""
     if case.op == "logits":
         return _logits(case.options["divergence"], case.options["temperature"])
     if case.op == "linear":
@@ -172,15 +172,6 @@ def _attention(kind: str) -> Callable[[Tensors], Tensor]:
     return loss
 
 
-@dataclass
-class Outcome:
-    """Value and gradients (of the sampled items; of the whole tensor where it is shared), float64, where they were
-    computed."""
-
-    value: float
-    gradients: Tensors
-
-
 def sample(problem: Problem) -> Tensor:
     """Items from the first to the last one, so that offsets beyond 2^31 are met where there are any."""
     count = min(problem.items, SAMPLED)
@@ -203,7 +194,7 @@ def mse_of_heads(x: Tensors) -> Tensor:
 
 
 def truth(case: Case, problem: Problem) -> Outcome:
-    """The textbook formula in float64."""
+    """The textbook formula in float64; gradients of the sampled items, of the whole tensor where it is shared."""
     device = next(iter(problem.tensors.values())).device
     s = case.shape
     each = s["V"] if "V" in s else {"hidden": s.get("D_t", 0) * s.get("L", 0)}.get(case.op)
@@ -233,15 +224,3 @@ def truth(case: Case, problem: Problem) -> Outcome:
                 kept[name].append(gradient)
     gradients = {name: torch.cat(parts) for name, parts in kept.items()}
     return Outcome(value, gradients)
-
-
-def error(found: Tensor | float, true: Tensor | float) -> float:
-    """Relative, in the Euclidean norm; NaN counts as infinite."""
-    f, t = (torch.as_tensor(x, dtype=torch.float64) for x in (found, true))
-    distance = (f - t).norm().item() / max(t.norm().item(), 1e-300)
-    return distance if math.isfinite(distance) else math.inf
-
-
-def errors(found: Outcome, true: Outcome) -> tuple[float, float]:
-    """Relative error of the value, and the largest of the gradients'."""
-    return error(found.value, true.value), max(error(found.gradients[n], true.gradients[n]) for n in true.gradients)

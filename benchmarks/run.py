@@ -1,28 +1,24 @@
-"""`fastdistil bench`: check every contender against float64, time those that are right, write one JSON line each."""
+"""`fastdistil bench`: check implementations against the truth, time those that are right, write one JSON line each."""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from fastdistil.benchmarks import exactness, sharing, sparse, steps
-from fastdistil.benchmarks.cases import OPS, Case, operations, select, traffic_bytes
-from fastdistil.benchmarks.contenders import Contender, build
+from fastdistil.benchmarks import exactness, sharing, sparse
+from fastdistil.benchmarks.cases import LOSSES, OPS, Case, Threshold, select
+from fastdistil.benchmarks.floors import floor_us, operations, traffic_bytes
+from fastdistil.benchmarks.losses import LossWork
 from fastdistil.benchmarks.measure import (
     OtherLoad,
-    floor_of,
     machine_rates,
     peak_here_mib,
     peak_mib,
     quantiles,
     time_interleaved,
 )
-from fastdistil.benchmarks.peers import Unavailable
-from fastdistil.benchmarks.problems import errors, make, truth
 from fastdistil.benchmarks.record import (
     Record,
     clock_mhz,
@@ -33,14 +29,16 @@ from fastdistil.benchmarks.record import (
     source_root,
     write_records,
 )
-
-NOISE, NEAR = 1.0, 1e-3  # student = teacher + noise: what is timed, and what near convergence means
-
-# As in the tests: at most twice the error of the eager formula in the same dtype, plus a little.
-VALUE_SLACK = 5e-6  # float32 sums of 25 million terms, in whatever order
-GRADIENT_SLACK = {"float64": 1e-11, "float32": 2e-6, "float16": 5e-4, "bfloat16": 4e-3}
+from fastdistil.benchmarks.steps import StepWork
+from fastdistil.benchmarks.work import Implementation, Unavailable, Work
 
 Say = Callable[[str], None]
+
+
+def work_of(case: Case, device: str) -> Work:
+    if case.op in LOSSES:
+        return LossWork(case, device)
+    return sparse.work(case, device) if case.op == "sparse" else StepWork(case, device)
 
 
 def device_here() -> str:
@@ -58,9 +56,9 @@ def default_out(op: str, device: str, tiny: bool) -> Path:
 def run(
     what: str, *, tiny: bool = False, out: Path | None = None, resume: bool = False, say: Say = print
 ) -> list[Path]:
-    """Measures an op, "steps", "exactness", "sparse" or "all" on the best device here; returns the files written. With
+    """Measures an op, "exactness" or "all" on the best device here; returns the files written. With
     `resume` a file's records are kept, and only the cases that it lacks are measured."""
-    known = (*OPS, "steps", "exactness", "sparse")
+    known = (*OPS, "exactness")
     wanted = known if what == "all" else (what,)
     if what not in (*known, "all"):
         raise ValueError(f"bench: what is {what!r}, expected one of {', '.join((*known, 'all'))}")
@@ -87,10 +85,6 @@ def _measurements(
     if op == "exactness":
         if not done:
             yield exactness.run(device, tiny, say)
-    elif op == "sparse":
-        yield from sparse.run(device, tiny, rates, done, say)
-    elif op == "steps":
-        yield from (steps.run(r, device, tiny, rates, say) for r in ("lightmbert", "bistil") if r not in done)
     else:
         for case in select(device, (op,), tiny):
             if case.name in done:
@@ -110,24 +104,25 @@ def wrong(paths: list[Path]) -> list[str]:
     """What of fastdistil itself was refused or failed, one line each."""
     records = [r for path in paths for r in read_records(path.parent, path.name)]
     return [
-        f"{r['op']} {r['case']}: {r['contender']} {r['status']}, {r['reason']}"
+        f"{r['op']} {r['case']}: {r['implementation']} {r['status']}, {r['reason']}"
         for r in records
-        if r["contender"].startswith("fastdistil") and r.get("status") in ("refused", "failed")
+        if r["implementation"].startswith("fastdistil") and r.get("status") in ("refused", "failed")
     ]
 
 
 def run_case(case: Case, device: str, rates: dict[str, float], say: Say = print, tiny: bool = False) -> list[Record]:
-    """One record a contender: "ok" with times, or "refused" or "unavailable" with the reason."""
+    """A record per implementation: "ok" with times, or "refused", "failed" or "unavailable" with the reason."""
     axes = ", ".join(f"{axis} {size:,}" for axis, size in case.shape.items())
     say(f"{case.op} {case.name}: {axes}, {case.dtype}")
     shared = {
         "op": case.op, "case": case.name, "shape": case.shape, "dtype": case.dtype, "options": case.options,
-        "small": tiny, "rates": rates, "bytes": {p: traffic_bytes(case, p) for p in ("forward", "both")},
+        "baseline": case.baseline, "small": tiny, "rates": rates,
+        "bytes": {p: traffic_bytes(case, p) for p in ("forward", "both")},
         "flops": {p: operations(case, p) for p in ("forward", "both")}, **environment(case.op, device),
     }  # fmt: skip
-    problem = make(case, device, NOISE)
-    contenders, records = _checked(case, problem, device, say)
-    right = [c for c in contenders if records[c.name]["status"] == "ok"]
+    work = work_of(case, device)
+    implementations, records = _checked(case, work, say)
+    right = [x for x in implementations if records[x.name]["status"] == "ok"]
     if not right:
         return [{**shared, **record} for record in records.values()]
     with OtherLoad() as other:
@@ -135,93 +130,92 @@ def run_case(case: Case, device: str, rates: dict[str, float], say: Say = print,
     shared["clock_mhz"] = clock_mhz(device)  # of the GPU at work
     if device == "cpu" and other.cores > 0.1:
         say(f"  other processes kept {other.cores} cores busy meanwhile: these times are void")
-    here = {c.name: c for c in right} if device == "cuda" else {}
-    del contenders, right, problem
+    for implementation in right:
+        passes, record = times[implementation.name], records[implementation.name]
+        record |= {"time_us": {what: quantiles(samples) for what, samples in passes.items()}}
+        record |= {"repetitions": len(passes["both"]), "other_load_cores": other.cores, **implementation.fields()}
+        record |= {"scaled": implementation.scale} if implementation.scale != 1 else {}
+    here = {x.name: x for x in right} if device == "cuda" else {}
+    measured = [x.name for x in right if case.memory and x.scale == 1]
+    del implementations, implementation, right, work  # a child process needs the memory
     gc.collect()
-    for name, passes in times.items():
-        found = {what: quantiles(samples) for what, samples in passes.items()}
-        records[name] |= {"time_us": found, "repetitions": len(passes["both"]), "other_load_cores": other.cores}
-        if case.memory:
-            records[name]["peak_mem_mib"] = peak_mib(case, name, device, lambda n=name: peak_here_mib(here[n], device))  # type: ignore[misc]
+    for name in measured:
+        records[name]["peak_mem_mib"] = peak_mib(case, name, device, lambda n=name: peak_here_mib(here[n], device))  # type: ignore[misc]
     _compare(case, records, rates)
     for name in times:
         say(f"  {name}: {_summary(records[name])}")
     return [{**shared, **record} for record in records.values()]
 
 
-def _checked(case: Case, problem: Any, device: str, say: Say) -> tuple[list[Contender], dict[str, Record]]:
-    """Every contender that can run, with its errors; eager's own are the measure of the others."""
-    near = make(case, device, NEAR)
-    true, near_true = truth(case, problem), truth(case, near)
-    eager = errors(build("eager", case, problem).outcome(), true)
-    allowed = 2 * eager[0] + VALUE_SLACK, 2 * eager[1] + GRADIENT_SLACK[case.dtype]
-    contenders, records = [], {}
-    for name in case.contenders:
-        record: Record = {"contender": name, "status": "ok"}
-        records[name] = record
+def _checked(case: Case, work: Work, say: Say) -> tuple[list[Implementation], dict[str, Record]]:
+    """Every implementation that can run, with its errors; the baseline's own are the measure of the others."""
+    check, baseline = work.checker(), work.build(case.baseline)
+    known = {case.baseline: (baseline, check(baseline))}
+    allowed = {what: 2 * known[case.baseline][1][what] + slack for what, slack in work.slack.items()}
+    implementations, records = [], dict[str, Record]()
+    for name in case.implementations:
+        record = records[name] = {"implementation": name, "status": "ok"}
         try:
-            contender = build(name, case, problem)
-            with torch.no_grad():
-                contender.prepare()
-                contender.forward()
-            if name == "products":  # no loss, so nothing to be right about
-                contenders.append(contender)
-                continue
-            found = eager if name == "eager" else errors(contender.outcome(), true)
-            found_near = errors(replace(contender, problem=near).outcome(), near_true)
+            if name in known:
+                implementation, found = known[name]
+            else:
+                implementation = work.build(name)
+                found = check(implementation)
         except Unavailable as reason:
             record |= {"status": "unavailable", "reason": str(reason)}
         except Exception as reason:  # one that crashes ends neither the run nor the others' case
             record |= {"status": "failed", "reason": f"{type(reason).__name__}: {reason}".splitlines()[0][:300]}
+        else:
+            record |= found
+            for what, limit in allowed.items():
+                if found.get(what, 0.0) > limit:
+                    off = f"its {what.split('_')[0]} is {found[what]:.1e} off, at most {limit:.1e} allowed"
+                    record |= {"status": "refused", "reason": off}
+            implementations.append(implementation)
         if record["status"] != "ok":
             say(f"  {name}: {record['status']}, {record['reason']}")
-            continue
-        record |= dict(zip(("value_error", "gradient_error"), found, strict=True))
-        record |= dict(zip(("near_value_error", "near_gradient_error"), found_near, strict=True)) | {"near_noise": NEAR}
-        for what, off, limit in zip(("value", "gradient"), found, allowed, strict=True):
-            if off > limit:
-                record |= {"status": "refused", "reason": f"its {what} is {off:.1e} off, at most {limit:.1e} allowed"}
-                say(f"  {name}: not timed, {record['reason']}")
-        contenders.append(contender)
-    return contenders, records
-
-
-def floor_us(case: Case, what: str, rates: dict[str, float]) -> float:
-    return floor_of(traffic_bytes(case, what), operations(case, what), rates)
+    return implementations, records
 
 
 def _compare(case: Case, records: dict[str, Record], rates: dict[str, float]) -> None:
-    """Adds the ratios of medians (above 1: faster than eager, compile; slower than best, floor) and the bars."""
+    """Adds the ratios of medians (above 1: faster than the baseline, compile; slower than best, floor) and what became
+    of the thresholds."""
     timed = {name: r for name, r in records.items() if "time_us" in r}
     for name, record in timed.items():
         ratios: dict[str, dict[str, float]] = {}
         for what, own in record["time_us"].items():
             others = {n: r["time_us"][what]["p50"] for n, r in timed.items()}
-            row = {f"{n}_over_this": others[n] / own["p50"] for n in ("eager", "compile") if n in others}
+            row = {f"{n}_over_this": others[n] / own["p50"] for n in (case.baseline, "compile") if n in others}
             row["this_over_best"] = own["p50"] / min(t for n, t in others.items() if n != "products")
             if what in ("forward", "both"):
                 row["this_over_floor"] = own["p50"] / floor_us(case, what, rates)
             ratios[what] = row
         record["ratios"] = ratios
-        record["bars"] = [_bar(bar, timed) for bar in case.bars if bar.contender == name and bar.against in timed]
+        wanted = [x for x in case.thresholds if x.implementation == name and x.baseline in ("", *timed)]
+        record["thresholds"] = [_threshold(x, timed) for x in wanted]
 
 
-def _bar(bar: Any, timed: dict[str, Record]) -> Record:
+def _threshold(wanted: Threshold, timed: dict[str, Record]) -> Record:
     def size(name: str) -> float:
+        fields = {"memory": "peak_mem_mib", "state": "state_mib"}
         record = timed[name]
-        value = record.get("peak_mem_mib") if bar.quantity == "memory" else record["time_us"][bar.quantity]["p50"]
-        return float("nan") if value is None else float(value)
+        if wanted.quantity in fields:
+            return float(record.get(fields[wanted.quantity]) or "nan")
+        return float(record["time_us"][wanted.quantity]["p50"])
 
-    found = size(bar.against) / max(size(bar.contender), 1e-9)
-    return {
-        "against": bar.against, "quantity": bar.quantity, "at_least": bar.at_least, "found": found,
-        "reached": found >= bar.at_least,
-    }  # fmt: skip
+    found, limit = size(wanted.implementation), {"at_least": wanted.at_least}
+    if wanted.at_most is not None:
+        limit, reached = {"at_most": wanted.at_most}, found <= wanted.at_most
+    else:
+        found = size(wanted.baseline) / max(found, 1e-9)
+        reached = found >= wanted.at_least
+    return {"baseline": wanted.baseline, "quantity": wanted.quantity, **limit, "found": found, "reached": reached}
 
 
 def _summary(record: Record) -> str:
-    both, forward = (record["time_us"][p]["p50"] / 1e3 for p in ("both", "forward"))
-    peak = record.get("peak_mem_mib")
+    times = ", ".join(
+        f"{record['time_us'][p]['p50'] / 1e3:,.2f} ms {p}" for p in ("both", "forward") if p in record["time_us"]
+    )
+    peak, speed = record.get("peak_mem_mib"), next(iter(record["ratios"]["both"].values()))
     memory = "" if peak is None else f", {peak:,.0f} MiB extra"
-    eager = record["ratios"]["both"].get("eager_over_this")
-    return f"{both:.2f} ms both, {forward:.2f} ms forward{memory}" + ("" if eager is None else f", {eager:.2f}x eager")
+    return f"{times}{memory}, {speed:.2f}x the baseline's speed"

@@ -44,6 +44,6 @@ def run(tiny: bool, say: Callable[[str], None]) -> Record:
     ratio = found["turns"]["p50"] / (found["mm"]["p50"] + found["loss"]["p50"])
     return {
         "op": "threads", "case": CASE, "shape": {"N": rows, "V": columns, "side": side}, "dtype": "float32",
-        "contender": "fastdistil:cpu", "status": "ok", "time_us": found, "turns_over_sum": ratio, "small": tiny,
+        "implementation": "fastdistil:cpu", "status": "ok", "time_us": found, "turns_over_sum": ratio, "small": tiny,
         "other_load_cores": other.cores, **environment("threads", "cpu"),
     }  # fmt: skip

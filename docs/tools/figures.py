@@ -263,15 +263,15 @@ def memory() -> None:
     first: dict[str, Any] = {}
     for op, case, title, floor in cases:
         lines = (ROOT / "benchmarks/results/cpu" / f"{op}.jsonl").read_text().splitlines()
-        records = {r["contender"]: r for r in map(json.loads, lines) if r["case"] == case}
+        records = {r["implementation"]: r for r in map(json.loads, lines) if r["case"] == case}
         axes.text(0, y - 0.8, title, fontweight="bold", va="center")
         least = floor(next(iter(records.values()))["shape"]) / MIB
         start = y
         for name in (n for n in NAMES if n in records):
             used = records[name]["peak_mem_mib"]
             first = first or records[name]
-            axes.barh(y, used, color=COLORS[name], height=0.72)
-            axes.text(used + 18, y, f"{used:,.0f} MiB", va="center", fontsize=8)
+            bar = axes.barh(y, used, color=COLORS[name], height=0.72)
+            axes.bar_label(bar, [f"{used:,.0f} MiB"], padding=3, fontsize=8)
             ticks.append((y, NAMES[name]))
             y += 1
         axes.plot([least, least], [start - 0.38, y - 0.6], color="black", linewidth=1.6)

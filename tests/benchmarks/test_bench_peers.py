@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from fastdistil.benchmarks import contenders, peers, run
+from fastdistil.benchmarks import losses, peers, problems, run, work
 from fastdistil.benchmarks.cases import Case
 
 DEVICE = run.device_here()
@@ -26,23 +26,23 @@ def test_peers_compute_the_same_loss(name: str, op: str, kind: str) -> None:
     shape = {"N": 5, "V": 131, "D_s": 16, "D_t": 24}
     temperature = 1.0 if name in ("fla_kl", "liger_jsd") and op == "linear" else 2.0
     case = Case(op, "tiny", shape, (name,), options={"divergence": kind, "temperature": temperature})
-    problem = run.make(case, DEVICE, 1.0)
+    problem = problems.make(case, DEVICE, 1.0)
     try:
-        contender = contenders.build(name, case, problem)
-    except contenders.Unavailable as reason:
+        implementation = losses.build(name, case, problem)
+    except work.Unavailable as reason:
         pytest.skip(str(reason))
-    assert max(run.errors(contender.outcome(), run.truth(case, problem))) < 1e-4
+    assert max(work.errors(implementation.outcome(), problems.truth(case, problem)).values()) < 1e-4
 
 
 def test_peers_have_no_other_loss_than_theirs() -> None:
     case = Case("linear", "tiny", {"N": 2, "V": 7, "D_s": 3, "D_t": 3}, (), options={"divergence": "mse", "temperature": 2.0})  # fmt: skip
-    problem = run.make(case, DEVICE, 1.0)
+    problem = problems.make(case, DEVICE, 1.0)
     for name in peers.PEERS:
-        with pytest.raises(contenders.Unavailable, match="is not installed|has no|alone$|cannot be"):
-            contenders.build(name, case, problem)
+        with pytest.raises(work.Unavailable, match="is not installed|has no|alone$|cannot be"):
+            losses.build(name, case, problem)
 
 
-def test_a_contender_that_crashes_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_implementation_that_crashes_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def crash(case: Case, device: torch.device) -> Callable[..., torch.Tensor]:
         return lambda x: torch.ones(2) @ torch.ones(3)
 

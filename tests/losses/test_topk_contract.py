@@ -163,7 +163,7 @@ def test_fullgraph_compile(backend: str) -> None:
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="resident memory is the CPU's")
 def test_the_gradient_is_the_only_large_memory() -> None:
     case = Case("topk", "memory", {"N": 256, "V": 32_000, "K": 64}, (), options={"tail": "bucket", "temperature": 2.0})
-    found = measure.child("memory", {"case": asdict(case), "contender": "fastdistil:cpu"})
+    found = measure.child("memory", {"case": asdict(case), "implementation": "fastdistil:cpu"})
     assert 25 < found["peak_mib"] < 45  # the gradient is 31.25 MiB
 
 

@@ -1,91 +1,124 @@
-"""The sparse benchmark: every case runs when small, and a selection or a step that is wrong is not timed."""
+"""The sparse cases of the benchmark: each runs when small, and a selection or a step that is wrong is not timed."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import pytest
-from fastdistil.benchmarks import measure, plot, record, run, sparse, sparse_contenders
+import torch
+from fastdistil.benchmarks import cases, child, measure, plot, record, run, sparse
 
 from fastdistil.sparse import SparseAdamW, SparseMask
 
+DEVICE = run.device_here()
 RATES = {"copy_gb_s": 10.0, "matrix_gflop_s": 100.0}
-FIELDS = {"op", "case", "shape", "dtype", "contender", "status", "small", "time_us", "bars", "kernel_hash", "commit"}
+SPARSE = {case.options["work"]: case for case in cases.cpu_cases() if case.op == "sparse"}
+SMALL = {work: cases.small(case) for work, case in SPARSE.items()}
 
 
-def quiet(*unused: object) -> None:
-    pass
+def records(case: cases.Case) -> list[dict[str, Any]]:
+    return run.run_case(case, "cpu", RATES, lambda text: None, tiny=True)
 
 
 def test_shapes_are_those_of_bert() -> None:
-    assert sparse_contenders.parameters(sparse_contenders.bert_shapes(sparse_contenders.MBERT, False)) == 177_853_440
-    assert sparse_contenders.parameters(sparse_contenders.bert_shapes(sparse_contenders.BERT, False)) == 109_482_240
-    assert len(sparse_contenders.bert_shapes(sparse_contenders.BERT, False)) == 199
+    for work, count in (("select", 177_853_440), ("step", 109_482_240)):
+        shapes = sparse.bert_shapes(SPARSE[work].shape)
+        assert len(shapes) == 199
+        assert sum(torch.Size(shape).numel() for shape in shapes.values()) == count
+        assert cases.parameters(SPARSE[work].shape) == count
+    training = sparse.TrainingStep("fused:bool", SMALL["train"], "cpu")
+    assert sum(p.numel() for p in training.model.parameters()) == cases.parameters(SMALL["train"].shape, pooler=False)
 
 
-def test_small_run_writes_records_and_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "machine_rates", lambda device: RATES)
-    monkeypatch.setattr(sparse, "child", lambda task, arguments: {"peak_mib": 12.0})
-    run.run("sparse", tiny=True, out=tmp_path / "sparse.jsonl", say=quiet)
-    records = [json.loads(line) for line in (tmp_path / "sparse.jsonl").read_text().splitlines()]
-    assert {r["case"] for r in records} == {"mbert-select", "bert-step", "bert-backward"}
-    for found in records:
-        assert set(found) >= FIELDS, FIELDS - set(found)
-        assert found["status"] == "ok"
-        assert found["bars"] == []
-    step = next(r for r in records if r["case"] == "bert-step")
-    assert step["trajectory_error"] < 1e-5
-    assert step["ratios"]["both"]["fused:bool_over_this"] > 0
-    assert "Sparse fine-tuning" in plot.report(tmp_path)[0].read_text()
+@pytest.mark.parametrize("work", SMALL)
+def test_a_case_gives_time_memory_and_error(work: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "child", lambda task, arguments: child.memory(arguments))  # without a process each
+    found = records(SMALL[work])
+    assert tuple(r["implementation"] for r in found) == SPARSE[work].implementations
+    for r in found:
+        assert r["status"] == "ok", r
+        assert r["time_us"]["both"]["p50"] > 0
+        assert 0 <= r["value_error"] < 1e-5
+        assert r["ratios"]["both"]["this_over_floor"] > 0
+        assert r["thresholds"] == []
+        if "scaled" in r:  # it works on a part
+            assert 9 < r["scaled"] < 11
+        else:
+            assert r["peak_mem_mib"] is None or r["peak_mem_mib"] >= 0
+    assert next(r for r in found if r["implementation"] == found[0]["baseline"])["ratios"]["both"][
+        f"{found[0]['baseline']}_over_this"
+    ] == pytest.approx(1)
+    assert f"| sparse {SPARSE[work].name} | fastdistil cpu |" in plot.page(found, [])
+    if work != "select":
+        ours, dense = (r["state_mib"] for r in found if r["implementation"] in ("fastdistil:cpu", "fused:bool"))
+        assert min(ours, dense) * 7 < max(ours, dense)
     assert record.kernel_hash("sparse") != record.kernel_hash("logits")
 
 
-def test_bars_compare_medians() -> None:
-    records: list[dict[str, Any]] = [
-        {"contender": name, "time_us": {"both": {"p50": time}}, "bytes": {"both": 50_000}, "rates": RATES}
-        for name, time in (("ours", 10.0), ("topk", 40.0))
+def test_thresholds_compare_medians_and_state() -> None:
+    wanted = (cases.Threshold("ours", "fused", 3.0), cases.Threshold("ours", "fused", 7.0, "state"),
+              cases.Threshold("ours", quantity="memory", at_most=64.0))  # fmt: skip
+    case = replace(SMALL["step"], thresholds=wanted)
+    times: dict[str, dict[str, Any]] = {
+        "ours": {"time_us": {"both": {"p50": 10.0}}, "state_mib": 2.0, "peak_mem_mib": 65.0},
+        "fused": {"time_us": {"both": {"p50": 40.0}}, "state_mib": 12.0},
+    }
+    run._compare(case, times, RATES)
+    assert [(x["found"], x["reached"]) for x in times["ours"]["thresholds"]] == [
+        (4.0, True),
+        (6.0, False),
+        (65.0, False),
     ]
-    sparse.add_bars(records, {"topk": 3.0})
-    assert records[0]["bars"] == [
-        {"against": "topk", "quantity": "time", "at_least": 3.0, "found": 4.0, "reached": True}
-    ]
-    assert records[1]["ratios"]["both"] == {
-        "ours_over_this": 0.25, "topk_over_this": 1.0, "this_over_best": 4.0, "this_over_floor": 8.0,
-    }  # fmt: skip
-    sparse.add_bars(records, {"topk": 5.0})
-    assert records[0]["bars"][0]["reached"] is False
+    assert times["fused"]["thresholds"] == []
+    assert times["fused"]["ratios"]["both"]["fused_over_this"] == 1
+    assert times["fused"]["ratios"]["both"]["this_over_best"] == 4
+
+
+def refused(case: cases.Case, name: str = "fastdistil:cpu") -> str:
+    found = {r["implementation"]: r for r in records(case)}
+    assert found[case.baseline]["status"] == "ok"
+    assert found[name]["status"] == "refused"
+    assert "time_us" not in found[name]
+    return str(found[name]["reason"])
 
 
 def test_a_wrong_selection_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     right = sparse.select_topk
 
-    def off(tuned: Any, base: Any, k: int) -> SparseMask:
-        mask = right(tuned, base, k=k)
+    def off(tuned: Any, base: Any, k: int, backend: str) -> SparseMask:
+        mask = right(tuned, base, k=k, backend=backend)
         name = max(mask, key=lambda name: len(mask[name]))
         index = mask[name].clone()
         index[0] = min(set(range(len(index) + 1)) - set(index.tolist()))  # one that was not chosen
         return SparseMask({**mask, name: index.unique()}, mask.shapes)
 
     monkeypatch.setattr(sparse, "select_topk", off)
-    (found,) = sparse.select("cpu", True, RATES, quiet)
-    assert found["status"] == "refused"
-    assert "off torch.topk's" in found["reason"]
+    assert "its value is" in refused(replace(SMALL["select"], memory=False))
 
 
-def test_a_wrong_step_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("work", ["step", "train"])
+def test_a_wrong_step_is_not_timed(work: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Off(SparseAdamW):
         def _constants(self, group: dict[str, Any], step: float) -> Any:
             return super()._constants({**group, "lr": 1.1 * group["lr"]}, step)
 
     monkeypatch.setattr(sparse, "SparseAdamW", Off)
-    (found,) = sparse.step("cpu", True, RATES, quiet)
-    assert found["status"] == "refused"
-    assert "off dense AdamW on the chosen entries" in found["reason"]
+    assert "its value is" in refused(replace(SMALL[work], memory=False))
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
-def test_memory_is_that_of_a_child_process() -> None:
-    arguments = {"what": "select", "contender": "fastdistil:cpu", "tiny": True}
-    assert 0 < measure.child("sparse", arguments)["peak_mib"] < 64
+def test_names_that_nothing_has_are_refused() -> None:
+    for case in SMALL.values():
+        with pytest.raises(ValueError, match="implementation is 'magic', expected fastdistil:<backend> or"):
+            sparse.work(case, "cpu").build("magic").run()
+
+
+def test_memory_of_a_step_is_its_state() -> None:
+    """The first step is measured: moments of every entry, or of the chosen ones."""
+    if not measure.Path("/proc/self/clear_refs").exists():
+        pytest.skip("needs Linux's /proc")
+    case = replace(SMALL["step"], shape={"V": 20_000, "D": 256, "L": 2})
+    peaks = {n: measure.peak_mib(case, n, "cpu", lambda: 0.0) for n in ("fastdistil:cpu", "fused")}
+    dense_mib = cases.parameters(case.shape) * 8 / (1 << 20)
+    assert peaks["fused"] == pytest.approx(dense_mib, rel=0.2)
+    assert peaks["fastdistil:cpu"] < 0.3 * dense_mib

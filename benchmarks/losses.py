@@ -1,4 +1,4 @@
-"""Who is measured: a name -> a function from the case's tensors to the loss.
+"""The implementations of a loss: a name -> a function from the case's tensors to the loss.
 
 eager               the textbook formula, kl_div(log_softmax, log_softmax, log_target=True) for logits, gather and
                     logsumexp for topk
@@ -12,19 +12,36 @@ products            no loss: the matrix products of two heads alone, each one ca
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from fastdistil.benchmarks.cases import Case
-from fastdistil.benchmarks.peers import PEERS, Loss, Unavailable, peer
-from fastdistil.benchmarks.problems import Outcome, Problem, Tensors, layers, sample, textbook
+from fastdistil.benchmarks.peers import PEERS, Loss, peer
+from fastdistil.benchmarks.problems import Problem, layers, make, sample, textbook, truth
+from fastdistil.benchmarks.work import (
+    Clock,
+    Errors,
+    Implementation,
+    Outcome,
+    Tensors,
+    Unavailable,
+    Work,
+    backend_of,
+    errors,
+)
 from torch import Tensor
 
 import fastdistil
-from fastdistil.backends import choose
+
+PASSES = ("forward", "forward_grad", "backward", "both")  # forward: no_grad; forward_grad: with the graph kept
+NOISE, NEAR = 1.0, 1e-3  # student = teacher + noise: what is timed, and what near convergence means
+# As in the tests, beyond twice the error of the eager formula in the same dtype.
+VALUE_SLACK = 5e-6  # float32 sums of 25 million terms, in whatever order
+GRADIENT_SLACK = {"float64": 1e-11, "float32": 2e-6, "float16": 5e-4, "bfloat16": 4e-3}
 
 
 class _Output(torch.autograd.Function):
@@ -41,7 +58,7 @@ class _Output(torch.autograd.Function):
 
 
 @dataclass
-class Contender:
+class LossImplementation(Implementation):
     """A loss and its inputs; `inplace`: the gradient overwrites the student's tensors, which are then its own."""
 
     name: str
@@ -71,8 +88,30 @@ class Contender:
     def backward(self, value: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(value, [self.inputs[n] for n in self.problem.wanted])
 
+    def run(self) -> tuple[Tensor, ...]:
+        return self.backward(self.forward())
+
+    def time_us(self, clock: Clock) -> dict[str, float]:
+        """ "backward" and "both" are of the same run as "forward_grad"."""
+        self.prepare()
+        clock.flush()
+        with torch.no_grad():
+            start = clock.mark()
+            self.forward()
+            forward = clock.between_us(start, clock.mark())
+        self.prepare()
+        clock.flush()
+        start = clock.mark()
+        value = self.forward()
+        middle = clock.mark()
+        gradients = self.backward(value)
+        end = clock.mark()
+        times = (forward, *(clock.between_us(*ends) for ends in ((start, middle), (middle, end), (start, end))))
+        del value, gradients  # outside of the timed region: the next run meets memory as fresh as this one
+        return dict(zip(PASSES, times, strict=True))
+
     def outcome(self) -> Outcome:
-        """One run, with the gradients of the sampled items."""
+        """With the gradients of the sampled items."""
         self.prepare()
         value = self.forward()
         found = dict(zip(self.problem.wanted, self.backward(value), strict=True))
@@ -81,31 +120,55 @@ class Contender:
         return Outcome(value.item(), kept)
 
 
-def build(name: str, case: Case, problem: Problem) -> Contender:
+class LossWork(Work):
+    """A loss whose student is NOISE from its teacher; besides, its errors where the student is NEAR."""
+
+    def __init__(self, case: Case, device: str) -> None:
+        self.case, self.device, self.problem = case, device, make(case, device, NOISE)
+        self.slack = {"value_error": VALUE_SLACK, "gradient_error": GRADIENT_SLACK[case.dtype]}
+
+    def build(self, name: str) -> LossImplementation:
+        return build(name, self.case, self.problem)
+
+    def truth(self) -> Outcome:
+        return truth(self.case, self.problem)
+
+    def checker(self) -> Callable[[Implementation], Errors]:
+        near = make(self.case, self.device, NEAR)
+        true, near_true = self.truth(), truth(self.case, near)
+
+        def check(implementation: Implementation) -> Errors:
+            assert isinstance(implementation, LossImplementation)
+            if implementation.name == "products":  # no loss, so nothing to be right about
+                implementation.prepare()
+                implementation.run()
+                return {}
+            found = errors(implementation.outcome(), true)
+            at_near = errors(replace(implementation, problem=near).outcome(), near_true)
+            return found | {f"near_{name}": x for name, x in at_near.items()} | {"near_noise": NEAR}
+
+        return check
+
+
+def build(name: str, case: Case, problem: Problem) -> LossImplementation:
     """Raises Unavailable where `name` cannot run on the problem's device."""
     device = next(iter(problem.tensors.values())).device
     if name == "eager":
-        return Contender(name, textbook(case), problem)
+        return LossImplementation(name, textbook(case), problem)
     if name == "compile":
-        return Contender(name, _compiled(case), problem)
+        return LossImplementation(name, _compiled(case), problem)
     if name == "eager_upcast":
         formula = textbook(case)
-        return Contender(name, lambda x: formula({n: v.float() for n, v in x.items()}), problem)
+        return LossImplementation(name, lambda x: formula({n: v.float() for n, v in x.items()}), problem)
     if name == "eager_common":
-        return Contender(name, _common(case), problem)
-    if name.startswith("fastdistil:"):
-        _, backend, *rest = name.split(":")
-        try:
-            choose(backend, device)
-        except ValueError as reason:
-            raise Unavailable(str(reason)) from reason
-        loss = _fastdistil(case, backend, "inplace" in rest)
-        return Contender(name, _two_reads(loss) if "two_reads" in rest else loss, problem, inplace="inplace" in rest)
+        return LossImplementation(name, _common(case), problem)
     if name == "products":
-        return Contender(name, _products(case), problem)
+        return LossImplementation(name, _products(case), problem)
     if name in PEERS:
-        return Contender(name, peer(name, case, device), problem)
-    raise ValueError(f"contender is {name!r}, expected one of those that benchmarks/contenders.py lists")
+        return LossImplementation(name, peer(name, case, device), problem)
+    backend, rest = backend_of(name, device.type), name.split(":")[2:]
+    inplace, loss = "inplace" in rest, _fastdistil(case, backend, "inplace" in rest)
+    return LossImplementation(name, _two_reads(loss) if "two_reads" in rest else loss, problem, inplace)
 
 
 def _compiled(case: Case) -> Loss:
