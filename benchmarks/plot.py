@@ -142,8 +142,9 @@ def _table(records: list[Record], stale: bool) -> str:
     """Speeds are times the case's baseline's, each with an error beside it; milliseconds on a GPU alone, because on a
     CPU only ratios carry over."""
     header = [
-        "case", "implementation", "forward: speed, error of the value", "whole: speed, error of the gradient",
-        "whole / compile", "whole / floor", "extra MiB", "gradient error near convergence", "",
+        "case", "implementation", "forward: speed, error of the value",
+        "whole: speed, error of the gradient (none: of the value)", "whole / compile", "whole / floor",
+        "extra MiB", "gradient error near convergence", "",
     ]  # fmt: skip
     rows = []
     for r in records:
