@@ -1,0 +1,1 @@
+"""Our losses in other people's trainers: one module for each library."""
