@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<user>", "<assistant>"]
 TEMPLATE = (
@@ -39,3 +47,27 @@ def causal_model(width: int, layers: int, seed: int, **more: Any) -> Any:
         pad_token_id=0, bos_token_id=1, eos_token_id=2, **more,
     )  # fmt: skip
     return LlamaForCausalLM(config)
+
+
+def word_encoder(path: Path, width: int, seed: int, words: list[str], head: bool = False) -> Path:
+    """The folder of a small BERT of `width` over whole words; with `head`, one that scores pairs."""
+    inner = Tokenizer(
+        models.WordLevel({x: i for i, x in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words])}, "[UNK]")
+    )
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
+        model_max_length=32,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=len(words) + 4, hidden_size=width, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=2 * width, max_position_embeddings=32, initializer_range=0.2, num_labels=1,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    (BertForSequenceClassification if head else BertModel)(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
