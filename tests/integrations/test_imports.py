@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import doctest
 import subprocess
 import sys
+
+from fastdistil.integrations import trl
 
 LIBRARIES = ("trl", "sentence_transformers", "transformers", "peft", "lightning")
 
@@ -18,3 +21,8 @@ def test_no_library_comes_along() -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.startswith("[] ")
+
+
+def test_docstrings_examples_run() -> None:
+    results = doctest.testmod(trl)
+    assert results.failed == 0 and results.attempted > 5

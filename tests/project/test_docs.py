@@ -17,7 +17,9 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 # Pages whose blocks stand on their own.
 PAGES = ["index.md", "quick-start.md", "choosing.md", "trainers.md", "memory.md", "backends.md"]
-PAGES += [f"migrate/{path.name}" for path in sorted((DOCS / "migrate").glob("*.md"))]
+PAGES += [
+    f"{folder}/{path.name}" for folder in ("migrate", "trainers") for path in sorted((DOCS / folder).glob("*.md"))
+]
 
 # Pages whose blocks speak of the reader's own models and data: what is there before each of them.
 SMALL = """
