@@ -93,28 +93,47 @@ def divergence_of(function: str, name: str, beta: float) -> dict[str, Any]:
 
 
 class _LogitsMixin:
-    """`compute_loss` of GKD and GOLD: both models' logits, the student's gradient the only thing beside them."""
+    """`compute_loss` of GKD and GOLD, from both models' logits or from their heads."""
 
-    teacher_model: Any
+    two_heads: bool = False
+    chunk_bytes: int | None = None
+    accelerator: Any
     beta: float
+    teacher_model: Any
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Tensor | float | None = None
     ) -> Any:
         given = {name: inputs[name] for name in ("input_ids", "attention_mask")} | self._forward_kwargs(inputs)
-        outputs = model(**given)
-        self.teacher_model.eval()
-        with torch.no_grad():
-            teacher_logits = self.teacher_model(**given).logits
         # Position i predicts label i + 1. The weights are shifted: logits[:, :-1] would be copied.
         weight = torch.nn.functional.pad(inputs["labels"][:, 1:] != -100, (0, 1))
         items = num_items_in_batch
-        loss = logit_loss(
-            outputs.logits, teacher_logits, **divergence_of(type(self).__name__, "beta", self.beta),
-            temperature=self._loss_temperature(), scale_by_t2=False, weight=weight.to(outputs.logits.device),
-            num_items=items.to(outputs.logits.device) if isinstance(items, Tensor) else items,
-        )  # fmt: skip
+        common = {
+            **divergence_of(type(self).__name__, "beta", self.beta),
+            "temperature": self._loss_temperature(),
+            "scale_by_t2": False,
+            "weight": weight,
+            "num_items": items.to(weight.device) if isinstance(items, Tensor) else items,
+        }
+        self.teacher_model.eval()
+        if self.two_heads and not return_outputs:  # an evaluation that looks at outputs needs the logits
+            student = self.accelerator.unwrap_model(model)
+            return _inside()(model, student, self._two_heads_loss, student, given, common)
+        outputs = model(**given)
+        with torch.no_grad():
+            teacher_logits = self.teacher_model(**given).logits
+        loss = logit_loss(outputs.logits, teacher_logits, **common)
         return (loss, outputs) if return_outputs else loss
+
+    def _two_heads_loss(self, student: Any, given: dict[str, Any], common: dict[str, Any]) -> Tensor:
+        name, teacher = type(self).__name__, self.accelerator.unwrap_model(self.teacher_model)
+        with self.accelerator.autocast():  # which is else in the forward pass that is gone round here
+            heads = head_arguments(name, "student", student, _last_hidden(name, student, given))
+            with torch.no_grad():
+                hidden = _inside()(self.teacher_model, teacher, _last_hidden, name, teacher, given)
+                heads |= head_arguments(name, "teacher", teacher, hidden)
+            loss: Tensor = linear_logit_loss(**heads, **common, chunk_bytes=self.chunk_bytes)
+        return loss
 
     def _forward_kwargs(self, inputs: Any) -> dict[str, Any]:
         return {}
@@ -123,9 +142,27 @@ class _LogitsMixin:
         raise NotImplementedError
 
 
+def _inside() -> Any:
+    """TRL's way into a wrapped model's own methods: DistributedDataParallel and FSDP have to see a forward pass."""
+    from trl.models.utils import _ForwardRedirection
+
+    return _ForwardRedirection()
+
+
+def _last_hidden(function: str, model: Any, given: dict[str, Any]) -> Tensor:
+    """What the head of a model would get."""
+    if hasattr(model, "peft_config"):
+        if any(config.is_prompt_learning for config in model.peft_config.values()):
+            raise ValueError(f"{function}: two_heads is True with prompt learning, whose tokens a backbone never sees")
+        model = model.get_base_model()
+    hidden: Tensor = model.base_model(**given, use_cache=False).last_hidden_state
+    return hidden
+
+
 class GKDMixin(_LogitsMixin):
     """For `trl.experimental.gkd.GKDTrainer`. `temperature` is that of sampling alone, as in TRL: a warning says so
-    where it is not 1.
+    where it is not 1. A subclass may set `two_heads = True`, which makes the loss from hidden states and heads, with no
+    logits in memory but `chunk_bytes` of them (None: the loss's default).
 
     Args:
         *args, **kwargs: the trainer's own.
@@ -157,19 +194,14 @@ class GKDMixin(_LogitsMixin):
 
 
 class GOLDMixin(_LogitsMixin):
-    """For `trl.experimental.gold.GOLDTrainer` where both models share a tokenizer (use_uld_loss=False).
+    """For `trl.experimental.gold.GOLDTrainer` where both models share a tokenizer (use_uld_loss=False). `two_heads` and
+    `chunk_bytes` as in `GKDMixin`.
 
     Args:
         *args, **kwargs: the trainer's own.
 
     Raises:
         ValueError: use_uld_loss=True, whose loss across tokenizers is TRL's own.
-
-    Example:
-        >>> from fastdistil.integrations.trl import GOLDMixin
-        >>> class Trainer(GOLDMixin): ...  # and GOLDTrainer as the second base
-        >>> Trainer.generalized_jsd_loss.__name__
-        'generalized_jsd_loss'
     """
 
     args: Any
@@ -202,10 +234,6 @@ class SelfDistillationMixin:
     Raises:
         ValueError: distillation_mode "sampled_token", which compares no distributions; use_teacher_server=True, whose
             loss is another method's; SDPO's distillation_weight 0, where there is no distillation.
-
-    Example:
-        >>> from fastdistil.integrations.trl import SelfDistillationMixin
-        >>> class Trainer(SelfDistillationMixin): ...  # and SDFTTrainer or SDPOTrainer as the second base
     """
 
     args: Any
@@ -275,9 +303,6 @@ class DistillationMixin:
     Raises:
         ValueError: a student without a teacher_model; heads that DeepSpeed's ZeRO-3 has split up.
 
-    Example:
-        >>> from fastdistil.integrations.trl import DistillationMixin
-        >>> class Trainer(DistillationMixin): ...  # and DistillationTrainer as the second base
     """
 
     chunk_bytes: int | None = None
@@ -298,7 +323,7 @@ class DistillationMixin:
     ) -> tuple[Tensor, Tensor, Tensor]:
         tokens = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-        weight = inputs["completion_mask"]
+        weight, name = inputs["completion_mask"], type(self).__name__
         if "tool_mask" in inputs:
             weight = weight * inputs["tool_mask"]
         given = (tokens, attention, inputs["completion_ids"].size(1))
@@ -311,46 +336,21 @@ class DistillationMixin:
             teacher = self._forward_redirection(
                 self.teacher_model, unwrapped_teacher, self._get_last_hidden_state, unwrapped_teacher, *given, **images
             )
-            teacher_head = self._head("teacher", unwrapped_teacher, teacher)
-        student_head = self._head("student", unwrapped_student, student)
+            teacher_head = head_arguments(name, "teacher", unwrapped_teacher, teacher)
+        student_head = head_arguments(name, "student", unwrapped_student, student)
         device = student_head["student_weight"].device
         if teacher_head["teacher_weight"].device != device:
             raise ValueError(
-                f"{type(self).__name__}: the teacher's head is on {teacher_head['teacher_weight'].device}, expected "
+                f"{name}: the teacher's head is on {teacher_head['teacher_weight'].device}, expected "
                 f"{device}, where the student's is: see device_map"
             )
         weight, items = weight.to(device), num_items_in_batch
         loss, stats = linear_logit_loss(
-            **student_head, **teacher_head, **divergence_of(type(self).__name__, "beta", self.beta),
+            **student_head, **teacher_head, **divergence_of(name, "beta", self.beta),
             temperature=self.temperature, scale_by_t2=False, weight=weight, return_stats=True,
             chunk_bytes=self.chunk_bytes, num_items=items.to(device) if isinstance(items, Tensor) else items,
         )  # fmt: skip
         return loss, stats.student_entropy.sum(), (weight != 0).sum()
-
-    def _head(self, side: str, model: Any, hidden: Tensor) -> dict[str, Any]:
-        """The arguments of linear_logit_loss that belong to one side."""
-        head, config = model.get_output_embeddings(), model.config.get_text_config()
-        weight, bias = head.weight, getattr(head, "bias", None)
-        if hasattr(weight, "ds_id"):
-            raise ValueError(
-                f"{type(self).__name__}: the {side}'s head is split by DeepSpeed's ZeRO-3, expected ZeRO-2 or FSDP2: "
-                "nothing gathers it here"
-            )
-        if hasattr(weight, "full_tensor"):  # FSDP2, whose ranks have rows of their own: the whole head on each
-            weight, bias = weight.full_tensor().to(hidden.dtype), None if bias is None else bias.full_tensor()
-        hidden, kind = hidden.to(weight.device), hidden.device.type
-        if torch.is_autocast_enabled(kind):  # the losses switch autocast off; TRL's own projects in its dtype
-            dtype = torch.get_autocast_dtype(kind)
-            hidden, weight = hidden.to(dtype), weight.to(dtype)
-        if side == "teacher":  # which TRL leaves with parameters that require gradients
-            weight, bias = weight.detach(), None if bias is None else bias.detach()
-        return {
-            f"{side}_hidden": hidden,
-            f"{side}_weight": weight,
-            f"{side}_bias": bias,
-            f"{side}_logit_scale": logit_scale(config),
-            f"{side}_softcap": getattr(config, "final_logit_softcapping", None),
-        }
 
 
 def logit_scale(config: Any) -> float:
@@ -362,3 +362,33 @@ def logit_scale(config: Any) -> float:
     if scaling is None:
         return 1.0
     return float(scaling if config.model_type == "hyperclovax" else 1 / scaling)
+
+
+def head_arguments(function: str, side: str, model: Any, hidden: Tensor) -> dict[str, Any]:
+    """The arguments of linear_logit_loss that belong to one side."""
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    if hasattr(head, "base_layer"):
+        raise ValueError(
+            f"{function}: the {side}'s head has a PEFT adapter, expected none: leave it out of target_modules"
+        )
+    weight, bias = head.weight, getattr(head, "bias", None)
+    if hasattr(weight, "ds_id"):
+        raise ValueError(
+            f"{function}: the {side}'s head is split by DeepSpeed's ZeRO-3, expected ZeRO-2 or FSDP2: nothing gathers "
+            "it here"
+        )
+    if hasattr(weight, "full_tensor"):  # FSDP2, whose ranks have rows of their own: the whole head on each
+        weight, bias = weight.full_tensor().to(hidden.dtype), None if bias is None else bias.full_tensor()
+    hidden, kind = hidden.to(weight.device), hidden.device.type
+    if torch.is_autocast_enabled(kind):  # the losses switch autocast off; TRL's own projects in its dtype
+        dtype = torch.get_autocast_dtype(kind)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    if side == "teacher":  # which TRL leaves with parameters that require gradients
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
+    return {
+        f"{side}_hidden": hidden,
+        f"{side}_weight": weight,
+        f"{side}_bias": bias,
+        f"{side}_logit_scale": logit_scale(config),
+        f"{side}_softcap": getattr(config, "final_logit_softcapping", None),
+    }

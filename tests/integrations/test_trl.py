@@ -62,8 +62,8 @@ def trainer(kind: str, fused: bool, path: Path, dtype: torch.dtype = torch.float
     found = KINDS[kind]
     module = importlib.import_module(found.module)
     base = getattr(module, f"{kind}Trainer")
-    built: Any = type(f"Fused{kind}", (found.mixin, base), {}) if fused else base
-    tied = options.pop("model", {})
+    members, tied = options.pop("members", {}), options.pop("model", {})
+    built: Any = type(f"Fused{kind}", (found.mixin, base), members) if fused else base
     arguments = getattr(module, f"{kind}Config")(
         str(path), **{
             "max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "optim": "sgd",
@@ -107,6 +107,7 @@ def same(kind: str, path: Path, dtype: torch.dtype, limit: float, **options: Any
 
 WIDE = [torch.float32, torch.float64]
 LIMITS = {torch.float32: 1e-5, torch.float64: 1e-10}
+SCALED = {"logit_scale": 0.5, "final_logit_softcapping": 3.0}
 TAILED = {"distillation_topk": 20, "distillation_add_tail": True}
 FULL = {"distillation_mode": "full_logits"}
 
@@ -120,6 +121,8 @@ FULL = {"distillation_mode": "full_logits"}
         ("GKD", {"beta": 1.0, "seq_kd": True}),  # on what the teacher says
         ("GOLD", {"beta": 0.0, "temperature": 2.0}),
         ("GOLD", {"beta": 0.7, "lmbda": 1.0}),
+        ("GKD", {"beta": 0.5, "members": {"two_heads": True, "chunk_bytes": 1 << 15}}),
+        ("GOLD", {"beta": 0.0, "temperature": 2.0, "members": {"two_heads": True}}),
         ("SDFT", {**FULL, "distillation_alpha": 0.0, "num_loss_tokens_to_skip": 2}),
         ("SDFT", {"distillation_topk": 20, "temperature": 1.5}),
         ("SDFT", {**TAILED, "distillation_alpha": 1.0, "num_iterations": 2}),  # the second one off its policy: clipped
@@ -135,9 +138,6 @@ def test_steps_are_theirs(kind: str, options: dict[str, Any], dtype: torch.dtype
     same(kind, tmp_path, dtype, LIMITS[dtype], **options)
 
 
-SCALED = {"logit_scale": 0.5, "final_logit_softcapping": 3.0}
-
-
 @pytest.mark.parametrize(
     "options",
     [{"beta": 0.0}, {"beta": 0.5, "temperature": 2.0}, {"beta": 1.0, "model": {"tie_word_embeddings": True}},
@@ -146,6 +146,46 @@ SCALED = {"logit_scale": 0.5, "final_logit_softcapping": 3.0}
 def test_two_heads_are_theirs(options: dict[str, Any], tmp_path: Path) -> None:
     """TRL's kernel computes in float32, whatever the models are."""
     same("Distillation", tmp_path, torch.float32, 1e-5, **options)
+
+
+@pytest.mark.parametrize("kind", ["GKD", "GOLD"])
+def test_two_heads_form_no_logits(kind: str, tmp_path: Path) -> None:
+    """The heads are never called; an evaluation that asks for outputs has whole logits, and the same loss."""
+    made = trainer(kind, True, tmp_path, members={"two_heads": True}, max_steps=1)
+    calls = list[int]()
+    for model in (made.model, made.teacher_model):
+        model.get_output_embeddings().register_forward_hook(lambda *_: calls.append(1))
+    made.train()
+    assert not calls
+    batch = made.data_collator([made.train_dataset[i] for i in range(2)])
+    loss, outputs = made.compute_loss(made.model, batch, return_outputs=True)
+    assert len(calls) == 2 and outputs.logits.shape[-1] == 261
+    torch.testing.assert_close(made.compute_loss(made.model, batch), loss, rtol=1e-5, atol=0)
+    assert len(calls) == 2
+
+
+def test_two_heads_see_adapters(tmp_path: Path) -> None:
+    """LoRA in the backbone has the gradient of the whole logits; on the head, or as a prompt, it is refused."""
+    peft = pytest.importorskip("peft")
+    made = trainer("GKD", True, tmp_path, members={"two_heads": True})
+    batch = made.data_collator([made.train_dataset[i] for i in range(2)])
+    torch.manual_seed(3)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    student, gradients = peft.get_peft_model(causal_model(32, 1, 2), config), list[torch.Tensor]()
+    for made.two_heads in (True, False):
+        student.zero_grad()
+        made.compute_loss(student, batch).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in student.parameters() if p.requires_grad]))
+    assert gradients[1].norm() > 1e-3 and (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[1].norm()
+    made.two_heads = True
+    on_head = peft.get_peft_model(causal_model(32, 1, 2), peft.LoraConfig(r=4, target_modules=["lm_head"]))
+    prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    for model, message in (
+        (on_head, "the student's head has a PEFT adapter"),
+        (peft.get_peft_model(causal_model(32, 1, 2), prompt), "two_heads is True with prompt learning"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            made.compute_loss(model, batch)
 
 
 def test_entropy_is_theirs(tmp_path: Path) -> None:
@@ -187,6 +227,16 @@ def test_autocast_projects_in_its_dtype(tmp_path: Path) -> None:
         theirs, mine = (run("Distillation", fused, tmp_path)[1] for fused in (False, True))
     assert (theirs - exact).norm() > 1e-4 * exact.norm()  # it was on
     assert (mine - exact).norm() < 2 * (theirs - exact).norm()
+
+
+def test_autocast_reaches_two_heads(tmp_path: Path) -> None:
+    """bf16=True is a matter of the forward pass that two_heads goes round: it is on all the same, and as exact."""
+    exact = run("GKD", False, tmp_path)[1]
+    whole, mine = (
+        run("GKD", True, tmp_path, bf16=True, members={"two_heads": two_heads})[1] for two_heads in (False, True)
+    )
+    assert (mine - exact).norm() > 1e-4 * exact.norm()
+    assert (mine - exact).norm() < 2 * (whole - exact).norm()
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -281,9 +331,8 @@ def test_what_needs_a_server_or_a_cluster_is_refused() -> None:
         type("Fused", (ours.DistillationMixin, Given), {})(teacher_model=None)
     student = causal_model(32, 1, 2)
     student.get_output_embeddings().weight.ds_id = 0  # what ZeRO-3 puts on a parameter
-    made: Any = type("Fused", (ours.DistillationMixin, Given), {})(teacher_model=student)
     with pytest.raises(ValueError, match="the student's head is split by DeepSpeed's ZeRO-3"):
-        made._head("student", student, torch.zeros(1, 1, 32))
+        ours.head_arguments("Fused", "student", student, torch.zeros(1, 1, 32))
 
 
 def test_gkd_says_what_its_temperature_is(tmp_path: Path) -> None:

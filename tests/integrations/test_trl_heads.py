@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 pytest.importorskip("trl")
 from test_trl import Given, trainer
-from transformers import PhiConfig, PhiForCausalLM
 
 from fastdistil.integrations import trl as ours
 
@@ -43,7 +43,9 @@ def phi(width: int, seed: int) -> Any:
     """A model whose head has a bias."""
     torch.manual_seed(seed)
     shape: dict[str, Any] = {"num_attention_heads": 4, "intermediate_size": 32, "num_hidden_layers": 1}
-    model = PhiForCausalLM(PhiConfig(vocab_size=261, hidden_size=width, initializer_range=0.2, **shape))
+    model = transformers.PhiForCausalLM(
+        transformers.PhiConfig(vocab_size=261, hidden_size=width, initializer_range=0.2, **shape)
+    )
     torch.nn.init.normal_(model.lm_head.bias)
     return model
 
@@ -77,6 +79,38 @@ def test_biases_and_tools(tools: bool, tmp_path: Path) -> None:
     assert found[0][2] == (6 if tools else 8)
 
 
+KINDS: list[tuple[str, dict[str, Any]]] = [
+    ("Gemma2", {"final_logit_softcapping": 2.0, "head_dim": 4}),
+    ("Cohere", {"logit_scale": 0.25}),
+    ("Granite", {"logits_scaling": 4.0}),
+    ("Qwen3", {"head_dim": 4}),
+]
+
+
+@pytest.mark.parametrize(("kind", "more"), KINDS)
+def test_two_heads_know_what_models_do_to_logits(kind: str, more: dict[str, Any], tmp_path: Path) -> None:
+    """Softcaps and scales as the models themselves apply them: the loss of whole logits is that of two heads."""
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {
+        "vocab_size": 261, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    config, built = (getattr(transformers, f"{kind}{x}") for x in ("Config", "ForCausalLM"))
+    student, teacher = (built(config(hidden_size=width, **shape, **more)) for width in (16, 32))
+    made, found = trainer("GKD", True, tmp_path, beta=0.4), []
+    made.teacher_model = teacher
+    labels = torch.randint(5, 60, (2, 8))
+    labels[:, :3] = -100
+    inputs = {"input_ids": torch.randint(5, 60, (2, 8)), "attention_mask": torch.ones(2, 8).long(), "labels": labels}
+    for made.two_heads in (True, False):
+        student.zero_grad()
+        loss = made.compute_loss(student, inputs)
+        loss.backward()
+        gradients = [p.grad for p in student.parameters() if p.grad is not None]
+        found.append((loss.detach(), torch.zeros(()), 0, gradients))
+    agree(*found)
+
+
 @pytest.fixture
 def one_process(tmp_path: Path) -> Iterator[None]:
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
@@ -95,7 +129,7 @@ def test_split_heads_are_made_whole(tmp_path: Path, one_process: None) -> None:
     wanted = outcome(made, plain, inputs)
     fully_shard(whole, mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (1,)))
     assert hasattr(whole.lm_head.weight, "full_tensor")
-    head = made._head("student", whole, torch.zeros(2, 5, 16))
+    head = ours.head_arguments("Fused", "student", whole, torch.zeros(2, 5, 16))
     assert not hasattr(head["student_weight"], "full_tensor") and head["student_bias"].shape == (261,)
     torch.testing.assert_close(head["student_weight"], plain.lm_head.weight)
     calls = made._forward_redirection(whole, whole, lambda: made._compute_loss(whole, inputs, torch.tensor(7.0)))
