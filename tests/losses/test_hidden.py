@@ -15,7 +15,6 @@ from torch.nn import functional
 
 from fastdistil import hidden_loss
 from fastdistil.ops import hidden as hidden_op
-from fastdistil.ops.hidden import hidden_rows, hidden_total
 
 BACKENDS = available("reference", "cpu", "triton")
 KINDS = ("mse", "cosine", "kl")
@@ -198,26 +197,6 @@ def test_a_list_of_layers_is_its_layers(backend: str, kind: str, dtype: torch.dt
         torch.autograd.grad(hidden_loss(inputs, teachers, **common), inputs, create_graph=True)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("projected", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_rows_of_weight_0_may_hold_anything(backend: str, kind: str, projected: bool, reduction: str) -> None:
-    inputs, teacher = draw((6, 24, 24, projected), torch.float32)
-    weight = weights(6)
-    common: dict[str, Any] = {"kind": kind, "backend": backend, "weight": weight, "reduction": reduction}
-    clean = outcome(lambda *x: ours(*x, teacher=teacher, **common).sum(), inputs)
-    dirty, dirty_teacher = [x.clone() for x in inputs], teacher.clone()
-    dirty[0][1], dirty_teacher[1] = torch.nan, torch.inf
-    found = outcome(lambda *x: ours(*x, teacher=dirty_teacher, **common).sum(), dirty)
-    assert torch.equal(found.value, clean.value)
-    assert (found.gradients[0][1] == 0).all()
-    for g, expected in zip(found.gradients, clean.gradients, strict=True):
-        assert torch.equal(g, expected)
-    none = outcome(lambda *x: ours(*x, teacher=dirty_teacher, **(common | {"weight": 0 * weight})).sum(), dirty)
-    assert none.value == 0 and all((g == 0).all() for g in none.gradients)
-
-
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_single_state(backend: str, layers: int) -> None:
@@ -236,39 +215,12 @@ def test_zero_vectors_have_cosine_0_and_no_gradient(backend: str) -> None:
         assert found.value == 1 and (found.gradients[0] == 0).all()
 
 
-@pytest.mark.parametrize("projected", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_backward_twice(backend: str, kind: str, projected: bool) -> None:
-    inputs, teacher = draw((5, 16, 16, projected), torch.float32)
-    inputs = [x.requires_grad_() for x in inputs]
-    value = ours(*inputs, teacher=teacher, kind=kind, backend=backend)
-    first, second, tripled = (torch.autograd.grad(f * value, inputs, retain_graph=True) for f in (1, 1, 3))
-    for a, b, c in zip(first, second, tripled, strict=True):
-        assert torch.equal(a, b)
-        torch.testing.assert_close(c, 3 * a)
-    with pytest.raises(RuntimeError, match="hidden_loss: its gradient cannot be differentiated again"):
-        torch.autograd.grad(value, inputs, create_graph=True)
-
-
 def _odd(x: Tensor) -> Tensor:
     """Begins one element behind an aligned address, with a stride between rows, between sentinels."""
     memory = torch.full((x.shape[0], x.shape[1] + 3), torch.nan, dtype=x.dtype, device=x.device)
     view = memory[:, 1 : x.shape[1] + 1]
     view.copy_(x)
     return view
-
-
-@pytest.mark.parametrize("layout", [_odd, lambda x: x.T.contiguous().T], ids=["odd", "columns"])
-@pytest.mark.parametrize("projected", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_any_strides(backend: str, kind: str, projected: bool, layout: Any) -> None:
-    inputs, teacher = draw((5, 24, 24, projected), torch.float32)
-    common: dict[str, Any] = {"kind": kind, "backend": backend}
-    expected = outcome(partial(ours, teacher=teacher, **common), inputs)
-    found = outcome(lambda s, *rest: ours(layout(s), *rest, teacher=layout(teacher), **common), inputs)
-    judge_exact(found, expected, torch.float32)
 
 
 def test_dtypes_may_differ() -> None:
@@ -295,43 +247,6 @@ def test_rows_without_weight_take_no_part_in_the_products(backend: str, monkeypa
     monkeypatch.setattr(hidden_op, "multiplied", product)
     ours(inputs[0].requires_grad_(), *inputs[1:], teacher=teacher, weight=weight, backend=backend).backward()
     assert products == [kept, kept]  # there, and back to the student
-
-
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("backend", available("reference", "cpu"))
-def test_gradcheck(backend: str, kind: str, reduction: str) -> None:
-    for shape in ((3, 4, 4, False), (3, 3, 4, True)):
-        inputs, teacher = draw(shape, torch.float64)
-        options: dict[str, Any] = {"kind": kind, "reduction": reduction, "weight": weights(3)}
-        function = partial(ours, teacher=teacher, backend=backend, **options)
-        assert torch.autograd.gradcheck(function, [x.requires_grad_() for x in inputs])
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_opcheck(kind: str) -> None:
-    inputs, teacher = draw((4, 3, 5, True), torch.float32)
-    scale = torch.rand(4, device=DEVICE)
-    student, projection, bias = (x.requires_grad_() for x in inputs)
-    arguments = (student, teacher, projection, bias, scale, kind, "gelu", "auto", True)
-    torch.library.opcheck(hidden_rows, arguments)
-    torch.library.opcheck(hidden_total, (*arguments, [True, True, True], False))
-    torch.library.opcheck(
-        hidden_rows, (teacher + student.sum(), teacher, None, None, scale, kind, "none", "auto", True)
-    )
-
-
-@pytest.mark.parametrize("projected", [False, True])
-def test_compiles_without_a_graph_break(projected: bool) -> None:
-    inputs, teacher = draw((6, 12, 12, projected), torch.float32)
-    weight = weights(6)
-
-    def both(*x: Tensor) -> Tensor:
-        rows = ours(*x, teacher=teacher, kind="cosine", reduction="none")
-        return rows.mean() + ours(*x, teacher=teacher, weight=weight, num_items=weight.sum())
-
-    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
-    judge_exact(outcome(compiled, inputs), outcome(both, inputs), torch.float32)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

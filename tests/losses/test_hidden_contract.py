@@ -75,14 +75,6 @@ BAD = [
     ({"layer_weights": ["1"]}, TypeError, "layer_weights is str, expected a number"),
     ({"layer_weights": [float("nan")]}, ValueError, "layer_weights is nan, expected a finite number"),
     ({"layer_weights": 1.0}, TypeError, "layer_weights is float, expected a list of numbers"),
-    ({"reduction": "batchmean"}, ValueError, "reduction is 'batchmean', expected one of 'mean', 'sum', 'none'"),
-    ({"num_items": -1}, ValueError, "num_items is -1.0, expected at least 0"),
-    (
-        {"num_items": 3, "reduction": "sum"},
-        ValueError,
-        "num_items came with reduction='sum', expected reduction='mean'",
-    ),
-    ({"backend": "fast"}, ValueError, "backend is 'fast', expected 'auto' or one of"),
 ]
 
 

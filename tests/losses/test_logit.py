@@ -392,20 +392,6 @@ def test_inplace_backward_is_noticed_by_whoever_saved_the_logits() -> None:
         total.backward()
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("backend", available("reference", "cpu", "cuda"))
-def test_gradcheck(backend: str, divergence: str) -> None:
-    student, teacher = draw(2, 9, F64)
-    weight = torch.tensor([0.5, 2.0], dtype=F64, device=DEVICE)
-    for reduction in ("mean", "none"):
-
-        def loss(s: Tensor, r: str = reduction) -> Tensor:
-            return fd.logit_loss(s, teacher, divergence=divergence, beta=0.3, temperature=1.5, teacher_temperature=2.0,
-                                 weight=weight, reduction=r, backend=backend)  # fmt: skip
-
-        assert torch.autograd.gradcheck(loss, student.clone().requires_grad_(), fast_mode=False)
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend: str) -> None:
     student, teacher = draw(3, 65, torch.float32)
@@ -473,7 +459,6 @@ BAD = [
     ("device", lambda: fd.logit_loss(GOOD, GOOD.to("meta")), ValueError, "teacher_logits is on meta, expected cpu"),
     ("teacher grad", lambda: fd.logit_loss(GOOD, GOOD.clone().requires_grad_()), ValueError, "teacher_logits requires grad"),
     ("divergence", lambda: fd.logit_loss(GOOD, GOOD, divergence="kl"), ValueError, "divergence is 'kl', expected one of 'forward_kl'"),
-    ("reduction", lambda: fd.logit_loss(GOOD, GOOD, reduction="batchmean"), ValueError, "reduction is 'batchmean', expected one of 'mean'"),
     ("temperature 0", lambda: fd.logit_loss(GOOD, GOOD, temperature=0), ValueError, "temperature is 0.0, expected more than 0"),
     ("temperature nan", lambda: fd.logit_loss(GOOD, GOOD, temperature=math.nan), ValueError, "temperature is nan, expected a finite number"),
     ("temperature type", lambda: fd.logit_loss(GOOD, GOOD, temperature="2"), TypeError, "temperature is str, expected a number"),
@@ -483,10 +468,7 @@ BAD = [
     ("weight shape", lambda: fd.logit_loss(GOOD, GOOD, weight=torch.ones(3)), ValueError, r"weight has shape \(3,\), expected \(4,\)"),
     ("weight type", lambda: fd.logit_loss(GOOD, GOOD, weight=[1, 1, 1, 1]), TypeError, "weight is list"),
     ("weight grad", lambda: fd.logit_loss(GOOD, GOOD, weight=torch.ones(4, requires_grad=True)), ValueError, "weight requires grad"),
-    ("num_items sum", lambda: fd.logit_loss(GOOD, GOOD, reduction="sum", num_items=3), ValueError, "num_items came with reduction='sum'"),
-    ("num_items -1", lambda: fd.logit_loss(GOOD, GOOD, num_items=-1), ValueError, "num_items is -1.0, expected at least 0"),
     ("num_items shape", lambda: fd.logit_loss(GOOD, GOOD, num_items=torch.ones(2)), ValueError, r"num_items has shape \(2,\)"),
-    ("backend", lambda: fd.logit_loss(GOOD, GOOD, backend="gpu"), ValueError, "backend is 'gpu', expected 'auto' or one of"),
     ("leaf in place", lambda: fd.logit_loss(GOOD.clone().requires_grad_(), GOOD, inplace_backward=True), ValueError, "inplace_backward came with student_logits that are a leaf"),
     ("expanded in place", lambda: fd.logit_loss(GOOD[:1].expand(4, 8), GOOD, inplace_backward=True), ValueError, r"inplace_backward came with expanded student_logits, of strides \(0, 1\)"),
 ]  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from attention_cases import BACKENDS, KINDS, textbook
-from conftest import DEVICE, available
+from conftest import DEVICE
 from judge import Outcome, judge, judge_exact
 from torch import Tensor
 
@@ -124,15 +124,6 @@ def test_padding_counts_for_nothing_and_the_default_is_kl() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("backend", available("reference", "cpu"))
-def test_gradcheck(backend: str, kind: str) -> None:
-    teacher, student = torch.randn(1, 5, 6, device=DEVICE).double(), torch.randn(1, 5, 4, device=DEVICE).double()
-    for reduction in ("mean", "none"):
-        loss = lambda x: relation_loss(x, teacher, relation_heads=2, kind=kind, reduction=reduction, backend=backend)  # noqa: B023, E731
-        assert torch.autograd.gradcheck(loss, (student.requires_grad_(),))
-
-
-@pytest.mark.parametrize("kind", KINDS)
 def test_accumulated_over_batches(kind: str) -> None:
     student, teacher, mask = _draw(SHAPES["padded"], torch.float32)
     assert mask is not None
@@ -146,13 +137,6 @@ def test_accumulated_over_batches(kind: str) -> None:
 
     whole = _outcome(lambda x: relation_loss(x, teacher, relation_heads=4, kind=kind, mask=mask), student)
     judge_exact(_outcome(in_parts, student), whole, torch.float32)
-
-
-def test_compiles_without_a_graph_break() -> None:
-    student, teacher, mask = _draw(SHAPES["padded"], torch.float32)
-    loss = lambda x: relation_loss(x, teacher, relation_heads=4, mask=mask)  # noqa: E731
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    judge_exact(_outcome(compiled, student), _outcome(loss, student), torch.float32)
 
 
 BAD = [
@@ -176,8 +160,6 @@ BAD = [
     ({"kind": "mse"}, ValueError, "kind is 'mse', expected one of"),
     ({"mask": torch.ones(2, 4).bool()}, ValueError, "mask has shape (2, 4), expected (2, 5), (B, S) of the student"),
     ({"mask": torch.ones(2, 5)}, TypeError, "mask has dtype torch.float32, expected bool"),
-    ({"num_items": -1}, ValueError, "num_items is -1.0, expected at least 0"),
-    ({"reduction": "all"}, ValueError, "reduction is 'all', expected one of 'mean', 'sum', 'none'"),
 ]
 
 

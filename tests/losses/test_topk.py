@@ -251,20 +251,6 @@ def test_probabilities_beyond_one(backend: str) -> None:
     assert fd.topk_logit_loss(student, values + 5, indices, tail="renormalize", backend=backend).isfinite()
 
 
-@pytest.mark.parametrize(("tail", "divergence"), CASES)
-@pytest.mark.parametrize("backend", available("reference", "cpu"))
-def test_gradcheck(backend: str, tail: str, divergence: str) -> None:
-    student, teacher = draw(2, 9, F64)
-    values, indices = known(teacher, 4)
-    weight = torch.tensor([0.5, 2.0], dtype=F64, device=DEVICE)
-
-    def loss(s: Tensor) -> Tensor:
-        return fd.topk_logit_loss(s, values, indices, tail=tail, divergence=divergence, beta=0.3, temperature=1.5,
-                                  weight=weight, backend=backend)  # fmt: skip
-
-    assert torch.autograd.gradcheck(loss, student.clone().requires_grad_(), fast_mode=False)
-
-
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 4), st.integers(2, 1100), st.data())
 def test_isas_agree_with_the_reference(rows: int, columns: int, data: st.DataObject) -> None:
