@@ -42,8 +42,8 @@ def test_gkd_holds_the_gradient_alone(beta: float, rule: dict[str, Any], tmp_pat
     """Whole logits: theirs are the log-probabilities of both sides, the mixture, two divergences, copies of a shift."""
     from trl.experimental.gkd import GKDTrainer
 
-    student, teacher = torch.randn(2, 32, 65_536, requires_grad=True), torch.randn(2, 32, 65_536)
-    labels = torch.ones(2, 32, dtype=torch.long)
+    student, teacher = torch.randn(2, 16, 65_536, requires_grad=True), torch.randn(2, 16, 65_536)
+    labels = torch.ones(2, 16, dtype=torch.long)
     labels[:, :9] = -100
     weight = torch.nn.functional.pad(labels[:, 1:] != -100, (0, 1))
 
@@ -68,7 +68,7 @@ def test_two_heads_hold_less_than_the_tiles(beta: float, rule: dict[str, Any], t
     from trl.kernels.chunked_divergence import TOKEN_CHUNK_SIZE, VOCAB_CHUNK_SIZE
     from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
-    rows, width, columns = 512, 32, 65_536
+    rows, width, columns = 256, 32, 40_000
     student, teacher = torch.randn(1, rows, width, requires_grad=True), torch.randn(1, rows, width)
     heads = torch.randn(columns, width, requires_grad=True), torch.randn(columns, width)
     mask = torch.ones(1, rows, dtype=torch.long)
@@ -77,7 +77,7 @@ def test_two_heads_hold_less_than_the_tiles(beta: float, rule: dict[str, Any], t
         _chunked_divergence_loss(student, teacher, *heads, mask, beta)[0].backward()
 
     def mine() -> None:
-        options: dict[str, Any] = {"weight": mask, "return_stats": True, "chunk_bytes": 32 * MIB, **rule}
+        options: dict[str, Any] = {"weight": mask, "return_stats": True, "chunk_bytes": 16 * MIB, **rule}
         loss, _ = linear_logit_loss(student, heads[0], teacher, heads[1], **options)
         loss.backward()
 
@@ -87,4 +87,4 @@ def test_two_heads_hold_less_than_the_tiles(beta: float, rule: dict[str, Any], t
         found.append(held_mib(work, tmp_path / "trace.json"))
     gradient = heads[0].numel() * 4 / MIB
     tiles = 2 * min(rows, TOKEN_CHUNK_SIZE) * VOCAB_CHUNK_SIZE * 4 / MIB
-    assert found[0] < 1.05 * (gradient + 32) < tiles + gradient < found[1]
+    assert found[0] < 1.05 * (gradient + 16) < tiles + gradient < found[1]
