@@ -53,7 +53,7 @@ class _Logits(vocabulary._Logits):
             more["num_items"] = divisor * (2 / head.head.linear.out_features)
         states, weight, bias = head.tensors()
         target, target_weight, target_bias = (None if x is None else x.detach() for x in other.tensors())
-        chunked = fd.linear_logit_loss(
+        chunked: Tensor = fd.linear_logit_loss(
             states, weight, cast("Tensor", target), cast("Tensor", target_weight), student_bias=bias,
             teacher_bias=target_bias, student_logit_scale=head.head.scale, student_softcap=head.head.softcap,
             teacher_logit_scale=other.head.scale, teacher_softcap=other.head.softcap, **more,

@@ -280,7 +280,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             sums, counts = self.accelerator.reduce(torch.stack(list(self._sums.values()))).T
             means = (sums / torch.where(counts > 0, counts, torch.ones_like(counts))).tolist()
             output.metrics[f"{metric_key_prefix}_loss"] = sum(means)
-            output.metrics |= {f"{metric_key_prefix}_loss_{n}": x for n, x in zip(self._sums, means, strict=True)}
+            named = {f"{metric_key_prefix}_loss_{name}": x for name, x in zip(self._sums, means, strict=True)}
+            output.metrics.update(named)
         self._sums = {}
         return output
 
