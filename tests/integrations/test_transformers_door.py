@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import doctest
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -110,3 +112,12 @@ def test_terms_of_arguments(tmp_path: Path) -> None:
     alone = DistillationTrainer(model("token"), arguments(tmp_path), teacher=other).objective.terms
     assert [x.name for x in alone] == ["logits"]
     assert torch.equal(torch.tensor(alone[0].scale), torch.tensor(1.0))
+
+
+def test_docstring_example_runs() -> None:
+    page = inspect.getdoc(DistillationTrainer) or ""
+    found = doctest.DocTestParser().get_doctest(page, {}, "DistillationTrainer", None, None)
+    assert found.examples
+    said: list[str] = []
+    assert doctest.DocTestRunner().run(found, out=said.append).failed == 0, "".join(said)
+    assert all(name in page for name in inspect.signature(DistillationTrainer.__init__).parameters if name != "self")
