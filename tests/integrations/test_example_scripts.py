@@ -30,6 +30,14 @@ def test_transformers_trainer(tmp_path: Path) -> None:
     assert long["eval_loss"] < 0.9 * short["eval_loss"]
 
 
+@pytest.mark.parametrize(("name", "share"), [("plain_torch", 0.95), ("accelerate_loop", 0.8), ("peft_student", 0.3)])
+def test_losses_fall(name: str, share: float, tmp_path: Path) -> None:
+    if name == "peft_student":
+        pytest.importorskip("peft")
+    found = ast.literal_eval(run(f"{name}.py", tmp_path, "--steps", "30"))
+    assert 0 < found["last"] < share * found["first"]
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_short(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) < 80
