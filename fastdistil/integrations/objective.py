@@ -140,6 +140,12 @@ class TrainerObjective(Distillation):
     def teacher(self) -> nn.Module | None:
         return self._teacher[0] if self._teacher else None
 
+    def rehearse(self, device: torch.device) -> None:
+        """Asks both models on a few tokens how they form the maps that terms compare, which refuses layers whose maps
+        attention_loss does not have."""
+        ids = torch.ones((1, 4), dtype=torch.long, device=device)
+        self._map_rules({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
     def batch(self, inputs: Mapping[str, Any], rows: int | None = None) -> dict[str, Tensor]:
         """What the terms read of a collator's batch; only its first `rows` examples count."""
         return batch_of(inputs, shift=self.shift, sequences=self.sequences, weights=self.weights, rows=rows)

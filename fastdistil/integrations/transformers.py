@@ -8,6 +8,7 @@ used.
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -112,7 +113,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         args = DistillationArguments("tmp_trainer") if args is None else args
         if not isinstance(args, DistillationArguments):
             raise TypeError(f"DistillationTrainer: args is {type(args).__name__}, expected DistillationArguments")
-        door.check_arguments(args, more)
+        given = inspect.signature(Trainer.__init__).bind_partial(self, model, args, *rest, **more).arguments
+        door.check_arguments(args, given)
         inner = door.check_model(model, "model")
         said, argument = (args.terms, "args.terms") if terms is None else (terms, "terms")
         chosen = [vocabulary.logits()] if said is None else door.made_terms(said, argument)
@@ -130,7 +132,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         if args.fsdp and len(self.objective.projections):
             raise ValueError("DistillationTrainer: terms have projections, and args.fsdp is on, expected one of them")
         self.objective.projections.to(self.args.device)
-        self._rehearse()
+        self.objective.rehearse(self.args.device)
         self.model_accepts_loss_kwargs = True  # what says before 5.24 that the loss is divided already
         handler = getattr(self.accelerator, "ddp_handler", None)
         if handler is not None and args.ddp_find_unused_parameters is None:
@@ -147,12 +149,6 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         """The training data's, where they are known before it is read."""
         names = getattr(self.train_dataset, "column_names", None)
         return list(names) if isinstance(names, (list, tuple)) else None
-
-    def _rehearse(self) -> None:
-        """How the maps are formed that terms compare is asked of both models on a few tokens, which refuses layers
-        whose maps attention_loss does not have."""
-        ids = torch.ones((1, 4), dtype=torch.long, device=self.args.device)
-        self.objective._map_rules({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
     def _set_signature_columns_if_needed(self) -> None:
         if vars(self)["_signature_columns"] is None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from torch import nn
 from trainer_cases import InOrder, arguments, collate, model, rows, teacher
 from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration, TrainingArguments
@@ -93,8 +94,11 @@ def test_refused_batches(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             InOrder(model("token"), args, collate, given, terms=chosen).train()
     wide = teacher("token", vocab_size=40)
+    message = r"teacher has a vocabulary of 40 ids, model one of 30, .*teacher_input_ids"
+    with pytest.raises(ValueError, match=message):  # at once, where the columns are known
+        InOrder(model("token"), args, train_dataset=Dataset.from_list([]).add_column("input_ids", []), teacher=wide)
     trainer = InOrder(model("token"), args, collate, data, teacher=wide)
-    with pytest.raises(ValueError, match=r"teacher has a vocabulary of 40 ids, model one of 30, .*teacher_input_ids"):
+    with pytest.raises(ValueError, match=message):
         trainer.train()
     named = [{**row, "teacher_input_ids": row["input_ids"] + 7} for row in data]
     InOrder(model("token"), args, collate, named, teacher=wide).train()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,23 @@ def test_step_is_plain_pytorch(task: str, accumulate: int, heads: bool | None, t
     logged = trainer.state.log_history[0]
     assert logged["loss"] == pytest.approx(loss.item(), rel=1e-6)
     assert logged["loss_logits"] + logged["loss_labels"] == pytest.approx(logged["loss"], rel=1e-6)
+
+
+def test_last_step_of_an_epoch_is_shorter(tmp_path: Path) -> None:
+    """Four micro-batches, three to a step: the second step has one."""
+    student, other, data = model("token"), teacher("token"), rows("token")
+    by_hand = copy.deepcopy(student)
+    for part in (data[:6], data[6:]):
+        step = gradient(plain("token", by_hand, other, collate(part)), by_hand)
+        with torch.no_grad():
+            for name, parameter in by_hand.named_parameters():
+                parameter -= 0.1 * step[name]
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "max_steps": 2}
+    args = arguments(tmp_path, learning_rate=0.1, **options)
+    InOrder(student, args, collate, data, teacher=other, terms=BOTH).train()
+    torch.testing.assert_close(
+        dict(student.named_parameters()), dict(by_hand.named_parameters()), rtol=1e-10, atol=1e-12
+    )
 
 
 def test_layers_and_weights(tmp_path: Path) -> None:
@@ -231,6 +249,9 @@ def test_peft_base_is_the_teacher(tmp_path: Path) -> None:
         {n: found[n] for n in names}, dict(zip(names, expected, strict=True)), rtol=1e-8, atol=1e-10
     )
     assert all(bool((x == 0).all()) for name, x in found.items() if name not in names)
+    trainer.save_model(str(tmp_path / "saved"))
+    saved = {path.name for path in (tmp_path / "saved").glob("*.safetensors")}
+    assert saved == {"adapter_model.safetensors"}
 
 
 @pytest.mark.parametrize("task", ["token", "causal"])
