@@ -9,10 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.nn.functional import cosine_similarity, kl_div, mse_loss, normalize
-
-pytest.importorskip("sentence_transformers")
 from datasets import Dataset
 from sentence_transformers import (
     CrossEncoder,
@@ -25,6 +21,8 @@ from sentence_transformers import (
 from sentence_transformers.cross_encoder import losses as pair_losses
 from sentence_transformers.sentence_transformer import losses as theirs
 from small_models import word_encoder
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, kl_div, mse_loss, normalize
 
 from fastdistil.integrations import sentence_transformers as ours
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
@@ -227,7 +228,6 @@ def test_continued_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
 
 
 def test_peft_base_is_the_teacher(tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
     base = model("causal", layers=2)
     batch = collate(rows("causal"))
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}

@@ -7,14 +7,13 @@ import importlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import peft
 import pytest
 import torch
+from datasets import Dataset
+from small_models import byte_tokenizer, causal_model
 
-trl = pytest.importorskip("trl")
-from datasets import Dataset  # noqa: E402
-from small_models import byte_tokenizer, causal_model  # noqa: E402
-
-from fastdistil.integrations import trl as ours  # noqa: E402
+from fastdistil.integrations import trl as ours
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 WORDS = [("ab", "cdefg"), ("hello", "hi"), ("x", "yz yz"), ("1+1", "two")]
@@ -166,7 +165,6 @@ def test_two_heads_form_no_logits(kind: str, tmp_path: Path) -> None:
 
 def test_two_heads_see_adapters(tmp_path: Path) -> None:
     """LoRA in the backbone has the gradient of the whole logits; on the head, or as a prompt, it is refused."""
-    peft = pytest.importorskip("peft")
     made = trainer("GKD", True, tmp_path, members={"two_heads": True})
     batch = made.data_collator([made.train_dataset[i] for i in range(2)])
     torch.manual_seed(3)
@@ -201,7 +199,6 @@ def test_entropy_is_theirs(tmp_path: Path) -> None:
 
 def test_adapters(tmp_path: Path) -> None:
     """The frozen head of a student with LoRA has no gradient to pay for, and the adapters have TRL's."""
-    peft = pytest.importorskip("peft")
     updates = []
     for fused in (False, True):
         kind = KINDS["Distillation"]

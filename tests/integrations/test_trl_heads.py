@@ -9,10 +9,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch import Tensor
-
-pytest.importorskip("trl")
 from test_trl import Given, trainer
+from torch import Tensor
 
 from fastdistil.integrations import trl as ours
 

@@ -11,8 +11,6 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-pytest.importorskip("trl")
-
 from fastdistil import linear_logit_loss, logit_loss
 
 MIB = 2**20

@@ -8,10 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-pytest.importorskip("trl")
 import ddp_steps
+import pytest
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' own
 SCRIPT = Path(__file__).with_name("ddp_steps.py")
