@@ -83,7 +83,7 @@ def test_scores_a_part_of_the_batch_at_a_time(monkeypatch: pytest.MonkeyPatch) -
             if other is None:
                 assert one is None and not need_grad
             else:
-                assert one is not None and error(one, other) < 1e-6
+                assert one is not None and error(one, other) <= SLACK[torch.float32]
         monkeypatch.undo()
 
 

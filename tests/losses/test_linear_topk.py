@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import DEVICE, available
-from judge import Outcome, error, judge
+from judge import SLACK, Outcome, error, judge
 from topk_cases import CASES, formula, known
 from torch import Tensor
 from torch.nn import functional
@@ -104,7 +104,7 @@ def test_labels_and_a_softcap(backend: str, reduction: str, tail: str) -> None:
 def test_equals_topk_logit_loss_of_the_logits() -> None:
     inputs, x = draw()
     whole = fd.topk_logit_loss(functional.linear(*inputs), **x)
-    assert error(ours(*inputs, **x), whole) <= 1e-6
+    assert error(ours(*inputs, **x), whole) <= SLACK[torch.float32]
 
 
 def test_opcheck() -> None:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from conftest import DEVICE, available
-from judge import EXACT_VALUE, error, judge_exact, judge_rows
+from judge import EXACT_VALUE, SLACK, error, judge_exact, judge_rows
 from test_logit import Outcome, outcome, textbook
 from torch import Tensor
 
@@ -128,10 +128,12 @@ def test_a_row_in_two_phases(backend: str, divergence: str) -> None:
     module.logit_fwd(student, teacher, ones, loss, stats, None, phase=PHASE_STATISTICS, **rule)
     own = stats[:, 6] + stats[:, 7]
     lse = [x.double().logsumexp(-1) for x in (student, teacher)]
-    assert error(own[:3], lse[0][:3]) < 1e-6
+    assert error(own[:3], lse[0][:3]) <= SLACK[torch.float32]
     assert own[3] == -math.inf
     assert (stats[2:4, 0] == -math.inf).all()
-    assert error((stats[:, 5] + stats[:, 3] + stats[:, 2])[[0, 4]], (lse[0] - lse[1])[[0, 4]]) < 1e-3
+    assert (
+        error((stats[:, 5] + stats[:, 3] + stats[:, 2])[[0, 4]], (lse[0] - lse[1])[[0, 4]]) < 1e-3
+    )  # of a noise of 1e-3: a rounding
     assert (stats[1:4, 3] == math.inf).all()
     whole = [0, 1, 4]
     module.logit_fwd(student, teacher, ones, loss, stats, None, phase=PHASE_VALUE, **rule)

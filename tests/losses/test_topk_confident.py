@@ -13,7 +13,7 @@ import math
 import pytest
 import torch
 from conftest import DEVICE, available
-from judge import error, judge_exact
+from judge import EXACT_VALUE, error, judge_exact
 from test_logit import F64, outcome
 from topk_cases import CASES, digits
 from torch import Tensor
@@ -131,5 +131,5 @@ def test_float64_is_the_formula(tail: str, divergence: str, std: float, top: flo
     truth = digits(student, values, indices, tail, divergence, beta=0.3)
     for backend in available("reference", "cpu"):
         found = outcome(lambda s, b=backend: rows(s, values, indices, tail, divergence, b), student.double())
-        assert error(found.value, truth.value) < 1e-7
+        assert error(found.value, truth.value) <= EXACT_VALUE / 100  # it judges the others
         judge_exact(found, truth, F64)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import DEVICE, available
-from judge import EXACT_GRADIENT, Outcome, error, judge_exact, judge_rows
+from judge import EXACT_GRADIENT, EXACT_VALUE, Outcome, error, judge_exact, judge_rows
 
 import fastdistil as fd
 from fastdistil.backends import get
@@ -192,10 +192,10 @@ def confident_labels(part: slice) -> None:
     leaf = logits.clone().requires_grad_()
     eager = 0.5 * torch.nn.functional.cross_entropy(leaf, labels, reduction="none")
     judge_rows(mine.value, truth.value, eager.detach())
-    assert (mine.value / truth.value - 1).abs().max() <= 5e-6
+    assert (mine.value / truth.value - 1).abs().max() <= EXACT_VALUE
     found, wanted = torch.autograd.grad(eager.sum(), leaf)[0], truth.gradients[0][:, part]
     judge_rows(mine.gradients[0], wanted, found[:, part])
-    assert ((mine.gradients[0] - wanted).norm(dim=1) / wanted.norm(dim=1)).max() <= 5e-6
+    assert ((mine.gradients[0] - wanted).norm(dim=1) / wanted.norm(dim=1)).max() <= EXACT_VALUE
 
 
 def distributed_tensors(world: int) -> None:
