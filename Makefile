@@ -22,7 +22,7 @@ SOURCES := pyproject.toml constraints.txt $(shell find csrc kernels -name '*.cpp
 PROGRESS = tee $(VENV)/install.log | { grep --line-buffered -E '^ *(\[[0-9]+/[0-9]+\]|-- fastdistil|Successfully|ERROR|error)' || true; }
 
 help:
-	@sed -n '2,4s/^# *//p' $(MAKEFILE_LIST); echo '  make lint    ruff, mypy and clang-format'; echo '  make bench   the CPU benchmarks into runs/bench'; echo '  make aot       every kernel compiled for every GPU: no spill'; echo '  make versions  the tests with other versions of torch, triton and transformers'; echo '  make fuzz      drawn cases against the truth, into docs/numerics.md'; echo '  make wheel     the wheel of the CPU kernels into dist'; echo '  make soak      every system killed at random moments and continued'; echo '  make docs      the documentation site into build/site; make docs-serve shows it'
+	@sed -n '2,4s/^# *//p' $(MAKEFILE_LIST); echo '  make lint    ruff, mypy and clang-format'; echo '  make bench   the CPU benchmarks into runs/bench'; echo '  make aot       every kernel compiled for every GPU: no spill'; echo '  make versions  the tests with other versions of torch, triton and transformers'; echo '  make fuzz      drawn cases against the truth, into docs/numerics.md'; echo '  make wheel     the wheel of the CPU kernels into dist'; echo '  make soak      every system under torchrun, and killed at random moments and continued'; echo '  make docs      the documentation site into build/site; make docs-serve shows it'
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -93,6 +93,7 @@ versions: $(VENV)/.test
 
 # Minutes: every system killed at 20 random moments and continued, with the same student at the end.
 soak: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak tests/systems
 	OMP_NUM_THREADS=1 $(BIN)/python tests/kill.py --kills $(or $(KILLS),20)
 
 docs: $(VENV)/.docs

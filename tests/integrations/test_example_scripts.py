@@ -3,33 +3,44 @@
 from __future__ import annotations
 
 import ast
-import os
-import subprocess
+import runpy
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from accelerate.state import AcceleratorState
 
-ROOT = Path(__file__).parent.parent.parent
-
-
-def run(name: str, folder: Path, *more: str) -> str:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    call = [sys.executable, str(ROOT / "examples" / name), *more]
-    done = subprocess.run(call, cwd=folder, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout.strip().splitlines()[-1]
+FOLDER = Path(__file__).parents[2] / "examples"
 
 
-def test_transformers_trainer(tmp_path: Path) -> None:
-    short, long = (
-        ast.literal_eval(run("transformers_trainer.py", tmp_path, "--steps", steps)) for steps in ("1", "40")
-    )
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}.items():
+        monkeypatch.setenv(name, value)
+    AcceleratorState._reset_state(True)  # of the tests before
+    yield
+    AcceleratorState._reset_state(True)
+
+
+def last_line(name: str, steps: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """As its own process would print it."""
+    monkeypatch.setattr(sys, "argv", [name, "--steps", str(steps)])
+    runpy.run_path(str(FOLDER / name), run_name="__main__")
+    return ast.literal_eval(capsys.readouterr().out.strip().splitlines()[-1])
+
+
+def test_transformers_trainer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    short, long = (last_line("transformers_trainer.py", steps, monkeypatch, capsys) for steps in (1, 40))
     assert short.keys() >= {"eval_loss", "eval_loss_logits", "eval_loss_labels", "eval_accuracy"}
     assert long["eval_loss"] < 0.9 * short["eval_loss"]
 
 
 @pytest.mark.parametrize(("name", "share"), [("plain_torch", 0.95), ("accelerate_loop", 0.8), ("peft_student", 0.3)])
-def test_losses_fall(name: str, share: float, tmp_path: Path) -> None:
-    found = ast.literal_eval(run(f"{name}.py", tmp_path, "--steps", "30"))
+def test_losses_fall(
+    name: str, share: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = last_line(f"{name}.py", 30, monkeypatch, capsys)
     assert 0 < found["last"] < share * found["first"]

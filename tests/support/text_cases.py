@@ -80,3 +80,15 @@ def xlmr(tokenizer: Any, kind: str = "XLMRobertaForMaskedLM", **options: Any) ->
         **(sizes | options),
     )  # fmt: skip
     return getattr(transformers, kind)(config).eval()
+
+
+def columns(sentences: list[str]) -> str:
+    """ "abc" begins an entity and "xyz" behind one is inside."""
+    blocks = []
+    for sentence in sentences:
+        rows, before = [], "O"
+        for word in sentence.split():
+            before = "B-X" if word == "abc" else "I-X" if word == "xyz" and before != "O" else "O"
+            rows.append(f"{word}\t{before}")
+        blocks.append("\n".join(rows))
+    return "\n\n".join(blocks) + "\n"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from text_cases import SENTENCES, bert, wordpiece
+from text_cases import SENTENCES, bert, columns, wordpiece
 
 import fastdistil as fd
 from fastdistil.configs.bistil_task import BistilTaskConfig
@@ -22,25 +22,13 @@ from fastdistil.systems.bistil import IDS
 TAGS = ["O", "B-X", "I-X"]
 
 
-def _columns(sentences: list[str]) -> str:
-    """ "abc" begins an entity and "xyz" behind one is inside."""
-    blocks = []
-    for sentence in sentences:
-        rows, before = [], "O"
-        for word in sentence.split():
-            before = "B-X" if word == "abc" else "I-X" if word == "xyz" and before != "O" else "O"
-            rows.append(f"{word}\t{before}")
-        blocks.append("\n".join(rows))
-    return "\n\n".join(blocks) + "\n"
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Data of words and of texts, teachers of both tasks, and a student of every second block with fewer pieces."""
     out = tmp_path_factory.mktemp("task")
     tokenizer = wordpiece()
     for name, part in (("train", SENTENCES[:60]), ("dev", SENTENCES[60:80]), ("test", SENTENCES[80:100])):
-        (out / f"en_{name}.tsv").write_text(_columns(part), encoding="utf-8")
+        (out / f"en_{name}.tsv").write_text(columns(part), encoding="utf-8")
         rows = [json.dumps({"text": text, "label": "yes" if "abc" in text.split() else "no"}) for text in part]
         (out / f"en_{name}.jsonl").write_text("\n".join(rows), encoding="utf-8")
     base = bert(tokenizer)
