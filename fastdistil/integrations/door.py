@@ -96,14 +96,14 @@ def teacher_of(model: nn.Module, teacher: object) -> nn.Module | None:
 
 def check_pair(student: Any, teacher: Any, terms: Sequence[Term], columns: Sequence[str] | None) -> None:
     """That the sides of each term fit, of two transformers models. `columns` of the data set, where they are known."""
-    if any(isinstance(term, vocabulary._Logits) and term.entry not in (columns or ()) for term in terms):
+    if any(isinstance(term, vocabulary.LogitTerm) and term.entry not in (columns or ()) for term in terms):
         _check_classes(student, teacher)
     for term in terms:
         if isinstance(term.teacher, str) or (term.entry or "") in (columns or ()):
             continue
-        if isinstance(term, vocabulary._Hidden) and term.projection is None:
+        if isinstance(term, vocabulary.HiddenTerm) and term.projection is None:
             _equal(term, student, teacher, "hidden_size", "terms.hidden(..., projection=torch.nn.Linear(...))")
-        if isinstance(term, vocabulary._Attention) and term.heads == "each":
+        if isinstance(term, vocabulary.AttentionTerm) and term.heads == "each":
             _equal(term, student, teacher, "num_attention_heads", "heads='mean' in the term")
     if columns is not None and "teacher_input_ids" not in columns:
         check_ids(student, teacher)
@@ -158,7 +158,7 @@ def heads_of(
     if wanted is False:
         return None
     found: list[Head | None] = []
-    if not any(isinstance(term, (vocabulary._Logits, vocabulary._Labels)) for term in terms):
+    if not any(isinstance(term, (vocabulary.LogitTerm, vocabulary.LabelTerm)) for term in terms):
         why_not = why_not or "no term reads logits"
     for model in (student, teacher):
         head = None if model is None or why_not else head_of(model)

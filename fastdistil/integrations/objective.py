@@ -32,7 +32,7 @@ class Shown(Outputs):
 
 
 @dataclass(frozen=True)
-class _Logits(vocabulary._Logits):
+class _Logits(vocabulary.LogitTerm):
     def loss(self, batch: Any, student: Outputs, teacher: Outputs, rule: MapRule | None, divisor: Tensor) -> Tensor:
         more: dict[str, Any] = {"divergence": self.divergence, "temperature": self.temperature}
         more |= {"scale_by_t2": self.scale_by_t2, "weight": batch[self.weight], "num_items": divisor}
@@ -62,7 +62,7 @@ class _Logits(vocabulary._Logits):
 
 
 @dataclass(frozen=True)
-class _Labels(vocabulary._Labels):
+class _Labels(vocabulary.LabelTerm):
     def loss(self, batch: Any, student: Outputs, teacher: Outputs, rule: MapRule | None, divisor: Tensor) -> Tensor:
         weight = batch[self.weight]
         labels = batch["labels"].masked_fill(weight == 0, -100)
@@ -85,7 +85,7 @@ class _Labels(vocabulary._Labels):
 
 def _adapted(term: Term) -> Term:
     """The same term, with what a Trainer's batches and heads ask of it."""
-    for kind, own in ((vocabulary._Logits, _Logits), (vocabulary._Labels, _Labels)):
+    for kind, own in ((vocabulary.LogitTerm, _Logits), (vocabulary.LabelTerm, _Labels)):
         if type(term) is kind:
             return own(**{field.name: getattr(term, field.name) for field in fields(term)})
     return term

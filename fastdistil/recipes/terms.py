@@ -78,7 +78,7 @@ class Term:
 
 
 @dataclass(frozen=True)
-class _Hidden(Term):
+class HiddenTerm(Term):
     kind: str
     projection: nn.Module | None
 
@@ -115,7 +115,7 @@ def _fused(projection: nn.Module | None) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class _OfMaps(Term):
+class _MapTerm(Term):
     kind: str
 
     def items(self, batch: Batch, rule: MapRule | None) -> Tensor:
@@ -123,7 +123,7 @@ class _OfMaps(Term):
 
 
 @dataclass(frozen=True)
-class _Attention(_OfMaps):
+class AttentionTerm(_MapTerm):
     heads: str
 
     @property
@@ -146,7 +146,7 @@ class _Attention(_OfMaps):
 
 
 @dataclass(frozen=True)
-class _Relation(_OfMaps):
+class RelationTerm(_MapTerm):
     of: str
     heads: int
 
@@ -168,7 +168,7 @@ class _Relation(_OfMaps):
 
 
 @dataclass(frozen=True)
-class _Logits(Term):
+class LogitTerm(Term):
     divergence: str
     temperature: float
     scale_by_t2: bool
@@ -193,7 +193,7 @@ class _Logits(Term):
 
 
 @dataclass(frozen=True)
-class _Labels(Term):
+class LabelTerm(Term):
     @property
     def name(self) -> str:
         return "labels"
@@ -220,7 +220,7 @@ def hidden(
     states to the teacher's width and trains along; nn.Linear, and nn.Sequential(nn.Linear, nn.GELU()), run inside of
     the loss. It may be a part of the student. `weight` names the batch's entry that says which pieces count.
     """
-    return _Hidden(student_layer, teacher_layer, scale, weight, kind, projection)
+    return HiddenTerm(student_layer, teacher_layer, scale, weight, kind, projection)
 
 
 def attention(
@@ -235,7 +235,7 @@ def attention(
     """
     if kind not in _MAPS:
         raise ValueError(f"terms.attention: kind is {kind!r}, expected one of {_MAPS}")
-    return _Attention(student_layer, teacher_layer, scale, "attention_mask", kind, heads)
+    return AttentionTerm(student_layer, teacher_layer, scale, "attention_mask", kind, heads)
 
 
 def relation(
@@ -245,7 +245,7 @@ def relation(
     over tokens and relation heads of `relation_loss`. Needs a live teacher."""
     if of not in _RELATIONS:
         raise ValueError(f"terms.relation: of is {of!r}, expected one of {_RELATIONS}")
-    return _Relation(student_layer, teacher_layer, scale, "attention_mask", kind, of, heads)
+    return RelationTerm(student_layer, teacher_layer, scale, "attention_mask", kind, of, heads)
 
 
 def logits(
@@ -261,12 +261,12 @@ def logits(
     by the teacher's entropy."""
     if divergence == "mse" and temperature != 1:
         raise ValueError(f"terms.logits: temperature is {temperature} with divergence 'mse', expected 1")
-    return _Logits(0, 0, scale, weight, divergence, temperature, scale_by_t2)
+    return LogitTerm(0, 0, scale, weight, divergence, temperature, scale_by_t2)
 
 
 def labels(*, weight: str = "labelled_words", scale: float = 1.0) -> Term:
     """Mean over what `weight` names of the cross entropy of the student's logits with the batch's labels."""
-    return _Labels(0, 0, scale, weight)
+    return LabelTerm(0, 0, scale, weight)
 
 
 class Distillation(nn.Module):
@@ -290,7 +290,7 @@ class Distillation(nn.Module):
             raise ValueError(f"Distillation: terms has the names {names}, expected at least one, and each once")
         self._teacher: tuple[nn.Module, ...] = () if teacher is None else (teacher.eval(),)  # hidden from parameters
         own = {id(p) for p in student.parameters()}
-        projections = {term.name: term.projection for term in self.terms if isinstance(term, _Hidden)}
+        projections = {term.name: term.projection for term in self.terms if isinstance(term, HiddenTerm)}
         added = {
             n: p for n, p in projections.items() if p is not None and any(id(x) not in own for x in p.parameters())
         }
@@ -316,19 +316,19 @@ class Distillation(nn.Module):
         }
 
     def _run_student(self, batch: Batch) -> Outputs:
-        logits = any(isinstance(term, (_Logits, _Labels)) for term in self.terms)
+        logits = any(isinstance(term, (LogitTerm, LabelTerm)) for term in self.terms)
         layers = self._layers(self.terms, "student")
         return outputs_of(self.student, layers, inputs_of(self.student, batch), logits)
 
     def _run_teacher(self, batch: Batch) -> Outputs:
-        live = [term for term in self.terms if not isinstance(term, _Labels) and term.entry not in batch]
+        live = [term for term in self.terms if not isinstance(term, LabelTerm) and term.entry not in batch]
         if not live:
             return Outputs()
         if not self._teacher or any(isinstance(term.teacher, str) for term in live):
             wanted = [term.entry or f"{term.name}'s" for term in live]
             raise ValueError(f"Distillation: the batch has no {', '.join(wanted)}, and no teacher that has them came")
         ids = batch.get("teacher_input_ids", batch["input_ids"])
-        logits = any(isinstance(term, _Logits) for term in live)
+        logits = any(isinstance(term, LogitTerm) for term in live)
         with torch.no_grad():
             model = self._teacher[0].to(ids.device)
             inputs = inputs_of(model, {**batch, "input_ids": ids})
@@ -337,8 +337,8 @@ class Distillation(nn.Module):
     def _map_rules(self, batch: Batch) -> dict[str, MapRule]:
         """How the maps are formed of which terms compare them: asked of both models once, on a few tokens."""
         if self._rules is None:
-            chosen = [term for term in self.terms if isinstance(term, _OfMaps)]
-            layers = {x.name: (x.student, int(x.teacher), isinstance(x, _Attention)) for x in chosen}
+            chosen = [term for term in self.terms if isinstance(term, _MapTerm)]
+            layers = {x.name: (x.student, int(x.teacher), isinstance(x, AttentionTerm)) for x in chosen}
             self._rules = map_rules(self.student, self._teacher[0], layers, batch) if chosen else {}
         return self._rules
 

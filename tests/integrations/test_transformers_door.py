@@ -63,7 +63,7 @@ def test_refused_types(tmp_path: Path) -> None:
         DistillationTrainer(student, TrainingArguments(str(tmp_path), report_to="none"), teacher=other)
     with pytest.raises(TypeError, match=r"model is Linear, which holds 0 transformers models, expected one"):
         DistillationTrainer(nn.Linear(2, 2), args, teacher=other)
-    with pytest.raises(TypeError, match=r"terms is _Logits, expected a list of terms"):
+    with pytest.raises(TypeError, match=r"terms is LogitTerm, expected a list of terms"):
         DistillationTrainer(student, args, teacher=other, terms=terms.logits())
     with pytest.raises(TypeError, match=r"terms holds int, expected what fastdistil.recipes.terms makes"):
         DistillationTrainer(student, args, teacher=other, terms=[3])
