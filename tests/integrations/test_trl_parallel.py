@@ -15,6 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' own
 SCRIPT = Path(__file__).with_name("ddp_steps.py")
 
 
+@pytest.mark.soak
 def test_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Updates are TRL's, and what docs/trainers/trl.md says of GKD holds: over two processes half of the gradient."""
     paths = os.pathsep.join([str(SCRIPT.parent), str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH", "")])
