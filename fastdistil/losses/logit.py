@@ -146,7 +146,7 @@ def logit_loss(  # type: ignore[misc] # the overloads need not repeat what is wr
     matrices = (matrix(student), matrix(teacher))
     plain = label is None and partners is None and not name and student.dtype == teacher.dtype
     wanted, compiling = student.requires_grad and torch.is_grad_enabled(), torch.compiler.is_compiling()
-    # A float16 gradient that were rounded before a GradScaler's scale would underflow: a plain one is computed again
+    # A float16 gradient rounded before a GradScaler's scale would underflow: a plain one is computed again
     # where that is not 1, another one in the backward alone.
     overwrite = inplace_backward and wanted and not compiling and student.dtype != torch.float16
     # "none" is rarely followed by a gradient of ones. torch.compile plans the memory, and a plain backward need not
