@@ -19,8 +19,9 @@ def new_empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = No
     """like.new_empty(shape, dtype=dtype); large CPU tensors from the pool."""
     dtype = dtype or like.dtype
     size = prod(shape) * dtype.itemsize
-    filled = torch.are_deterministic_algorithms_enabled()  # new_empty may then be asked to fill what it returns
-    if like.device.type != "cpu" or size < SMALLEST_POOLED or filled or not _C.pool_available():
+    # With deterministic algorithms new_empty may be asked to fill what it returns.
+    small = size < SMALLEST_POOLED or like.device.type != "cpu"
+    if small or torch.are_deterministic_algorithms_enabled() or not _C.pool_available():
         return like.new_empty(shape, dtype=dtype)
     return torch.frombuffer(_C.PooledMemory(size), dtype=dtype).view(tuple(shape))
 

@@ -164,12 +164,12 @@ def row_scale(
     `weight` is what `row_weight` returned. Nothing here waits for the device.
     """
     items = given_items(function, reduction, num_items, device, dtype, items_name)
+    if weight is None and items is None:
+        return torch.full((rows,), 1 / max(rows, 1) if reduction == "mean" else 1.0, device=device, dtype=dtype)
     weights = torch.ones(rows, device=device, dtype=dtype) if weight is None else weight
     if items is not None:
         return per_item(weights, items, zeros=weight is not None)
     if reduction != "mean":
         return weights
-    if weight is None:
-        return weights / max(rows, 1)
-    total = weight.sum()
+    total = weights.sum()
     return weights / torch.where(total == 0, torch.ones_like(total), total)

@@ -9,6 +9,8 @@ The backward of X_rows computes everything again, by X_total, with the incoming 
 scales, or begins from the `state` that the forward left, where the loss has one (then by X_back). X_total keeps its
 gradients for the backward, which multiplies them by the incoming one in place: the first backward needs no memory of
 its own, a second one through a retained graph computes them again.
+
+What a Family holds are the ops by their short way (ops/direct.py).
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from fastdistil.backends import backends, get
 from fastdistil.backends.memory import new_empty
+from fastdistil.ops.direct import Direct, without_autograd
 from fastdistil.ops.row_statistics import ROW_STATISTICS
 
 SCALES = ("row_scale", "label_scale")  # what the incoming gradient of a row is a factor of
@@ -49,8 +52,8 @@ class State(NamedTuple):
 
 
 class Family(NamedTuple):
-    rows: Callable[..., Any]
-    total: Callable[..., Any]
+    rows: Direct
+    total: Direct
     overwrite: Callable[..., Any] | None
 
 
@@ -158,10 +161,12 @@ def family(
         return *given, *[None] * (more + extra)
 
     def setup_rows(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        left = output[before:] if kept else ()
         if before + kept > 1:
             ctx.mark_non_differentiable(*output[1:])
-        save(ctx, inputs, left)
+        save_rows(ctx, inputs, output)
+
+    def save_rows(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+        save(ctx, inputs, output[before:] if kept else ())
 
     def backward_rows(ctx: Any, drows: Tensor | None, *_: Any) -> tuple[Any, ...]:
         refuse_double_backward(function)
@@ -174,7 +179,7 @@ def family(
         for i in scales:
             if inputs[i] is not None:
                 inputs[i] = torch.where(inputs[i] == 0, 0.0, inputs[i] * drows)
-        found = given_of(total(*inputs, *ctx.options, flags, True))
+        found = given_of(total_again(*inputs, *ctx.options, flags, True))
         return placed(ctx, [g if want else None for g, want in zip(found, flags, strict=True)], 0)
 
     def given_of(output: Sequence[Any]) -> Sequence[Tensor]:
@@ -184,14 +189,20 @@ def family(
     def setup_total(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         given = given_of(output)
         ctx.mark_non_differentiable(*output[1 : before + kept], *given)
+        save_total(ctx, inputs, output)
+
+    def save_total(ctx: Any, inputs: Sequence[Any], output: Sequence[Any]) -> None:
         save(ctx, inputs, output[before : before + kept])
         ctx.wanted, ctx.rounded = inputs[-2:]
-        ctx.kept = tuple(given)
+        ctx.kept = tuple(given_of(output))
 
     def backward_total(ctx: Any, dtotal: Tensor | None, *_: Any) -> tuple[Any, ...]:
         refuse_double_backward(function)
         if dtotal is None:
             return placed(ctx, [None] * len(ctx.wanted), 2)
+        if ctx.rounded and ctx.kept is not None and not _traced(dtotal) and _is_one(dtotal):
+            gradients, ctx.kept = ctx.kept, None
+            return placed(ctx, [g if want else None for g, want in zip(gradients, ctx.wanted, strict=True)], 2)
         inputs, left = saved(ctx)
         if state is not None and len(left[0]) and not _traced(dtotal):
             gradients, ctx.kept = ctx.kept, None
@@ -202,7 +213,7 @@ def family(
             return placed(ctx, gradients, 2)
 
         def again() -> Sequence[Tensor]:
-            return given_of(total(*inputs, *ctx.options, ctx.wanted, ctx.rounded))
+            return given_of(total_again(*inputs, *ctx.options, ctx.wanted, ctx.rounded))
 
         each = zip(_hand_out(ctx, dtotal, again), inputs_of(inputs), ctx.wanted, strict=True)
         return placed(ctx, [g.to(x.dtype) if want else None for g, x, want in each], 2)
@@ -213,12 +224,15 @@ def family(
 
     arguments, returned = f"{tensors}, {options}", ["Tensor"] * (before + kept)
     all_returned = [*returned, *(["Tensor[]"] if lists else ["Tensor"] * len(wanting))]
-    rows = op("rows", rows_of, arguments, returned)
-    total = op("total", total_of, f"{arguments}, bool[] wanted, bool rounded", all_returned)
-    rows.register_fake(fake_rows)
-    total.register_fake(fake_total)
-    rows.register_autograd(backward_rows, setup_context=setup_rows)
-    total.register_autograd(backward_total, setup_context=setup_total)
+    rows_op = op("rows", rows_of, arguments, returned)
+    total_op = op("total", total_of, f"{arguments}, bool[] wanted, bool rounded", all_returned)
+    rows_op.register_fake(fake_rows)
+    total_op.register_fake(fake_total)
+    rows_op.register_autograd(backward_rows, setup_context=setup_rows)
+    total_op.register_autograd(backward_total, setup_context=setup_total)
+    rows = Direct(rows_op, f"{name}_rows", rows_of, save_rows, backward_rows, count, bool(lists), None)
+    total_again = without_autograd(total_op, total_of, count)
+    total = Direct(total_op, f"{name}_total", total_of, save_total, backward_total, count, bool(lists), before + kept)
 
     if state is not None:
 
@@ -229,8 +243,9 @@ def family(
             return gradient
 
         left = "".join(f", Tensor state_{i}" for i in range(kept))
-        back = op("back", back_of, f"{arguments}{left}, Tensor dloss", ["Tensor"])
-        back.register_fake(lambda *arguments: torch.empty_like(arguments[wanting[0]]))
+        back_op = op("back", back_of, f"{arguments}{left}, Tensor dloss", ["Tensor"])
+        back_op.register_fake(lambda *arguments: torch.empty_like(arguments[wanting[0]]))
+        back = without_autograd(back_op, back_of, count)
 
     if not overwrites:
         return Family(rows, total, None)
@@ -257,6 +272,11 @@ def _traced(dloss: Tensor) -> bool:
     return torch.compiler.is_compiling() or type(dloss) is not Tensor  # the latter where AOTAutograd traces by itself
 
 
+def _is_one(factor: Tensor) -> bool:
+    """Whether an incoming gradient, () or (N,), is 1, as most are; on a CPU alone, where looking costs nothing."""
+    return factor.device.type == "cpu" and (factor.item() == 1 if factor.ndim == 0 else bool((factor == 1).all()))
+
+
 def _hand_out(ctx: Any, dloss: Tensor, again: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
     """The kept gradients times `dloss` (), in place: the caller owns what it gets, so a second pass through a retained
     graph computes them `again`. Under torch.compile, which traces this once for all passes, out of place."""
@@ -273,9 +293,9 @@ def _hand_out(ctx: Any, dloss: Tensor, again: Callable[[], Sequence[Tensor]]) ->
 
 def multiply_(gradient: Tensor, factor: Tensor) -> None:
     """gradient *= factor, () or one per row (N,) of a gradient (N, V), float32; only reads the factor where it is 1."""
-    on_cpu = gradient.device.type == "cpu"
-    if on_cpu and bool((factor == 1).all()):  # the usual case, and looking costs nothing here
+    if _is_one(factor):
         return
+    on_cpu = gradient.device.type == "cpu"
     fits = gradient.dtype != torch.float64 and (factor.ndim == 1 or gradient.is_contiguous())
     if not on_cpu and fits and gradient.nbytes >= SMALLEST_SKIPPED and backends()["triton"] is True:
         get("scale", "triton", gradient.device).scale_(gradient, factor)

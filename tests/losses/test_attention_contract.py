@@ -43,9 +43,9 @@ def test_opcheck(kind: str) -> None:
     tensors = [x.requires_grad_(i < 2) for i, x in enumerate(tensors)]
     scale = torch.rand(2, 2, 5, device=DEVICE)
     arguments = (*tensors, mask, None, scale, kind, False, 0.5, 0.5, "each", "auto")
-    torch.library.opcheck(attention_rows, arguments)
-    torch.library.opcheck(attention_total, (*arguments, [True, True], False))
-    torch.library.opcheck(attention_total, (*arguments, [False, True], True))
+    torch.library.opcheck(attention_rows.op, arguments)
+    torch.library.opcheck(attention_total.op, (*arguments, [True, True], False))
+    torch.library.opcheck(attention_total.op, (*arguments, [False, True], True))
 
 
 _MEMORY = r"""

@@ -168,7 +168,7 @@ def test_a_shared_parameter_has_one_gradient_rounded_once(dtype: torch.dtype) ->
     if DEVICE.type == "cpu":  # the same products
         for g, expected in zip(found.gradients, wide.gradients, strict=True):
             assert torch.equal(g, expected.to(dtype))
-    total, gradients = hidden_projected_total(*arguments_of(inputs, teachers, shared=True), [True] * 5, False)
+    total, gradients = hidden_projected_total.op(*arguments_of(inputs, teachers, shared=True), [True] * 5, False)
     assert [g.dtype for g in gradients] == [torch.float32] * 5 and [g.shape for g in gradients] == [
         x.shape for x in inputs
     ]

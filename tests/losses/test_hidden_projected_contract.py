@@ -74,11 +74,11 @@ def test_backward_twice(reduction: str, dtype: torch.dtype) -> None:
 def test_opcheck(shared: bool) -> None:
     inputs, teachers = draw(torch.float32, shared)
     arguments = arguments_of([x.requires_grad_() for x in inputs], teachers, shared)
-    torch.library.opcheck(hidden_projected_rows, arguments)
-    torch.library.opcheck(hidden_projected_total, (*arguments, [True] * len(inputs), False))
+    torch.library.opcheck(hidden_projected_rows.op, arguments)
+    torch.library.opcheck(hidden_projected_total.op, (*arguments, [True] * len(inputs), False))
     without_bias = (*arguments[:3], [], *arguments[4:6], [-1] * 3, *arguments[7:])
     torch.library.opcheck(
-        hidden_projected_total, (*without_bias, [False, True, True] + [True] * (1 if shared else 3), True)
+        hidden_projected_total.op, (*without_bias, [False, True, True] + [True] * (1 if shared else 3), True)
     )
 
 

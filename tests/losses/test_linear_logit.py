@@ -135,7 +135,7 @@ def test_16_bit_heads_near_convergence(backend: str, divergence: str) -> None:
     constants = pack((DIVERGENCES.index(divergence), 0.5, 1.0, 1.0, 1.0), (1.0, 0.0, 1.0, 0.0))
     terms = (scale, None, None, None, constants, False)
     heads = (*inputs, None, teacher_hidden, teacher_weight, None)
-    _, _, *kept = linear_logit_total(*heads, *terms, 1 << 21, backend, True, "", [True, True, False], False)
+    _, _, *kept = linear_logit_total.op(*heads, *terms, 1 << 21, backend, True, "", [True, True, False], False)
     for gradient, wanted in zip(kept[:2], truth.gradients, strict=True):
         assert gradient.dtype == torch.float32 and error(gradient, wanted) <= 1e-3
 
@@ -300,9 +300,9 @@ def test_opcheck() -> None:
     vocab_map = torch.tensor([2, -1, 0, 3, 4, 8, 8, -1, 1], device=DEVICE)
     constants = pack((0, 0.5, 2.0, 2.0, 4.0), (0.5, 30.0, 1.0, 0.0))
     arguments = (*heads, *terms, vocab_map, constants, True, 1 << 20, "auto", False, "")
-    torch.library.opcheck(linear_logit_rows, arguments)
-    torch.library.opcheck(linear_logit_total, (*arguments, [True, True, True], False))
-    torch.library.opcheck(linear_logit_total, (*arguments, [True, False, False], True))
+    torch.library.opcheck(linear_logit_rows.op, arguments)
+    torch.library.opcheck(linear_logit_total.op, (*arguments, [True, True, True], False))
+    torch.library.opcheck(linear_logit_total.op, (*arguments, [True, False, False], True))
 
 
 def test_a_chunk_fits_in_its_bytes() -> None:

@@ -176,7 +176,7 @@ def test_heads_of_16_bits(kind: str, dtype: torch.dtype) -> None:
     scale, constants = torch.full((ROWS,), 1 / ROWS), pack((0, 0.5, 1.0, 1.0, 1.0), (1.0, 0.0, 1.0, 0.0))
     tensors = [heads[name] for name in ("h", "w", "b", "h_t", "w_t", "b_t")]
     options = (scale, None, None, None, constants, False, 1 << 22, "cpu", True, "", [True, True, True], False)
-    value, _, *gradients = linear_logit_total(*tensors, *options)
+    value, _, *gradients = linear_logit_total.op(*tensors, *options)
     expected = truth(heads)
     assert error(value, expected.value) <= EXACT_VALUE
     for found, wanted in zip(gradients, expected.gradients, strict=True):
@@ -271,7 +271,7 @@ def test_compiles_with_one_head() -> None:
     arguments = (*leaves, None, heads["h_t"], leaves[1].detach(), None, torch.rand(ROWS))
     terms = (None, None, None, pack((0, 0.5, 1.0, 1.0, 1.0), (1.0, 0.0, 1.0, 0.0)), False)
     torch.library.opcheck(
-        linear_logit_total, (*arguments, *terms, 1 << 20, "auto", True, "", [True, True, False], False)
+        linear_logit_total.op, (*arguments, *terms, 1 << 20, "auto", True, "", [True, True, False], False)
     )
 
 

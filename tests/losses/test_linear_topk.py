@@ -113,8 +113,8 @@ def test_opcheck() -> None:
     tensors = (*tensors, torch.log1p(-x["teacher_values"].exp().sum(-1)), x["weight"])
     labels = (torch.randint(COLUMNS, (ROWS,), device=DEVICE), x["weight"])
     options = (*labels, None, [0.0, 0.5, 0.0, 2.0, 4.0, 1.5, 3.0], 5000, "auto", False)
-    torch.library.opcheck(linear_topk_rows, (*tensors, *options))
-    torch.library.opcheck(linear_topk_total, (*tensors, *options, [True, False, True], False))
+    torch.library.opcheck(linear_topk_rows.op, (*tensors, *options))
+    torch.library.opcheck(linear_topk_total.op, (*tensors, *options, [True, False, True], False))
 
 
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [

@@ -405,9 +405,9 @@ def test_opcheck(backend: str) -> None:
     constants = pack((0, 0.5, 2.0, 2.0, 4.0), (1.0, 0.0, 1.0, 0.0))
     rest = (teacher, scale, None, None, None, constants, False, backend, "")
     leaf = student.clone().requires_grad_()
-    torch.library.opcheck(logit_rows, (leaf, *rest))
+    torch.library.opcheck(logit_rows.op, (leaf, *rest))
     for rounded in (True, False):
-        torch.library.opcheck(logit_total, (leaf, *rest, [True], rounded))
+        torch.library.opcheck(logit_total.op, (leaf, *rest, [True], rounded))
     _, _, state = logit_rows(student, *rest)
     torch.library.opcheck(torch.ops.fastdistil.logit_back, (student, *rest, state, torch.rand(3, device=DEVICE)))
     torch.library.opcheck(logit_rows_overwrite_, (student.clone(), *rest))

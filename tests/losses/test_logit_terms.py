@@ -448,9 +448,9 @@ def test_opcheck() -> None:
         x["vocab_map"],
         constants,
     )
-    torch.library.opcheck(logit_rows, (*arguments, True, "auto", ""))
+    torch.library.opcheck(logit_rows.op, (*arguments, True, "auto", ""))
     for rounded in (True, False):
-        torch.library.opcheck(logit_total, (*arguments, False, "auto", "", [True], rounded))
+        torch.library.opcheck(logit_total.op, (*arguments, False, "auto", "", [True], rounded))
     torch.library.opcheck(logit_rows_overwrite_, (x["student"].detach().clone(), *arguments[1:], True, "auto", ""))
 
 

@@ -105,12 +105,12 @@ def test_one_gradient_for_both_sides() -> None:
     """The op knows that the queries are the keys, and autograd has nothing to add up."""
     x, t = torch.randn(2, 2, 5, 8, requires_grad=True), torch.randn(2, 2, 5, 8)
     arguments = (x, None, t, None, None, None, torch.ones(2, 2, 5), "prob_kl", False, 0.3, 0.3, "each", "auto")
-    total, dx, empty = attention_total(*arguments, [True, False], False)
+    total, dx, empty = attention_total.op(*arguments, [True, False], False)
     assert empty.numel() == 0
     total.backward()
     torch.testing.assert_close(x.grad, dx)
-    torch.library.opcheck(attention_rows, arguments)
-    torch.library.opcheck(attention_total, (*arguments, [True, False], True))
+    torch.library.opcheck(attention_rows.op, arguments)
+    torch.library.opcheck(attention_total.op, (*arguments, [True, False], True))
 
 
 def test_padding_counts_for_nothing_and_the_default_is_kl() -> None:

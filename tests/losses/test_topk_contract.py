@@ -94,8 +94,8 @@ def test_opcheck(backend: str) -> None:
     constants = [0.0, 0.5, 0.0, 2.0, 4.0, 1.0, 0.0]
     for tail in (None, torch.log1p(-values.exp().sum(-1))):
         rest = (values, indices, tail, scale, None, None, None, constants, backend)
-        torch.library.opcheck(topk_rows, (leaf, *rest))
-        torch.library.opcheck(topk_total, (leaf, *rest, [True], True))
+        torch.library.opcheck(topk_rows.op, (leaf, *rest))
+        torch.library.opcheck(topk_total.op, (leaf, *rest, [True], True))
         _, *state = topk_rows(student, *rest)
         torch.library.opcheck(torch.ops.fastdistil.topk_back, (student, *rest, *state, torch.rand(3, device=DEVICE)))
 

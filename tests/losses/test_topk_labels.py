@@ -155,8 +155,8 @@ def test_opcheck() -> None:
         [0.0, 0.5, 0.0, 2.0, 4.0, 1.0, 0.0],
         "auto",
     )
-    torch.library.opcheck(topk_rows, (student.clone().requires_grad_(), *arguments))
-    torch.library.opcheck(topk_total, (student.clone().requires_grad_(), *arguments, [True], True))
+    torch.library.opcheck(topk_rows.op, (student.clone().requires_grad_(), *arguments))
+    torch.library.opcheck(topk_total.op, (student.clone().requires_grad_(), *arguments, [True], True))
     torch.library.opcheck(topk_rows_overwrite_, (student, *arguments))
 
 
