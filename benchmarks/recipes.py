@@ -150,7 +150,6 @@ def arm(bench: Bench, system: str, name: str, make: Callable[[Path], Path]) -> d
             # With OMP_NUM_THREADS=1; threads that wait for each other count as well.
             "core_seconds": round(seconds) if whole else None,  # no figure where it was interrupted
             "steps": facts.get("steps"),
-            "peak_memory_mib": facts.get("peak_memory_mib"),
             "parameters": facts.get("sizes", {}).get("student", {}).get("parameters"),
         }
         done.write_text(json.dumps(found, indent=1))
@@ -217,7 +216,8 @@ def bistil(bench: Bench) -> dict[str, Any]:
         def make(out: Path, student: Path = student, more: Mapping[str, Any] = more) -> Path:
             options = {
                 "student": str(student), "teacher": str(tagger), "train": [bench.part("en", "dev")], "out": out,
-                "seed": bench.seed, "steps": bench.steps(250), "lr": 3e-4, "batch_size": 16, "max_length": 96,
+                "seed": bench.seed, "steps": bench.steps(250), "lr": 3e-4, "warmup_share": 0.1,
+                "head_steps": bench.steps(60), "freeze_embeddings": True, "batch_size": 16, "max_length": 96,
                 "resume": True, "data_licence": LICENCE, **more,
             }  # fmt: skip
             run_task(build(BistilTaskConfig, options))

@@ -56,7 +56,8 @@ def options(system: str, folder: Path) -> dict[str, Any]:
         "lightmbert": text,
         "bistil": text,
         "bistil-task": labelled
-        | {"student": str(folder / "bistil"), "teacher": str(folder / "tagger"), "steps": 75, "lr": 1e-3},
+        | {"student": str(folder / "bistil"), "teacher": str(folder / "tagger"), "steps": 75, "lr": 1e-3}
+        | {"head_steps": 20, "freeze_embeddings": True},
         "xtremedistil": labelled
         | {"teacher": str(folder / "tagger"), "unlabelled": [str(folder / "more.tsv")], "embedding_size": 8}
         | {"lstm_size": 8, "steps": 180, "max_length": 32, "patience": 50},

@@ -27,17 +27,21 @@ class BistilTaskConfig(LabelledData, Run):
     sparse_epochs: float = option(10.0, "Passes over the data in which the chosen entries train.")
     steps: int | None = option(None, "Steps of each, in place of both epochs.")
     lr: float = option(5e-5, "Learning rate of AdamW; it falls linearly to 0.")
+    warmup_share: float = option(0.0, "Share of the steps in which the learning rate rises.")
+    head_steps: int = option(0, "Steps before these in which the head alone is trained.")
+    head_lr: float = option(1e-3, "Learning rate of those steps.")
+    freeze_embeddings: bool = option(False, "Keep the word embeddings as they are.")
     evaluate_every: int | None = option(None, "Steps between evaluations on --dev (default: at the end).")
     batch_size: int = option(8, "Examples per micro-batch and process.")
 
     def check(self) -> None:
         Run.check(self)
         LabelledData.check(self)
-        self.at_least(steps=1, evaluate_every=1)
+        self.at_least(steps=1, evaluate_every=1, head_steps=0)
         name = type(self).__name__
-        for field in ("density", "epochs", "sparse_epochs", "lr"):
+        for field in ("density", "epochs", "sparse_epochs", "lr", "head_lr"):
             if not getattr(self, field) > 0:
                 raise ValueError(f"{name}: {field} is {getattr(self, field)}, expected more than 0")
-        self.within(0, 1, "density")
+        self.within(0, 1, "density", "warmup_share")
         if not self.train:
             raise ValueError(f"{name}: train is empty, expected at least one file")

@@ -6,8 +6,9 @@
 The teacher is the first phase's teacher, tuned for the task; its vocabulary is cut to the student's, so that both read
 the same pieces, for the attention maps and states, and the logits at T = 2 on labelled words. Everything trains; the
 8% of the encoder's entries that moved most are kept, the rest goes back to where it was, and those train anew, with a
-dense head both times. `out`/student is the result as transformers opens it, `out`/delta.safetensors what it took:
-`fd.sparse.load_into` puts it on phase 1's student with a head of the same labels.
+dense head both times. With `head_steps` the new head alone learns before, and both trainings begin with that one.
+`out`/student is the result as transformers opens it, `out`/delta.safetensors what it took: `fd.sparse.load_into` puts
+it on phase 1's student with a head of the same labels.
 """
 
 from __future__ import annotations
@@ -38,13 +39,21 @@ from fastdistil.systems.bistil import teacher_ids
 from fastdistil.systems.encoders import inputs_by_size, processes, remove_checkpoints, save_student
 from fastdistil.systems.evaluate import Scorer
 from fastdistil.systems.folder import RunFolder, is_main_process, write_json
-from fastdistil.systems.models import folder_of, labels_of, load_classifier, load_tokenizer, new_classifier
+from fastdistil.systems.models import (
+    folder_of,
+    head_alone,
+    head_parameters,
+    labels_of,
+    load_classifier,
+    load_tokenizer,
+    new_classifier,
+)
 from fastdistil.systems.texts import held_out_figures, losses_of
 from fastdistil.train import OptimizerFactory, Options, adamw, train
 
 NAME, PAPER = "BiStil, phase 2", "Ansell et al. 2023, arXiv 2306.01709"
 DELTA = "delta.safetensors"
-EVERYTHING, CHOSEN = "everything", "chosen entries"  # the two trainings
+HEAD, EVERYTHING, CHOSEN = "head", "everything", "chosen entries"  # the trainings
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,7 @@ class Material:
     @property
     def head(self) -> list[str]:
         """Parts of the names of the parameters that are the student's head: what phase 1 does not train."""
-        names = _head_parameters(self.student)
+        names = head_parameters(self.student)
         return sorted({"pooler" if "pooler" in name else name.split(".")[0] for name in names})
 
 
@@ -84,6 +93,8 @@ def load(config: BistilTaskConfig) -> Material:
     _check_pair(student, teacher)
     if config.head == "teacher":
         _copy_head(student, teacher)
+    if config.freeze_embeddings:
+        student.get_input_embeddings().requires_grad_(False)
     length = length_limit(tokenizer, student.config, config.max_length)
     rows = (encode_words if config.task == "tokens" else encode_text)(found.dataset, tokenizer, own, length)
     lost = sum(rows["lost"])
@@ -121,15 +132,9 @@ def _check_pair(student: Any, teacher: Any) -> None:
         )
 
 
-def _head_parameters(model: Any) -> list[str]:
-    """What is outside of the model without head, and its pooler, which language modelling does not train."""
-    inside = f"{model.base_model_prefix}."
-    return [name for name, _ in model.named_parameters() if not name.startswith(inside) or "pooler" in name]
-
-
 @torch.no_grad()
 def _copy_head(student: Any, teacher: Any) -> None:
-    for name in _head_parameters(student):  # the labels have the teacher's order
+    for name in head_parameters(student):  # the labels have the teacher's order
         student.get_parameter(name).copy_(teacher.get_parameter(name))
 
 
@@ -142,28 +147,31 @@ class Tuning:
         self.folder = config.out / "checkpoints"
         student, teacher = material.student, material.teacher
         terms = [labels()] if config.labels_only else recipe.task_terms(student, teacher)
-        self.objective = Distillation(student, terms, None if config.labels_only else teacher)
+        guide = None if config.labels_only else teacher
+        self.objective = Distillation(student, terms, guide)
+        self.of_head = Distillation(student, terms[-1:], guide)  # the term of the logits
         self.scorer = None
         if config.dev:
             dev = _read(config, config.dev, "validation")
             self.scorer = Scorer(dev, material.tokenizer, labels_of(student.config), max_length=material.length)
 
-    def options(self, sparse: bool) -> Options:
-        """AdamW, falling linearly to 0, for one of the two trainings."""
-        config = self.config
+    def options(self, name: str) -> Options:
+        """AdamW, falling linearly to 0, for one of the trainings."""
+        config, head = self.config, name == HEAD
         epoch = len(self.material.rows) / (config.batch_size * config.accumulate * processes())
-        steps = config.steps or max(1, math.ceil((config.sparse_epochs if sparse else config.epochs) * epoch))
+        epochs = config.sparse_epochs if name == CHOSEN else config.epochs
+        steps = config.head_steps if head else config.steps or max(1, math.ceil(epochs * epoch))
         return Options(
             steps,
-            lr=config.lr,
+            lr=config.head_lr if head else config.lr,
             batch_size=config.batch_size,
             accumulate=config.accumulate,
-            warmup=0,
+            warmup=round(config.warmup_share * steps),
             schedule="linear",
             seed=config.seed,
             save_every=config.save_every,
             precision=config.precision,
-            evaluate_every=config.evaluate_every if self.scorer is not None else None,
+            evaluate_every=None if head or self.scorer is None else config.evaluate_every,
             log=config.log,
         )
 
@@ -174,13 +182,21 @@ class Tuning:
             return SparseAdamW(trained, mask, lr=options.lr)
 
         name = EVERYTHING if mask is None else CHOSEN
-        optimizer: OptimizerFactory = adamw if mask is None else chosen
-        scorer = self.scorer
+        self._train(name, self.objective, adamw if mask is None else chosen, out)
+
+    def head(self) -> None:
+        """The new head alone, before."""
+        if self.config.head_steps:
+            with head_alone(self.material.student, head_parameters(self.material.student)):
+                self._train(HEAD, self.of_head, adamw, self.folder / HEAD)
+
+    def _train(self, name: str, objective: Distillation, optimizer: OptimizerFactory, out: Path | None) -> None:
+        scorer, student = None if name == HEAD else self.scorer, self.material.student
         history = train(
-            self.objective,
+            objective,
             self.material.rows,
             collate(int(self.material.tokenizer.pad_token_id)),
-            self.options(sparse=mask is not None),
+            self.options(name),
             optimizer=optimizer,
             out=out,
             name=f"{NAME}: {name}",
@@ -191,7 +207,7 @@ class Tuning:
 
     def history(self) -> dict[str, list[dict[str, float]]]:
         """The records of each training that has ended, also in a run that this one continues."""
-        paths = {name: self.folder / f"{name}.json" for name in (EVERYTHING, CHOSEN)}
+        paths = {name: self.folder / f"{name}.json" for name in (HEAD, EVERYTHING, CHOSEN)}
         return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.is_file()}
 
 
@@ -214,6 +230,7 @@ def run(config: BistilTaskConfig, *, console: Console | None = None) -> dict[str
     before = _teacher_scores(config, folder.path)
     tuning, checkpoints = Tuning(config, material), folder.path / "checkpoints"
     delta: SparseDelta | None = None
+    tuning.head()
     if config.full:
         tuning(material.student, None, checkpoints)
     else:
@@ -316,14 +333,10 @@ def plan(config: BistilTaskConfig) -> plans.Plan:
     tuning = Tuning(config, material)
     length = sum(map(len, material.rows["input_ids"])) / len(material.rows)
     micro = config.batch_size * length
+    tokens = micro * config.accumulate * processes()
     costs = plans.cost(material.student), None if config.labels_only else plans.cost(material.teacher)
-    stages = [
-        plans.StagePlan(
-            name, tuning.options(sparse).steps, micro * config.accumulate * processes(), micro, length, *costs
-        )
-        for name, sparse in ((EVERYTHING, False), (CHOSEN, True))
-        if not (sparse and config.full)
-    ]
+    names = [*([HEAD] if config.head_steps else []), EVERYTHING, *([] if config.full else [CHOSEN])]
+    stages = [plans.StagePlan(name, tuning.options(name).steps, tokens, micro, length, *costs) for name in names]
     facts = {
         "training": f"{len(material.rows):,} examples of {length:.0f} pieces on average",
         "labels": ", ".join(labels_of(material.student.config)),

@@ -9,8 +9,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +24,7 @@ from fastdistil.recipes.outputs import inputs_of
 from fastdistil.systems import measure, report
 from fastdistil.systems.evaluate import METRICS, Scorer, cell
 from fastdistil.systems.folder import RunFolder, is_main_process
-from fastdistil.systems.models import blank_classifier, labels_of, load_tokenizer, new_classifier
+from fastdistil.systems.models import blank_classifier, head_alone, labels_of, load_tokenizer, new_classifier
 from fastdistil.systems.plan import Plan, StagePlan, cost, show
 from fastdistil.train import Batch, Options, train
 
@@ -99,20 +98,6 @@ def _freeze(config: FinetuneConfig, model: Any) -> None:
         raise ValueError("FinetuneConfig: freeze leaves no parameter to train")
 
 
-@contextmanager
-def _head_alone(model: Any) -> Iterator[None]:
-    """What is not of the encoder trains, where it would; afterwards all is as it was."""
-    inside = f"{model.base_model_prefix}."
-    kept = [x for name, x in model.named_parameters() if name.startswith(inside) and x.requires_grad]
-    for parameter in kept:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in kept:
-            parameter.requires_grad_(True)
-
-
 def _encode(
     config: FinetuneConfig, dataset: datasets.Dataset, tokenizer: Any, labels: Sequence[str], length: int
 ) -> Any:
@@ -134,7 +119,7 @@ def plan(config: FinetuneConfig) -> Plan:
     tokens = micro * config.accumulate * processes
     stages = [StagePlan("labels", steps, tokens, micro, length, cost(model))]
     if config.head_steps:
-        with _head_alone(model):
+        with head_alone(model):
             stages.insert(0, StagePlan("head", config.head_steps, tokens, micro, length, cost(model)))
     facts = {
         "training": f"{len(rows):,} examples of {length:.0f} pieces on average, {steps / epoch:.1f} epochs",
@@ -192,7 +177,7 @@ def run(config: FinetuneConfig, *, console: Console | None = None) -> dict[str, 
     batches = collate(int(tokenizer.pad_token_id))
     stages = dict[str, list[dict[str, float]]]()
     if config.head_steps and not own_head:
-        with _head_alone(model):
+        with head_alone(model):
             first = replace(
                 options,
                 steps=config.head_steps,

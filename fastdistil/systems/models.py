@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -124,3 +124,28 @@ def without_report() -> Any:
         yield
     finally:
         logging.set_verbosity(before)
+
+
+def head_parameters(model: Any) -> list[str]:
+    """What is outside of the model without head, and its pooler, which language modelling does not train."""
+    inside = f"{model.base_model_prefix}."
+    return [name for name, _ in model.named_parameters() if not name.startswith(inside) or "pooler" in name]
+
+
+@contextmanager
+def head_alone(model: Any, head: Sequence[str] | None = None) -> Iterator[None]:
+    """Of what trains only `head` does, names of parameters (None: all outside of the encoder); afterwards all is as it
+    was."""
+    inside = f"{model.base_model_prefix}."
+
+    def in_head(name: str) -> bool:
+        return not name.startswith(inside) if head is None else name in head
+
+    kept = [x for name, x in model.named_parameters() if x.requires_grad and not in_head(name)]
+    for parameter in kept:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in kept:
+            parameter.requires_grad_(True)

@@ -121,11 +121,27 @@ def test_texts_with_labels_and_a_pooler_that_is_a_part_of_the_head(folder: Path,
     assert answers[0]["label"] in ("no", "yes")
 
 
+def test_the_head_alone_learns_before_and_embeddings_stay(folder: Path, tmp_path: Path) -> None:
+    more = {"head_steps": 5, "warmup_share": 0.5, "freeze_embeddings": True}
+    found = bistil_task.run(_config(folder, tmp_path / "run", **more))
+    assert found["steps"] == {"head": 5, "everything": 6, "chosen entries": 6}
+    assert set(found["curves"]["head"]) == {"logits"}
+    tuned = transformers.AutoModelForTokenClassification.from_pretrained(tmp_path / "run" / "student")
+    start = transformers.AutoModel.from_pretrained(folder / "phase1" / "student")
+    words = "embeddings.word_embeddings.weight"
+    assert torch.equal(tuned.bert.get_parameter(words), start.get_parameter(words))
+    body = sum(p.numel() for name, p in tuned.bert.named_parameters() if name != words)
+    assert found["entries"] == round(0.08 * body)
+    plan = bistil_task.run(_config(folder, tmp_path / "plan", dry_run=True, **more))
+    assert [x["stage"] for x in plan["stages"]] == ["head", "everything", "chosen entries"]
+
+
 def test_an_interrupted_run_continues_to_the_same_student(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    bistil_task.run(_config(folder, tmp_path / "whole"))
+    steps = {"head_steps": 4}
+    bistil_task.run(_config(folder, tmp_path / "whole", **steps))
     place = bistil_task.train.__globals__
     send = place["send_to_device"]
-    for at in (3, 9):  # in the first training, and in the second one
+    for at in (3, 7, 9):  # of the head, of everything (from where the head ended), and of the chosen entries
         calls: list[int] = []
 
         def stop(x: Any, device: Any, at: int = at, calls: list[int] = calls) -> Any:
@@ -136,10 +152,10 @@ def test_an_interrupted_run_continues_to_the_same_student(folder: Path, tmp_path
 
         monkeypatch.setitem(place, "send_to_device", stop)
         with pytest.raises(RuntimeError, match="killed"):
-            bistil_task.run(_config(folder, tmp_path / "parts", resume=at == 9))
+            bistil_task.run(_config(folder, tmp_path / "parts", resume=at != 3, **steps))
     monkeypatch.setitem(place, "send_to_device", send)
-    found = bistil_task.run(_config(folder, tmp_path / "parts", resume=True))
-    assert found["steps"] == {"everything": 6, "chosen entries": 6}
+    found = bistil_task.run(_config(folder, tmp_path / "parts", resume=True, **steps))
+    assert found["steps"] == {"head": 4, "everything": 6, "chosen entries": 6}
     for name in ("student/model.safetensors", "delta.safetensors"):
         one, two = ((tmp_path / x / name).read_bytes() for x in ("whole", "parts"))
         assert one == two, name
