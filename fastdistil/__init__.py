@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from fastdistil.losses.hidden import hidden_loss
     from fastdistil.losses.linear_logit import linear_logit_loss
     from fastdistil.losses.linear_topk import linear_topk_logit_loss
+    from fastdistil.losses.linear_uld import linear_uld_loss
     from fastdistil.losses.logit import logit_loss
     from fastdistil.losses.relation import relation_loss
     from fastdistil.losses.topk import topk_logit_loss
+    from fastdistil.losses.uld import uld_loss
     from fastdistil.models.capture import capture
     from fastdistil.sparse import lottery_ticket
 
@@ -30,12 +32,14 @@ __all__ = [
     "hidden_loss",
     "linear_logit_loss",
     "linear_topk_logit_loss",
+    "linear_uld_loss",
     "logit_loss",
     "lottery_ticket",
     "relation_loss",
     "sparse",
     "teacher",
     "topk_logit_loss",
+    "uld_loss",
 ]
 
 # Where the names come from. They are imported when they are first used: the command line answers without torch.
@@ -46,10 +50,12 @@ _PLACES = {
     "hidden_loss": "fastdistil.losses.hidden",
     "linear_logit_loss": "fastdistil.losses.linear_logit",
     "linear_topk_logit_loss": "fastdistil.losses.linear_topk",
+    "linear_uld_loss": "fastdistil.losses.linear_uld",
     "logit_loss": "fastdistil.losses.logit",
     "lottery_ticket": "fastdistil.sparse",
     "relation_loss": "fastdistil.losses.relation",
     "topk_logit_loss": "fastdistil.losses.topk",
+    "uld_loss": "fastdistil.losses.uld",
 }
 _MODULES = ("sparse", "teacher")
 

@@ -161,6 +161,32 @@ LOSSES = {
         _some(TAILS, "bucket forward_kl", "renormalize jsd", "zero forward_kl"),
         backends=("reference", "cpu", "triton"),
     ),
+    "uld": Loss(
+        fd.uld_loss,
+        {"student_logits": (ROWS, COLUMNS), "student_factor": (ROWS,)},
+        lambda: {
+            "teacher_logits": torch.randn(ROWS, COLUMNS + 3, dtype=torch.float64),
+            "teacher_factor": torch.rand(ROWS),
+        },
+        ("student_logits", "student_factor", "teacher_logits", "teacher_factor"),
+        {"two temperatures": {"temperature": 1.5, "teacher_temperature": 2.0}},
+        {"one temperature": {"temperature": 0.7}},
+        backends=("reference",),
+        float64=("reference",),
+    ),
+    "linear uld": Loss(
+        fd.linear_uld_loss,
+        HEADS | {"student_factor": (ROWS,)},
+        lambda: {
+            "teacher_hidden": torch.randn(ROWS, 5, dtype=torch.float64),
+            "teacher_weight": torch.randn(COLUMNS - 2, 5, dtype=torch.float64),
+        },
+        ("student_hidden", "student_factor", "teacher_hidden"),
+        {"softcap": {"student_softcap": 2.0, "teacher_softcap": 3.0, "chunk_bytes": 200}},
+        {"plain": {}},
+        backends=("reference",),
+        float64=("reference",),
+    ),
     "hidden": Loss(
         fd.hidden_loss,
         {"student": (ROWS, 4)},
