@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fastdistil.losses.linear_uld import linear_uld_loss
     from fastdistil.losses.logit import logit_loss
     from fastdistil.losses.relation import relation_loss
+    from fastdistil.losses.student_topk import student_topk_logit_loss
     from fastdistil.losses.topk import topk_logit_loss
     from fastdistil.losses.uld import uld_loss
     from fastdistil.models.capture import capture
@@ -37,6 +38,7 @@ __all__ = [
     "lottery_ticket",
     "relation_loss",
     "sparse",
+    "student_topk_logit_loss",
     "teacher",
     "topk_logit_loss",
     "uld_loss",
@@ -54,6 +56,7 @@ _PLACES = {
     "logit_loss": "fastdistil.losses.logit",
     "lottery_ticket": "fastdistil.sparse",
     "relation_loss": "fastdistil.losses.relation",
+    "student_topk_logit_loss": "fastdistil.losses.student_topk",
     "topk_logit_loss": "fastdistil.losses.topk",
     "uld_loss": "fastdistil.losses.uld",
 }

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastdistil.losses import _check
 from fastdistil.losses.linear_logit import linear_logit_loss
 from fastdistil.losses.logit import logit_loss
-from fastdistil.losses.topk import topk_logit_loss
+from fastdistil.losses.student_topk import student_topk_logit_loss
 
 __all__ = ["DistillationMixin", "GKDMixin", "GOLDMixin", "SelfDistillationMixin", "generalized_jsd_loss"]
 
@@ -279,18 +279,8 @@ class SelfDistillationMixin:
         if options.distillation_mode == "full_logits":
             losses: Tensor = logit_loss(student, teacher, **common)
             return losses
-        top, columns = student.topk(options.distillation_topk, dim=-1)  # the student's own
-        known = teacher.gather(-1, columns)
-        if not options.distillation_add_tail:  # both renormalised over the K columns
-            losses = logit_loss(top, known, **common)
-            return losses
-        with torch.no_grad():
-            wide = torch.promote_types(teacher.dtype, torch.float32)
-            sums = teacher.to(wide).logsumexp(-1)
-            # A sequence at a time, since it copies the teacher's logits. log(1 - sum) would have few digits.
-            rest = [x.to(wide).scatter(-1, i, -torch.inf).logsumexp(-1) for x, i in zip(teacher, columns, strict=True)]
-            values, tail = known.to(wide) - sums.unsqueeze(-1), torch.stack(rest) - sums
-        return topk_logit_loss(student, values, columns, teacher_tail=tail, tail="bucket", **common)
+        tail = "bucket" if options.distillation_add_tail else "renormalize"
+        return student_topk_logit_loss(student, teacher, k=options.distillation_topk, tail=tail, **common)
 
 
 class DistillationMixin:

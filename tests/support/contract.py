@@ -161,6 +161,18 @@ LOSSES = {
         _some(TAILS, "bucket forward_kl", "renormalize jsd", "zero forward_kl"),
         backends=("reference", "cpu", "triton"),
     ),
+    "student topk": Loss(
+        fd.student_topk_logit_loss,
+        {"student_logits": (ROWS, COLUMNS)},
+        lambda: {"teacher_logits": torch.randn(ROWS, COLUMNS, dtype=torch.float64)},
+        ("student_logits", "teacher_logits"),
+        {
+            "bucket": {"k": K, "temperature": 1.5, "teacher_temperature": 2.0},
+            "renormalize": {"k": K, "tail": "renormalize"},
+        },
+        {f"bucket {d}": {"k": K, "divergence": d, "beta": 0.3} for d in DIVERGENCES if d != "mse"},
+        backends=("reference", "cpu", "triton"),
+    ),
     "uld": Loss(
         fd.uld_loss,
         {"student_logits": (ROWS, COLUMNS), "student_factor": (ROWS,)},
