@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import wraps
 from typing import Any
 
 import torch
@@ -88,6 +89,31 @@ def _top(columns: int) -> Tensors:
 
 def _two_layers(first: Tensor, second: Tensor, teacher: Tensor, **options: Any) -> Tensor:
     return fd.hidden_loss([first, second], [teacher, 2 * teacher], layer_weights=[1.0, 0.5], **options)
+
+
+# Student columns 2 and 7 have no entry, the others one to three, and the teacher's last column is in none.
+_ENTRIES = [(v, (3 * v + i) % (COLUMNS + 3), 0.5 + i) for v in range(COLUMNS) if v % 5 != 2 for i in range(1 + v % 3)]
+PROJECTION = fd.VocabProjection.of(
+    torch.sparse_coo_tensor(
+        torch.tensor([x[:2] for x in _ENTRIES]).T,
+        torch.tensor([x[2] for x in _ENTRIES]),
+        (COLUMNS, COLUMNS + 4),
+        check_invariants=True,
+    )
+).to(DEVICE)
+
+
+@wraps(fd.projected_logit_loss)
+def _projected(student_logits: Tensor, teacher_logits: Tensor, **options: Any) -> Tensor:
+    return fd.projected_logit_loss(student_logits, teacher_logits, PROJECTION, **options)
+
+
+@wraps(fd.linear_projected_logit_loss)
+def _linear_projected(
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, **options: Any
+) -> Tensor:
+    heads = student_hidden, student_weight, teacher_hidden, teacher_weight
+    return fd.linear_projected_logit_loss(*heads, PROJECTION, **options)
 
 
 HEADS = {"student_hidden": (ROWS, 3), "student_weight": (COLUMNS, 3), "student_bias": (COLUMNS,)}
@@ -172,6 +198,35 @@ LOSSES = {
         },
         {f"bucket {d}": {"k": K, "divergence": d, "beta": 0.3} for d in DIVERGENCES if d != "mse"},
         backends=("reference", "cpu", "triton"),
+    ),
+    "vocabulary projection": Loss(
+        _projected,
+        {"student_logits": (ROWS, COLUMNS)},
+        lambda: {"teacher_logits": torch.randn(ROWS, COLUMNS + 4, dtype=torch.float64)},
+        ("student_logits", "teacher_logits"),
+        {"forward_kl": EACH["forward_kl"], "as it is": {"renormalize": False, "temperature": 1.5}},
+        {d: x for d, x in EACH.items() if d != "mse"},
+        backends=("reference", "cpu"),
+    ),
+    "vocabulary projection with labels": Loss(
+        _projected,
+        {"student_logits": (ROWS, COLUMNS)},
+        lambda: {"teacher_logits": torch.randn(ROWS, COLUMNS + 4, dtype=torch.float64), "labels": _labels()},
+        ("student_logits", "teacher_logits", "labels"),
+        {"jsd": EACH["jsd"] | {"label_weight": 0.4}},
+        backends=("reference", "cpu"),
+    ),
+    "linear vocabulary projection": Loss(
+        _linear_projected,
+        HEADS,
+        lambda: {
+            "teacher_hidden": torch.randn(ROWS, 5, dtype=torch.float64),
+            "teacher_weight": torch.randn(COLUMNS + 4, 5, dtype=torch.float64),
+        },
+        ("student_hidden", "teacher_hidden"),
+        {"softcap": {"student_softcap": 2.0, "teacher_softcap": 3.0, "chunk_bytes": 1500, "renormalize": False}},
+        {"jsd": EACH["jsd"]},
+        backends=("reference", "cpu"),
     ),
     "uld": Loss(
         fd.uld_loss,
