@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fastdistil.losses.uld import uld_loss
     from fastdistil.losses.vocab_projection import VocabProjection
     from fastdistil.models.capture import capture
+    from fastdistil.models.projection import tokenizer_projection
     from fastdistil.sparse import lottery_ticket
 
 __version__ = "0.1.0"
@@ -46,6 +47,7 @@ __all__ = [
     "sparse",
     "student_topk_logit_loss",
     "teacher",
+    "tokenizer_projection",
     "topk_logit_loss",
     "uld_loss",
 ]
@@ -66,6 +68,7 @@ _PLACES = {
     "projected_logit_loss": "fastdistil.losses.projected",
     "relation_loss": "fastdistil.losses.relation",
     "student_topk_logit_loss": "fastdistil.losses.student_topk",
+    "tokenizer_projection": "fastdistil.models.projection",
     "topk_logit_loss": "fastdistil.losses.topk",
     "uld_loss": "fastdistil.losses.uld",
 }

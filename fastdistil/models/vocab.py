@@ -19,19 +19,19 @@ _KEPT = (
 )  # fmt: skip
 
 
-def _parts(node: Any) -> Iterator[dict[str, Any]]:
+def parts_of(node: Any) -> Iterator[dict[str, Any]]:
     """Every object in a piece of JSON: a Sequence holds its parts, whatever their key."""
     if isinstance(node, dict):
         yield node
         node = list(node.values())
     if isinstance(node, list):
         for part in node:
-            yield from _parts(part)
+            yield from parts_of(part)
 
 
 def _processor_ids(document: dict[str, Any]) -> Iterator[tuple[list[Any], int]]:
     """Where the ids are that post-processors and padding hold: a list, and the place in it."""
-    for part in _parts(document["post_processor"]):
+    for part in parts_of(document["post_processor"]):
         if part.get("type") == "TemplateProcessing":
             for token in part["special_tokens"].values():
                 yield from ((token["ids"], place) for place in range(len(token["ids"])))
@@ -65,15 +65,16 @@ def _byte_ids(document: dict[str, Any]) -> set[int]:
     """The pieces that stand for single bytes, of which any text can be made."""
     pieces = _pieces(document["model"])
     names = [f"<0x{byte:02X}>" for byte in range(256)] if document["model"].get("byte_fallback") else []
-    if any(part.get("type") == "ByteLevel" for part in _parts([document["pre_tokenizer"], document["normalizer"]])):
-        names += _byte_characters()
+    if any(part.get("type") == "ByteLevel" for part in parts_of([document["pre_tokenizer"], document["normalizer"]])):
+        names += byte_characters().values()
     return {pieces[name] for name in names if name in pieces}
 
 
-def _byte_characters() -> list[str]:
+def byte_characters() -> dict[int, str]:
     """GPT-2's characters for the 256 bytes: those that print, and those from 256 on for the others."""
     printed = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    return [chr(byte) for byte in sorted(printed)] + [chr(256 + i) for i in range(256 - len(printed))]
+    others = [byte for byte in range(256) if byte not in printed]
+    return {byte: chr(byte) for byte in sorted(printed)} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
 def _lowest(vocab: list[list[Any]], kept: set[int]) -> set[int]:
