@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdistil.integrations.gold import UniversalLogitLoss
 from fastdistil.losses import _check
 from fastdistil.losses.linear_logit import linear_logit_loss
 from fastdistil.losses.logit import logit_loss
@@ -194,27 +195,36 @@ class GKDMixin(_LogitsMixin):
 
 
 class GOLDMixin(_LogitsMixin):
-    """For `trl.experimental.gold.GOLDTrainer` where both models share a tokenizer (use_uld_loss=False). `two_heads` and
-    `chunk_bytes` as in `GKDMixin`.
+    """For `trl.experimental.gold.GOLDTrainer`. `two_heads` and `chunk_bytes` as in `GKDMixin`, for models of one
+    tokenizer. With use_uld_loss TRL aligns the tokens of both sides, and `uld_loss` compares the rows.
 
     Args:
         *args, **kwargs: the trainer's own.
 
     Raises:
-        ValueError: use_uld_loss=True, whose loss across tokenizers is TRL's own.
+        ValueError: use_uld_loss=True with uld_use_hybrid_loss, whose loss is TRL's own, or with two_heads.
     """
 
     args: Any
     temperature: float
+    uld_loss_fn: Any
     generalized_jsd_loss = staticmethod(generalized_jsd_loss)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.args.use_uld_loss:
-            raise ValueError(
-                "GOLDMixin: use_uld_loss is True, expected False: the loss across tokenizers is TRL's own, which no "
-                "subclass of the trainer reaches"
-            )
+            if self.args.uld_use_hybrid_loss:
+                raise ValueError("GOLDMixin: uld_use_hybrid_loss is True, expected False: that part is TRL's own")
+            if self.two_heads:
+                raise ValueError("GOLDMixin: two_heads is True with use_uld_loss, expected False: TRL forms the logits")
+            self.uld_loss_fn = UniversalLogitLoss(self.uld_loss_fn)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Tensor | float | None = None
+    ) -> Any:
+        if self.args.use_uld_loss:  # TRL's, which calls uld_loss_fn
+            return super(_LogitsMixin, self).compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _forward_kwargs(self, inputs: Any) -> dict[str, Any]:
         found: dict[str, Any] = self._get_model_forward_kwargs(inputs)  # type: ignore[attr-defined]

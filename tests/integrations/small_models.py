@@ -23,10 +23,12 @@ TEMPLATE = (
 )
 
 
-def byte_tokenizer() -> Any:
-    """256 bytes after five special tokens, with a chat template."""
+def byte_tokenizer(*pairs: str) -> Any:
+    """256 bytes after five special tokens, then pieces of two bytes, with a chat template."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    inner = Tokenizer(models.BPE({x: i for i, x in enumerate([*SPECIAL, *letters])}, []))
+    inner = Tokenizer(
+        models.BPE({x: i for i, x in enumerate([*SPECIAL, *letters, *pairs])}, [(x[0], x[1]) for x in pairs])
+    )
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     inner.add_special_tokens(SPECIAL)
@@ -38,11 +40,11 @@ def byte_tokenizer() -> Any:
     return tokenizer
 
 
-def causal_model(width: int, layers: int, seed: int, **more: Any) -> Any:
+def causal_model(width: int, layers: int, seed: int, columns: int = len(SPECIAL) + 256, **more: Any) -> Any:
     """A small Llama of `width`, whose logits are spread enough for divergences of some nats."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(SPECIAL) + 256, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
+        vocab_size=columns, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.2,
         pad_token_id=0, bos_token_id=1, eos_token_id=2, **more,
     )  # fmt: skip

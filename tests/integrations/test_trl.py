@@ -294,7 +294,6 @@ def test_function_refuses(call: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("GOLD", {"use_uld_loss": True, "teacher_tokenizer_name_or_path": "."}, "use_uld_loss is True"),
         (
             "SDFT",
             {"distillation_mode": "sampled_token", "distillation_alpha": 1.0},
