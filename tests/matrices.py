@@ -74,6 +74,42 @@ def _linear_topk(dtype: torch.dtype, device: str, backend: str) -> tuple[Tensor,
     return fd.linear_topk_logit_loss(student, head, *_top(dtype, device), backend=backend), student
 
 
+def _student_topk(dtype: torch.dtype, device: str, backend: str) -> tuple[Tensor, Tensor]:
+    student = _draw(2, 9, dtype=dtype, device=device, grad=True)
+    return fd.student_topk_logit_loss(student, _draw(2, 9, dtype=dtype, device=device), k=3, backend=backend), student
+
+
+def _heads(dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of 9 and 11 columns."""
+    student = _draw(2, 4, dtype=dtype, device=device, grad=True)
+    rest = [_draw(*shape, dtype=dtype, device=device) for shape in ((9, 4), (2, 6), (11, 6))]
+    return student, rest[0], rest[1], rest[2]
+
+
+def _projection(device: str) -> fd.VocabProjection:
+    return fd.VocabProjection.of(torch.eye(9, 11).to_sparse()).to(device)
+
+
+def _projected(dtype: torch.dtype, device: str, backend: str) -> tuple[Tensor, Tensor]:
+    student, teacher = _draw(2, 9, dtype=dtype, device=device, grad=True), _draw(2, 11, dtype=dtype, device=device)
+    return fd.projected_logit_loss(student, teacher, _projection(device), backend=backend), student
+
+
+def _linear_projected(dtype: torch.dtype, device: str, backend: str) -> tuple[Tensor, Tensor]:
+    heads = _heads(dtype, device)
+    return fd.linear_projected_logit_loss(*heads, _projection(device), backend=backend), heads[0]
+
+
+def _uld(dtype: torch.dtype, device: str, backend: str) -> tuple[Tensor, Tensor]:
+    student = _draw(2, 9, dtype=dtype, device=device, grad=True)
+    return fd.uld_loss(student, _draw(2, 11, dtype=dtype, device=device), backend=backend), student
+
+
+def _linear_uld(dtype: torch.dtype, device: str, backend: str) -> tuple[Tensor, Tensor]:
+    heads = _heads(dtype, device)
+    return fd.linear_uld_loss(*heads, backend=backend), heads[0]
+
+
 def _hidden(dtype: torch.dtype, device: str, backend: str) -> tuple[Tensor, Tensor]:
     student = _draw(2, 4, dtype=dtype, device=device, grad=True)
     return fd.hidden_loss(student, _draw(2, 4, dtype=dtype, device=device), backend=backend), student
@@ -96,6 +132,11 @@ LOSSES: dict[str, Callable[[torch.dtype, str, str], tuple[Tensor, Tensor]]] = {
     "linear_logit_loss": _linear_logit,
     "topk_logit_loss": _topk,
     "linear_topk_logit_loss": _linear_topk,
+    "student_topk_logit_loss": _student_topk,
+    "projected_logit_loss": _projected,
+    "linear_projected_logit_loss": _linear_projected,
+    "uld_loss": _uld,
+    "linear_uld_loss": _linear_uld,
     "hidden_loss": _hidden,
     "attention_loss": _attention,
     "relation_loss": _relation,
@@ -140,13 +181,14 @@ def backend_table() -> list[str]:
         "| loss | reference (PyTorch) | cpu (C++) | triton: interpreted | cuda (C++, rows of logits): emulated |",
         "| --- " * 5 + "|",
     ]
+    same: dict[str, list[str]] = {}  # losses by their cells
     for loss in LOSSES:
         ran = [
             [x for x, dtype in DTYPES.items() if works(loss, name, dtype)] for name in ("reference", "cpu", "triton")
         ]
         cells = [", ".join(x) or "–" for x in (*ran, cuda_dtypes(loss))]
-        rows.append(f"| `{loss}` | {' | '.join(cells)} |")
-    return rows
+        same.setdefault(" | ".join(cells), []).append(f"`{loss}`")
+    return rows + [f"| {', '.join(losses)} | {cells} |" for cells, losses in same.items()]
 
 
 # Parameters by the column that shows them, "" being those that every loss has. A column whose name is a parameter's says
@@ -162,7 +204,7 @@ OPTIONS = {
     "`return_stats`": ("return_stats",),
     "`softcap`": ("student_logit_scale", "student_softcap", "teacher_logit_scale", "teacher_softcap"),
     "its own": (
-        "inplace_backward", "chunk_bytes", "student_bias", "teacher_bias", "teacher_tail", "projection", "bias",
+        "k", "renormalize", "student_factor", "teacher_factor", "inplace_backward", "chunk_bytes", "student_bias", "teacher_bias", "teacher_tail", "projection", "bias",
         "activation", "layer_weights", "causal", "student_scale", "teacher_scale", "cu_seqlens", "heads", "relation_heads",
     ),
 }  # fmt: skip
@@ -195,7 +237,7 @@ def matrices() -> str:
 
 def with_matrices(page: str) -> str:
     before, rest = page.split(START)
-    return f"{before}{START}\n\n{matrices()}\n{END}{rest.split(END)[1]}"
+    return f"{before}{START}\n{matrices()}\n{END}{rest.split(END)[1]}"
 
 
 if __name__ == "__main__":

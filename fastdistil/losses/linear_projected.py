@@ -66,7 +66,7 @@ def linear_projected_logit_loss(
         weight: (...,) one number or bool per row; rows of weight 0 are dropped before the products (on a GPU, finding
             them synchronises once per call).
         student_logit_scale, student_softcap, teacher_logit_scale, teacher_softcap: as in `linear_logit_loss`.
-        backend: "auto", "reference" or "cpu", for the rows; the products are torch's.
+        backend: "auto", "reference", "cpu" or "cuda", for the rows; the products are torch's.
 
     Returns:
         float32 (float64 where an input is): a scalar, or (...,) for reduction="none", whose backward pass computes

@@ -62,7 +62,7 @@ def projected_logit_loss(
             over all of the student's columns, as in `logit_loss`.
         reduction: "mean" is sum(w * loss) / sum(w), "sum" is sum(w * loss), "none" is w * loss, per row.
         num_items: replaces sum(w) in "mean": a number or a tensor of one entry.
-        backend: "auto", "reference" or "cpu", for the rows, in float64.
+        backend: "auto", "reference", "cpu" or "cuda", for the rows, in float64.
 
     Returns:
         float32 (float64 where either side is): a scalar, or (...,) for reduction="none".

@@ -22,6 +22,12 @@ from fastdistil import cli, doctor, doctor_checks
 runner = CliRunner()
 
 
+# What the backends have no kernels for.
+SORTED = {"uld_loss", "linear_uld_loss"}
+FLOAT64 = {"projected_logit_loss", "linear_projected_logit_loss"}
+MISSING = {"reference": set[str](), "cpu": SORTED, "triton": {"select_topk", *SORTED, *FLOAT64}}
+
+
 def test_it_is_content_here() -> None:
     """In a process of its own, as its users run it."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_WAIT_POLICY": "passive"}
@@ -43,7 +49,7 @@ def test_every_kernel_is_right(backend: str) -> None:
     errors = doctor_checks.errors(backend, DEVICE.type)
     assert {"logit_loss", "SparseAdamW"} <= errors.keys()
     if backend != "cuda":
-        assert errors.keys() | {"select_topk"} == doctor_checks.CHECKS.keys()
+        assert doctor_checks.CHECKS.keys() - errors.keys() == MISSING[backend]
     assert max(errors.values()) <= doctor.LIMIT / 10, errors
 
 

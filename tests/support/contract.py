@@ -206,7 +206,8 @@ LOSSES = {
         ("student_logits", "teacher_logits"),
         {"forward_kl": EACH["forward_kl"], "as it is": {"renormalize": False, "temperature": 1.5}},
         {d: x for d, x in EACH.items() if d != "mse"},
-        backends=("reference", "cpu"),
+        backends=("reference", "cpu", "cuda"),
+        float64=("reference", "cpu", "cuda"),
     ),
     "vocabulary projection with labels": Loss(
         _projected,
@@ -214,7 +215,8 @@ LOSSES = {
         lambda: {"teacher_logits": torch.randn(ROWS, COLUMNS + 4, dtype=torch.float64), "labels": _labels()},
         ("student_logits", "teacher_logits", "labels"),
         {"jsd": EACH["jsd"] | {"label_weight": 0.4}},
-        backends=("reference", "cpu"),
+        backends=("reference", "cpu", "cuda"),
+        float64=("reference", "cpu", "cuda"),
     ),
     "linear vocabulary projection": Loss(
         _linear_projected,
@@ -226,7 +228,8 @@ LOSSES = {
         ("student_hidden", "teacher_hidden"),
         {"softcap": {"student_softcap": 2.0, "teacher_softcap": 3.0, "chunk_bytes": 1500, "renormalize": False}},
         {"jsd": EACH["jsd"]},
-        backends=("reference", "cpu"),
+        backends=("reference", "cpu", "cuda"),
+        float64=("reference", "cpu", "cuda"),
     ),
     "uld": Loss(
         fd.uld_loss,
