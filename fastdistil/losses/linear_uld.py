@@ -83,8 +83,9 @@ def linear_uld_loss(
     _check.one_of(_NAME, "reduction", reduction, _check.REDUCTIONS)
     device, rows = student_hidden.device, student_hidden.shape[:-1]
     chunk = chunk_size(_NAME, chunk_bytes, device)
-    dtype = torch.float64 if any(x is not None and x.dtype == torch.float64 for x in heads) else torch.float32
     factors = factors_of(_NAME, student_factor, teacher_factor, rows, device)
+    wide = any(x is not None and x.dtype == torch.float64 for x in (*heads, *factors))
+    dtype = torch.float64 if wide else torch.float32
     w = None if weight is None else _check.row_weight(_NAME, weight, rows, device, dtype)
     caps = _terms.caps(_NAME, student_logit_scale, student_softcap, teacher_logit_scale, teacher_softcap)
     scale = _check.row_scale(_NAME, rows.numel(), w, reduction, num_items, device, dtype)

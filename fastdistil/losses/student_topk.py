@@ -59,7 +59,7 @@ def student_topk_logit_loss(
         backend: "auto", "reference", "cpu" or "triton"; see fastdistil.backends().
 
     Returns:
-        float32 (float64 for float64 student_logits): a scalar, or (...,) for reduction="none".
+        float32 (float64 where either side is): a scalar, or (...,) for reduction="none".
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was wanted.
@@ -110,6 +110,8 @@ def student_topk_logit_loss(
             temperature=t_s, teacher_temperature=t_t, scale_by_t2=scale_by_t2, weight=weight, reduction=reduction,
             num_items=num_items, backend=backend,
         )  # fmt: skip
+    if teacher.dtype == torch.float64:  # the kernels know the student's dtype alone
+        student = student.double()
     values, rest = log_probabilities_at(matrix(teacher), columns.reshape(-1, k), t_t)
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     w = None if weight is None else _check.row_weight(_NAME, weight, rows, device, dtype)

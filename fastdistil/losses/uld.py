@@ -51,7 +51,7 @@ def uld_loss(
         backend: "auto" or "reference": the sorts are torch's on every device.
 
     Returns:
-        float32 (float64 where either side is): a scalar, or (...,) for reduction="none". The gradient at ranks where
+        float32 (float64 where an input is): a scalar, or (...,) for reduction="none". The gradient at ranks where
         p_i = q_i is that of 0, one of the subgradients. Columns of equal student logits are taken in their order: the
         value does not depend on it, and the gradient is again one of the subgradients.
 
@@ -79,8 +79,9 @@ def uld_loss(
     temperatures = temperatures_of(_NAME, temperature, teacher_temperature)
     _check.one_of(_NAME, "reduction", reduction, _check.REDUCTIONS)
     rows, device = student.shape[:-1], student.device
-    dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
     factors = factors_of(_NAME, student_factor, teacher_factor, rows, device)
+    wide = any(x is not None and x.dtype == torch.float64 for x in (student, teacher, *factors))
+    dtype = torch.float64 if wide else torch.float32
     w = None if weight is None else _check.row_weight(_NAME, weight, rows, device, dtype)
     scale = _check.row_scale(_NAME, rows.numel(), w, reduction, num_items, device, dtype)
     arguments = (matrix(student), matrix(teacher), *factors, scale, temperatures, backend)

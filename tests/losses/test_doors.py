@@ -77,6 +77,27 @@ def _linear_topk(s: list[Tensor], t: list[Tensor], **options: Any) -> Tensor:
     return fd.linear_topk_logit_loss(s[0], s[1], t[0], INDICES, student_bias=s[2], **options)
 
 
+def _student_topk(s: list[Tensor], t: list[Tensor], **options: Any) -> Tensor:
+    return fd.student_topk_logit_loss(s[0], t[0], k=3, **options)
+
+
+def _vocabulary(s: list[Tensor], t: list[Tensor], **options: Any) -> Tensor:
+    return fd.projected_logit_loss(s[0], t[0], PROJECTION, **options)
+
+
+def _linear_vocabulary(s: list[Tensor], t: list[Tensor], **options: Any) -> Tensor:
+    heads = s[0], s[1], t[0], t[1]
+    return fd.linear_projected_logit_loss(*heads, PROJECTION, student_bias=s[2], teacher_bias=t[2], **options)
+
+
+def _uld(s: list[Tensor], t: list[Tensor], **options: Any) -> Tensor:
+    return fd.uld_loss(s[0], t[0], student_factor=s[1], teacher_factor=t[1], **options)
+
+
+def _linear_uld(s: list[Tensor], t: list[Tensor], **options: Any) -> Tensor:
+    return fd.linear_uld_loss(s[0], s[1], t[0], t[1], student_bias=s[2], teacher_bias=t[2], **options)
+
+
 def _hidden(s: list[Tensor], t: list[Tensor], **options: Any) -> Tensor:
     return fd.hidden_loss(s[0], t[0], **options)
 
@@ -102,6 +123,9 @@ LOGITS: Pair = [(ROWS, COLUMNS)]
 HEAD: Pair = [(ROWS, 5), (COLUMNS, 5), (COLUMNS,)]
 MAPS: Pair = [(2, 2, ROWS, 4)] * 2
 MAP = torch.tensor([3, -1, 0, 1, 2, 4, 6])
+PROJECTION = fd.VocabProjection.of(torch.eye(COLUMNS, COLUMNS + 2).roll(1, -1).to_sparse())
+WIDER: Pair = [(ROWS, COLUMNS + 2)]
+WIDER_HEAD: Pair = [(ROWS, 3), (COLUMNS + 2, 3), (COLUMNS + 2,)]
 LOSSES = {
     "logit": Loss(_logit, LOGITS, LOGITS),
     "logit-labels": Loss(partial(_logit, **MIXED), LOGITS, LOGITS),
@@ -115,6 +139,12 @@ LOSSES = {
     "topk": Loss(_topk, LOGITS, [(ROWS, 3)], stored=True),
     "topk-labels": Loss(partial(_topk, **MIXED), LOGITS, [(ROWS, 3)], stored=True),
     "linear-topk": Loss(partial(_linear_topk, **MIXED), HEAD, [(ROWS, 3)], stored=True),
+    "student-topk": Loss(_student_topk, LOGITS, LOGITS),
+    "student-topk-renormalized": Loss(partial(_student_topk, tail="renormalize"), LOGITS, LOGITS),
+    "vocabulary": Loss(partial(_vocabulary, **MIXED), LOGITS, WIDER),
+    "linear-vocabulary": Loss(_linear_vocabulary, HEAD, WIDER_HEAD),
+    "uld": Loss(_uld, [*LOGITS, (ROWS,)], [*WIDER, (ROWS,)]),
+    "linear-uld": Loss(_linear_uld, HEAD, WIDER_HEAD),
     **{f"hidden-{kind}": Loss(partial(_hidden, kind=kind), LOGITS, LOGITS) for kind in ("mse", "cosine", "kl")},
     "hidden-projected": Loss(_projected, HEAD, LOGITS),
     "hidden-layers": Loss(_layers, LOGITS * 2, LOGITS * 2),
