@@ -41,8 +41,8 @@ def tokenizer_projection(
 
     - Normalisers: a lowercasing student has no piece for the teacher's capitals, and none is looked for.
     - What comes before: pieces are cut alone. Rules of a pre-tokenizer (digits one by one) count as far as the
-      student's model has learned them, and WordPiece has no space before punctuation and CJK characters, where the
-      other kinds may have one.
+      student's model has learned them. WordPiece has no space before punctuation and CJK characters, where the other
+      kinds may have one, and no piece for a space alone.
     - The other direction: where the teacher predicts a part of a student's longer piece, the part gets all of it. Such
       a piece of the student, if nothing else is mapped to it, is left out of the loss.
     - Bytes: a piece that ends inside of a character has a partner of the same bytes or none.
