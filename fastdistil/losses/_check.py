@@ -18,9 +18,22 @@ def float_tensor(function: str, name: str, value: object) -> Tensor:
     """`value` as a tensor of a supported floating dtype."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{function}: {name} is {type(value).__name__}, expected a torch.Tensor")
+    no_dtensor(function, name, value)
     if value.dtype not in FLOATS:
         raise TypeError(f"{function}: {name} has dtype {value.dtype}, expected float32, bfloat16, float16 or float64")
     return usable(value)
+
+
+def no_dtensor(function: str, name: str, value: Tensor) -> None:
+    """Kernels read one rank's memory, and would take its part for the whole."""
+    if not hasattr(value, "device_mesh"):
+        return
+    placements: object = getattr(value, "placements", None)
+    raise TypeError(
+        f"{function}: {name} is a DTensor placed as {placements}, expected a plain tensor: {name}.full_tensor() where "
+        "all ranks have the same rows (tensor and sequence parallelism); of a parameter under fully_shard, whose ranks "
+        f"have rows of their own, {name}.full_tensor(grad_placements=[Partial('avg')])"
+    )
 
 
 def usable(value: Tensor) -> Tensor:
@@ -108,6 +121,7 @@ def row_weight(function: str, weight: object, shape: torch.Size, device: torch.d
     """`weight` (one entry a row; bool or number) as a flat tensor of `dtype` (float32 or float64)."""
     if not isinstance(weight, Tensor):
         raise TypeError(f"{function}: weight is {type(weight).__name__}, expected a torch.Tensor")
+    no_dtensor(function, "weight", weight)
     if weight.dtype.is_complex:
         raise TypeError(f"{function}: weight has dtype {weight.dtype}, expected bool, integer or floating")
     same_shape(function, "weight", weight, "the rows", shape)

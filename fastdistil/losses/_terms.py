@@ -136,6 +136,7 @@ def caps(
 def _integers(function: str, name: str, value: object, shape: torch.Size, device: torch.device) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{function}: {name} is {type(value).__name__}, expected a torch.Tensor")
+    _check.no_dtensor(function, name, value)
     if value.dtype not in (torch.int64, torch.int32, torch.int16):
         raise TypeError(f"{function}: {name} has dtype {value.dtype}, expected int64")
     if value.shape != shape:

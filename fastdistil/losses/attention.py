@@ -197,6 +197,7 @@ def _check_keys(name: str, queries: Tensor, keys: Tensor) -> None:
 def _check_mask(function: str, mask: Tensor, student_q: Tensor) -> None:
     if not isinstance(mask, Tensor):
         raise TypeError(f"{function}: mask is {type(mask).__name__}, expected a torch.Tensor")
+    _check.no_dtensor(function, "mask", mask)
     if mask.dtype != torch.bool:
         raise TypeError(f"{function}: mask has dtype {mask.dtype}, expected bool, True = real token (mask.bool())")
     wanted = (student_q.shape[0], student_q.shape[2])
@@ -209,6 +210,7 @@ def _check_cu_seqlens(cu_seqlens: Tensor, student_q: Tensor) -> None:
     """Its values are looked at on a CPU alone: a GPU would have to be waited for."""
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"{_NAME}: cu_seqlens is {type(cu_seqlens).__name__}, expected a torch.Tensor")
+    _check.no_dtensor(_NAME, "cu_seqlens", cu_seqlens)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{_NAME}: cu_seqlens has dtype {cu_seqlens.dtype}, expected int32 or int64")
     if cu_seqlens.ndim != 1 or len(cu_seqlens) == 0:

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
-from fastdistil.losses import _check, _terms
+from fastdistil.losses import _check, _heads, _terms
 from fastdistil.losses._terms import LogitStats
 from fastdistil.losses.logit import rule_of
-from fastdistil.ops.linear_logit import linear_logit_rows, linear_logit_total
+from fastdistil.ops.linear_logit import TENSOR_NAMES, linear_logit_rows, linear_logit_total
 from fastdistil.ops.logit_terms import pack
+from fastdistil.ops.shards import Call, run
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -127,9 +128,15 @@ def linear_logit_loss(  # type: ignore[misc] # the overloads need not repeat wha
         >>> print(torch.allclose(loss, fastdistil.logit_loss(*logits), rtol=1e-4), student_head.grad.shape)
         True torch.Size([50, 8])
     """
-    student_weight, student_bias, teacher_weight, teacher_bias, group = _local(
-        student_weight, student_bias, teacher_weight, teacher_bias, group
-    )
+    student_hidden = _heads.whole_rows(student_hidden)
+    teacher_hidden = _heads.whole_rows(teacher_hidden)
+    given = {
+        "student_weight": student_weight, "student_bias": student_bias,
+        "teacher_weight": teacher_weight, "teacher_bias": teacher_bias,
+    }  # fmt: skip
+    parts = _heads.resolve(_NAME, given, student_hidden, group)
+    student_weight, student_bias, teacher_weight, teacher_bias = parts.tensors.values()  # type: ignore[assignment]
+    group = parts.group
     heads = _check_heads(
         student_hidden,
         student_weight,
@@ -182,11 +189,17 @@ def linear_logit_loss(  # type: ignore[misc] # the overloads need not repeat wha
         weight is None, name,
     )  # fmt: skip
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, matrix, bias)]
-    if reduction != "none" and any(wanted):
+    summed = reduction != "none" and any(wanted)
+    if parts.shards:
+        shards = {TENSOR_NAMES.index(x): shard for x, shard in parts.shards.items()}
+        call = Call(linear_logit_rows, linear_logit_total, TENSOR_NAMES, [*arguments], shards, wanted, summed)
+        loss, each = run(call)
+    elif summed:
         loss, each, *_ = linear_logit_total(*arguments, wanted, False)
     else:
-        losses, each = linear_logit_rows(*arguments)
-        loss = losses.reshape(rows) if reduction == "none" else losses.sum()
+        loss, each = linear_logit_rows(*arguments)
+    if not summed:
+        loss = loss.reshape(rows) if reduction == "none" else loss.sum()
     if alone is not None:
         return loss, alone
     return (loss, _terms.row_stats(each, rows)) if return_stats else loss
@@ -199,34 +212,6 @@ def chunk_size(function: str, chunk_bytes: object, device: torch.device) -> int:
     if isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, int) or chunk_bytes < 1:
         raise ValueError(f"{function}: chunk_bytes is {chunk_bytes!r}, expected a whole number of bytes, at least 1")
     return chunk_bytes
-
-
-def _local(
-    student_weight: Tensor,
-    student_bias: Tensor | None,
-    teacher_weight: Tensor,
-    teacher_bias: Tensor | None,
-    group: ProcessGroup | None,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, ProcessGroup | None]:
-    """This rank's rows of DTensor heads, and the group that they are sharded over."""
-    heads = {
-        "student_weight": student_weight, "student_bias": student_bias,
-        "teacher_weight": teacher_weight, "teacher_bias": teacher_bias,
-    }  # fmt: skip
-    if not any(hasattr(x, "device_mesh") for x in heads.values()):
-        return student_weight, student_bias, teacher_weight, teacher_bias, group
-    found: dict[str, Any] = {}
-    for name, x in heads.items():
-        mesh: Any = getattr(x, "device_mesh", None)
-        placements: Any = getattr(x, "placements", None)
-        if x is not None and (mesh is None or mesh.ndim != 1 or not placements[0].is_shard(0)):
-            raise ValueError(
-                f"{_NAME}: {name} is {'no DTensor' if mesh is None else f'placed as {placements}'}, expected a DTensor "
-                "sharded by rows (Shard(0)) over a mesh of one dimension, as all heads then"
-            )
-        found[name] = None if x is None else x.to_local()  # type: ignore[attr-defined]
-        group = group if x is None else mesh.get_group()
-    return found["student_weight"], found["student_bias"], found["teacher_weight"], found["teacher_bias"], group
 
 
 def _check_heads(

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from fastdistil.contracts.topk import TAILS
-from fastdistil.losses import _check, _terms
+from fastdistil.losses import _check, _heads, _terms
 from fastdistil.losses.linear_logit import check_head, chunk_size
 from fastdistil.losses.logit import rule_of
 from fastdistil.losses.topk import check_defined, check_teacher, partners_of, tail_of
-from fastdistil.ops.linear_topk import linear_topk_rows, linear_topk_total
+from fastdistil.ops.linear_topk import TENSOR_NAMES, linear_topk_rows, linear_topk_total
+from fastdistil.ops.shards import Call, run
 
 _NAME = "linear_topk_logit_loss"
 
@@ -75,6 +76,10 @@ def linear_topk_logit_loss(
         >>> print(torch.allclose(loss, whole, rtol=1e-4), hidden.grad.shape)
         True torch.Size([4, 8])
     """
+    student_hidden = _heads.whole_rows(student_hidden)
+    given = {"student_weight": student_weight, "student_bias": student_bias}
+    parts = _heads.resolve(_NAME, given, student_hidden, None, whole=True)
+    student_weight, student_bias = parts.tensors.values()  # type: ignore[assignment]
     _check.no_tangents(
         _NAME, student_hidden=student_hidden, student_weight=student_weight, student_bias=student_bias,
         teacher_values=teacher_values, weight=weight,
@@ -112,8 +117,14 @@ def linear_topk_logit_loss(
         known, scale, label, label_scale, partners, constants, chunk, backend, weight is None,
     )  # fmt: skip
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in heads]
-    if reduction != "none" and any(wanted):
-        total: Tensor = linear_topk_total(*arguments, wanted, False)[0]
-        return total
-    losses: Tensor = linear_topk_rows(*arguments)
-    return losses.reshape(rows) if reduction == "none" else losses.sum()
+    summed = reduction != "none" and any(wanted)
+    loss: Tensor
+    if parts.shards:
+        shards = {TENSOR_NAMES.index(x.removeprefix("student_")): shard for x, shard in parts.shards.items()}
+        call = Call(linear_topk_rows, linear_topk_total, TENSOR_NAMES, [*arguments], shards, wanted, summed)
+        loss = run(call)
+    else:
+        loss = linear_topk_total(*arguments, wanted, False)[0] if summed else linear_topk_rows(*arguments)
+    if summed:
+        return loss
+    return loss.reshape(rows) if reduction == "none" else loss.sum()

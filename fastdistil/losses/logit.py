@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastdistil.contracts.logit import DIVERGENCES
-from fastdistil.losses import _check, _terms
+from fastdistil.losses import _check, _heads, _terms
 from fastdistil.losses._terms import LogitStats
 from fastdistil.ops.families import Overwrite
 from fastdistil.ops.logit import logit_rows, logit_rows_overwrite_, logit_total
@@ -124,6 +124,7 @@ def logit_loss(  # type: ignore[misc] # the overloads need not repeat what is wr
         0.4196 [0.0, 1.0]
     """
     _check.no_tangents(_NAME, student_logits=student_logits, teacher_logits=teacher_logits, weight=weight)
+    student_logits, teacher_logits, group = _heads.columns_here(_NAME, student_logits, teacher_logits, group)
     student = _check.float_tensor(_NAME, "student_logits", student_logits)
     teacher = _check.float_tensor(_NAME, "teacher_logits", teacher_logits)
     device, columns = student.device, _check_pair(student, teacher, vocab_map is not None)

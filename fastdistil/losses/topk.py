@@ -155,6 +155,7 @@ def check_teacher(function: str, student: Tensor, width: int, values: Tensor, in
         )
     if not isinstance(indices, Tensor):
         raise TypeError(f"{function}: teacher_indices is {type(indices).__name__}, expected a torch.Tensor")
+    _check.no_dtensor(function, "teacher_indices", indices)
     if indices.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{function}: teacher_indices has dtype {indices.dtype}, expected int32 or int64")
     _check.same_shape(function, "teacher_indices", indices, "teacher_values", values.shape)
@@ -169,6 +170,7 @@ def tail_of(function: str, value: object, tail: str, values: Tensor) -> Tensor |
         return None
     if not isinstance(value, Tensor):
         raise TypeError(f"{function}: teacher_tail is {type(value).__name__}, expected a torch.Tensor")
+    _check.no_dtensor(function, "teacher_tail", value)
     if tail == "renormalize":
         raise ValueError(
             f"{function}: teacher_tail came with tail='renormalize', which has none, expected None or another tail"

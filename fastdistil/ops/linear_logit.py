@@ -182,6 +182,7 @@ def _difference(
 TENSORS = "Tensor student_hidden, Tensor student_weight, Tensor? student_bias, Tensor teacher_hidden"
 TENSORS += ", Tensor teacher_weight, Tensor? teacher_bias, Tensor row_scale, Tensor? labels, Tensor? label_scale"
 TENSORS += ", Tensor? vocab_map"
+TENSOR_NAMES = [x.split()[-1] for x in TENSORS.split(",")]
 OPTIONS = "float[] constants, bool statistics, int chunk_bytes, str backend, bool dense, str group"
 GRADIENTS = ("student_hidden", "student_weight", "student_bias")
 linear_logit_rows, linear_logit_total, _ = family(

@@ -147,6 +147,7 @@ def run(
 # scales.
 TENSORS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor values, Tensor indices, Tensor? teacher_tail"
 TENSORS += ", Tensor row_scale, Tensor? labels, Tensor? label_scale, Tensor? vocab_map"
+TENSOR_NAMES = [x.split()[-1] for x in TENSORS.split(",")]
 OPTIONS = "float[] constants, int chunk_bytes, str backend, bool dense"
 linear_topk_rows, linear_topk_total, _ = family(
     "linear_topk", "linear_topk_logit_loss", TENSORS, OPTIONS, _compute, gradients=("hidden", "weight", "bias")

@@ -31,6 +31,9 @@ EXACT_GRADIENT = {
 # relative error of a small probability.
 EXACT_SHARP_GRADIENT = 1e-4
 
+# Of a step on several processes against that of one process in float64.
+SAME_STEP = {torch.float64: 1e-10, torch.float32: 1e-5}
+
 # Of rows whose truth may be 0: absolute, a row, of values in nats and gradients in the tempered logits.
 SMALLEST = 1e-6
 

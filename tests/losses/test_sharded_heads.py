@@ -1,0 +1,59 @@
+"""Heads on several ranks under torchrun: FSDP2, whose ranks have tokens of their own, and tensor parallelism, whose
+ranks have the same ones. A step is that of one process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import fastdistil as fd
+
+SUPPORT = Path(__file__).parents[1] / "support"
+FOUR = pytest.param(4, marks=pytest.mark.soak)
+
+
+def torchrun(script: str, processes: int) -> None:
+    """Runs a script of tests/support, which raises where something is wrong."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SUPPORT)}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    found = subprocess.run(
+        [*launch, str(SUPPORT / script)], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert found.returncode == 0, found.stderr[-6000:]
+
+
+@pytest.mark.skipif(not torch.distributed.is_available() or sys.platform == "win32", reason="needs gloo")
+@pytest.mark.parametrize("processes", [2, FOUR])
+def test_heads_under_fully_shard(processes: int) -> None:
+    torchrun("fsdp_steps.py", processes)
+
+
+@pytest.mark.parametrize("status", ["NOT_AVAILABLE", "INFLIGHT"])
+def test_parameters_that_zero3_has_split_are_refused(status: str) -> None:
+    """As DeepSpeed leaves them: no memory, and attributes of its own (which was not run here)."""
+    head = torch.nn.Parameter(torch.empty(0))
+    head.ds_id, head.ds_shape, head.ds_status = 3, torch.Size((5, 4)), SimpleNamespace(name=status)  # type: ignore[attr-defined]
+    states, whole = torch.ones(2, 4), torch.ones(5, 4)
+    told = r"student_weight is split by DeepSpeed's ZeRO-3 \(shape \(0,\) of \(5, 4\) here\)"
+    with pytest.raises(ValueError, match=f"linear_logit_loss: {told}"):
+        fd.linear_logit_loss(states, head, states, whole)
+    with pytest.raises(ValueError, match=f"linear_topk_logit_loss: {told}"):
+        fd.linear_topk_logit_loss(states, head, states.log_softmax(-1), torch.arange(4).expand(2, 4))
+    with pytest.raises(ValueError, match="teacher_weight is split by DeepSpeed's ZeRO-3"):
+        fd.linear_logit_loss(states, whole, states, head)
+    gathered = torch.nn.Parameter(whole)
+    gathered.ds_id, gathered.ds_status = 3, SimpleNamespace(name="AVAILABLE")  # type: ignore[attr-defined]
+    assert fd.linear_logit_loss(states, gathered, states, whole) == 0
+
+
+def test_parts_of_a_flat_parameter_are_refused() -> None:
+    head = torch.nn.Parameter(torch.ones(7))
+    head._fsdp_flattened = True  # type: ignore[attr-defined] # as FSDP1 marks them with use_orig_params
+    with pytest.raises(ValueError, match="student_weight has shape .7,., a part of a flat parameter"):
+        fd.linear_logit_loss(torch.ones(2, 4), head, torch.ones(2, 4), torch.ones(5, 4))
