@@ -38,6 +38,7 @@ from fastdistil.batches import (
 )
 from fastdistil.callbacks import Callbacks, Due
 from fastdistil.checkpoints import Checkpoints
+from fastdistil.launch import check_fsdp
 from fastdistil.progress import Progress, interrupts
 from fastdistil.validation import Evaluate, Validation
 
@@ -151,10 +152,12 @@ def adamw(module: nn.Module, options: Options) -> torch.optim.Optimizer:
 
 
 def _accelerator(options: Options) -> Accelerator:
-    """Raises ValueError where several processes were started that would train on their own, into one folder."""
+    """Raises ValueError where several processes were started that would train on their own, into one folder, or FSDP
+    was asked for and is not there."""
     # Parameters that a step does not reach would make the next step wait for their gradients for ever.
     parallel = DistributedDataParallelKwargs(find_unused_parameters=True)
     accelerator = Accelerator(mixed_precision=options.precision, kwargs_handlers=[parallel])
+    check_fsdp("train", accelerator)
     world = os.environ.get("WORLD_SIZE") or "1"
     if world != str(accelerator.num_processes):
         raise ValueError(
@@ -272,7 +275,8 @@ def train(
 
     Raises ValueError where `data` is empty, nothing trains, `optimizer` steps inside of the backward under options that
     need all gradients, batches of one number differ (with `out`), `out` holds a checkpoint of other options, data,
-    terms or another teacher, or processes were started of which accelerate knows nothing, and KeyboardInterrupt after
+    terms or another teacher, processes were started of which accelerate knows nothing, or FSDP was asked for on CPUs,
+    where accelerate leaves it out, and KeyboardInterrupt after
     Ctrl-C, once the current step is saved. Warns of parameters that require grad and get none in the first step, and of
     a student whose best figure is 0.
     """

@@ -23,6 +23,7 @@ from transformers import Trainer, TrainingArguments
 from fastdistil.integrations import door
 from fastdistil.integrations.objective import TOPK, AdapterOff, TrainerObjective
 from fastdistil.integrations.targets import shifts
+from fastdistil.launch import check_fsdp
 from fastdistil.recipes import terms as vocabulary
 
 __all__ = ["DistillationArguments", "DistillationTrainer"]
@@ -63,7 +64,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     has no effect. Logs and evaluations show each term as loss_<term>; an evaluation's mean runs over the rows of the
     whole data set. Projections of terms train along and are saved beside the student, in distillation.safetensors.
 
-    Several processes train under DistributedDataParallel. FSDP2 needs GPUs, was not run, and takes no projections.
+    Several processes train under DistributedDataParallel. FSDP2 needs GPUs (on CPUs accelerate
+    leaves it out without a word, which is an error here), was not run, and takes no projections.
 
     Args:
         model: the student: a transformers model with a head for token or sequence classification, masked or causal
@@ -121,6 +123,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         shift = shifts(model, args.shift_labels)
         other = door.teacher_of(model, teacher)
         super().__init__(model, args, *rest, **more)
+        if not self.is_fsdp_xla_enabled:
+            check_fsdp("DistillationTrainer", self.accelerator, bool(args.fsdp))
         if isinstance(other, nn.Module) and not isinstance(other, AdapterOff):
             teacher_inner = door.check_model(other, "teacher")
             door.check_pair(inner, teacher_inner, chosen, self._columns())

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastdistil.integrations.gold import UniversalLogitLoss
 from fastdistil.losses import _check
+from fastdistil.losses._heads import whole_head
 from fastdistil.losses.linear_logit import linear_logit_loss
 from fastdistil.losses.logit import logit_loss
 from fastdistil.losses.student_topk import student_topk_logit_loss
@@ -377,14 +378,15 @@ def head_arguments(function: str, side: str, model: Any, hidden: Tensor) -> dict
             f"{function}: the {side}'s head is split by DeepSpeed's ZeRO-3, expected ZeRO-2 or FSDP2: nothing gathers "
             "it here"
         )
-    if hasattr(weight, "full_tensor"):  # FSDP2, whose ranks have rows of their own: the whole head on each
-        weight, bias = weight.full_tensor().to(hidden.dtype), None if bias is None else bias.full_tensor()
+    if side == "teacher":  # which TRL leaves with parameters that require gradients
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
+    if hasattr(weight, "full_tensor"):
+        weight = whole_head(function, f"{side}_weight", weight).to(hidden.dtype)
+        bias = None if bias is None else whole_head(function, f"{side}_bias", bias)
     hidden, kind = hidden.to(weight.device), hidden.device.type
     if torch.is_autocast_enabled(kind):  # the losses switch autocast off; TRL's own projects in its dtype
         dtype = torch.get_autocast_dtype(kind)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    if side == "teacher":  # which TRL leaves with parameters that require gradients
-        weight, bias = weight.detach(), None if bias is None else bias.detach()
     return {
         f"{side}_hidden": hidden,
         f"{side}_weight": weight,

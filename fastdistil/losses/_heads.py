@@ -87,13 +87,14 @@ def resolve(
 
 
 def whole_head(function: str, name: str, x: Any) -> Any:
-    """A weight or bias as a plain tensor, from FSDP's shards if need be, whose gradient goes back into them."""
+    """A weight or bias as a plain tensor, made whole if need be; its gradient goes back to where the parts are."""
     _refuse_other_shards(function, name, x)
     if not _is_distributed(x):
         return x
     parameter = _fsdp_parameter(x)
     if parameter is None:
-        raise ValueError(_cannot_tell(function, name, x))
+        _refuse_copies(function, name, x)
+        return x.full_tensor()
     shard, group = _shard(function, name, x, parameter, x.device)
     if group is not None:
         raise ValueError(f"{function}: {name} is split over the vocabulary ({x.placements}), expected a whole head")
@@ -209,10 +210,8 @@ def _split(function: str, name: str, x: Any, mesh: Any, placements: Any) -> Any:
 def _vocabulary_part(function: str, name: str, x: Any, group: ProcessGroup | None) -> tuple[Tensor, Any]:
     """This rank's rows of a head under tensor parallelism, and the group over which they are split."""
     split = _split(function, name, x, x.device_mesh, x.placements)
-    if group is None and any(
-        parameter.sharded_param.device_mesh == x.device_mesh for parameter, _ in _fsdp_parameters()
-    ):
-        raise ValueError(_cannot_tell(function, name, x))
+    if group is None:
+        _refuse_copies(function, name, x)
     if group is not None and split is not None and split.group_name != group.group_name:
         raise ValueError(
             f"{function}: group is {group.group_name!r}, expected that of {name}'s mesh, {split.group_name!r}"
@@ -224,8 +223,11 @@ def _vocabulary_part(function: str, name: str, x: Any, group: ProcessGroup | Non
     return x.to_local(), split
 
 
-def _cannot_tell(function: str, name: str, x: Any) -> str:
-    return (
+def _refuse_copies(function: str, name: str, x: Any) -> None:
+    """Of a DTensor that is no parameter of FSDP, but lies as its parameters do, it cannot be told what it is."""
+    if not any(parameter.sharded_param.device_mesh == x.device_mesh for parameter, _ in _fsdp_parameters()):
+        return
+    raise ValueError(
         f"{function}: {name} is a DTensor placed as {tuple(x.placements)} over {x.device_mesh}, over which fully_shard "
         "has split parameters, too, but it is none of them (a copy, a cast or a sum of one?). Expected the module's "
         f"own parameter, or {name}.detach(); else, where each rank has tokens of its own, "

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from trainer_cases import TASKS, InOrder, arguments, collate, model, rows, teacher, trained
 
+from fastdistil.integrations.transformers import DistillationTrainer
 from fastdistil.recipes import terms
 
 # Every task in float64, one of them in float32, one with parameters that no term reaches.
@@ -49,6 +50,11 @@ def _process(rank: int, out: str, port: int) -> None:
     torch.set_num_threads(1)
     found = [step(case, Path(out), 2, 2) for case in CASES]
     torch.save(found, Path(out) / f"result-{rank}.pt")
+    # accelerate 1.15 leaves FSDP out on CPUs without a word, and would run DistributedDataParallel.
+    with pytest.raises(ValueError, match=r"DistillationTrainer: args.fsdp asks for FSDP, and .* MULTI_CPU on 2 x cpu"):
+        DistillationTrainer(
+            model("token"), arguments(Path(out), fsdp=True), collate, rows("token"), teacher=teacher("token")
+        )
 
 
 def close(found: Any, expected: Any, dtype: torch.dtype) -> None:

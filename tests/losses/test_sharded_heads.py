@@ -15,6 +15,9 @@ import torch
 import fastdistil as fd
 
 SUPPORT = Path(__file__).parents[1] / "support"
+needs_gloo = pytest.mark.skipif(
+    not torch.distributed.is_available() or sys.platform == "win32", reason="needs gloo and torchrun"
+)
 FOUR = pytest.param(4, marks=pytest.mark.soak)
 
 
@@ -28,10 +31,17 @@ def torchrun(script: str, processes: int) -> None:
     assert found.returncode == 0, found.stderr[-6000:]
 
 
-@pytest.mark.skipif(not torch.distributed.is_available() or sys.platform == "win32", reason="needs gloo")
+@needs_gloo
 @pytest.mark.parametrize("processes", [2, FOUR])
 def test_heads_under_fully_shard(processes: int) -> None:
     torchrun("fsdp_steps.py", processes)
+
+
+@needs_gloo
+@pytest.mark.soak
+@pytest.mark.parametrize("processes", [2, 4])
+def test_a_llama_under_tensor_and_sequence_parallelism(processes: int) -> None:
+    torchrun("tensor_parallel_steps.py", processes)
 
 
 @pytest.mark.parametrize("status", ["NOT_AVAILABLE", "INFLIGHT"])

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import DEVICE, available
+from distributed_logits import beside_loss_parallel, refused
 from judge import EXACT_GRADIENT, EXACT_VALUE, Outcome, error, judge_exact, judge_rows
 
 import fastdistil as fd
@@ -213,6 +214,8 @@ def distributed_tensors(world: int) -> None:
     found.backward()
     close(found, value, "DTensor value")
     close(sharded.grad.full_tensor(), wanted, "DTensor weight", 1e-5)
+    beside_loss_parallel(mesh)
+    refused(mesh)
     with pytest.raises(ValueError, match=r"teacher_weight is placed as \(Replicate\(\),\), expected a DTensor sharded"):
         fd.linear_logit_loss(hidden, sharded, teacher_hidden, distribute_tensor(teacher_weight, mesh, [Replicate()]))
     with pytest.raises(ValueError, match="teacher_weight is no DTensor, expected a DTensor sharded by rows"):

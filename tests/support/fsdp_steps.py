@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
 
 import fastdistil as fd
+from fastdistil.losses._heads import whole_head
 
 VOCABULARY, HIDDEN, TEACHER = 5, 8, 6  # 5 over 4 ranks: 2, 2, 1 and no row at all
 ROWS = (3, 0, 7, 2)  # of the ranks, one of which has no token
@@ -60,6 +61,16 @@ def one_head(student: Model, teacher: Model, rank: int, **options: Any) -> Tenso
     target = states.detach() + 0.25
     loss: Tensor = fd.linear_logit_loss(
         states, weight, target, weight.detach(), student_bias=bias, teacher_bias=bias.detach(), **options
+    )
+    return loss
+
+
+def made_whole(student: Model, teacher: Model, rank: int, **options: Any) -> Tensor:
+    """As the mixin of TRL's DistillationTrainer, which multiplies in autocast's dtype."""
+    weight, bias = (whole_head("made_whole", name, getattr(student.head, name)) for name in ("weight", "bias"))
+    states = student(ids_of(rank))
+    loss: Tensor = fd.linear_logit_loss(
+        states, weight * 1, states.detach() + 0.25, weight.detach(), student_bias=bias, **options
     )
     return loss
 
@@ -143,7 +154,7 @@ def every_step(world: int) -> None:
         for student, teacher in (("alone", "alone"), ("root", "root"), ("alone", "no"), ("no", "alone")):
             same_step(two_heads, dtype, student, teacher, **items)
         for student in ("alone", "root"):
-            for loss in (one_head, top_k):
+            for loss in (one_head, made_whole, top_k):
                 same_step(loss, dtype, student, "no", **items)
     for student in ("alone", "root"):
         same_step(two_heads, student=student, tied=True, **items)

@@ -129,5 +129,11 @@ def test_processes_that_accelerate_does_not_join_are_refused(monkeypatch: pytest
         ValueError, match=r"WORLD_SIZE is 2 in the environment, accelerate runs 1 process: .*ACCELERATE_USE_CPU=true"
     ):
         train(Squares(), examples(), collate, Options(1))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(
+        ValueError, match=r"train: ACCELERATE_USE_FSDP=true in the environment asks for FSDP, .* NO on 1 x"
+    ):
+        train(Squares(), examples(), collate, Options(1))
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
     monkeypatch.setenv("WORLD_SIZE", "1")
     train(Squares(), examples(), collate, Options(1))
