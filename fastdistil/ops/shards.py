@@ -8,7 +8,8 @@ the factor that was set.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,19 @@ from fastdistil.ops.families import SCALES, multiply_, refuse_double_backward
 
 # Bytes of the gradient that one collective takes: what is needed beyond the gradient and the shard.
 REDUCED_BYTES = 64 << 20
+
+
+@contextmanager
+def _all_ranks() -> Iterator[None]:
+    """Says of a collective that has failed what it was for: torch names a connection or a timeout."""
+    try:
+        yield
+    except RuntimeError as error:
+        error.add_note(
+            "fastdistil: a head under fully_shard is gathered, and its gradient reduced, by all of its ranks together. "
+            "One of them has ended, or did not call the loss or its backward: each has to, also one without tokens."
+        )
+        raise
 
 
 @dataclass(frozen=True)
@@ -52,7 +66,8 @@ class Shard:
         if self.group is None:
             whole = part
         else:
-            dist.all_gather_single(whole, part.contiguous(), group=self.group)
+            with _all_ranks():
+                dist.all_gather_single(whole, part.contiguous(), group=self.group)
         return whole[: self.shape[self.dim]].movedim(0, self.dim).contiguous()
 
     def reduce(self, gradient: Tensor) -> Tensor:
@@ -69,10 +84,12 @@ class Shard:
             if self.group is None:
                 part.copy_(sent[0])
             else:
-                dist.reduce_scatter_single(part, sent.flatten(0, 1), group=self.group)
+                with _all_ranks():
+                    dist.reduce_scatter_single(part, sent.flatten(0, 1), group=self.group)
         found /= self.divisor
         if self.replicas is not None:
-            dist.all_reduce(found, group=self.replicas)
+            with _all_ranks():
+                dist.all_reduce(found, group=self.replicas)
         own = found.movedim(0, self.dim).narrow(self.dim, 0, self.local.shape[self.dim])
         return own.to(self.local.device, self.local.dtype).contiguous()
 

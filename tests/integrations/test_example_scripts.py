@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
 import runpy
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,9 @@ from typing import Any
 import pytest
 from accelerate.state import AcceleratorState
 
+# How much of the first loss is left after 30 steps, at most.
+SHARES = [("plain_torch", 0.95), ("accelerate_loop", 0.8), ("peft_student", 0.3), ("fsdp2_loop", 0.5)]
+SHARES += [("teacher_rank", 0.5)]
 FOLDER = Path(__file__).parents[2] / "examples"
 
 
@@ -38,9 +43,25 @@ def test_transformers_trainer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert long["eval_loss"] < 0.9 * short["eval_loss"]
 
 
-@pytest.mark.parametrize(("name", "share"), [("plain_torch", 0.95), ("accelerate_loop", 0.8), ("peft_student", 0.3)])
+@pytest.mark.parametrize(("name", "share"), SHARES)
 def test_losses_fall(
     name: str, share: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = last_line(f"{name}.py", 30, monkeypatch, capsys)
     assert 0 < found["last"] < share * found["first"]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("name", ["fsdp2_loop", "teacher_rank"])
+def test_processes_agree_with_one(
+    name: str, processes: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = last_line(f"{name}.py", 10, monkeypatch, capsys)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    done = subprocess.run(
+        [*launch, str(FOLDER / f"{name}.py"), "--steps", "10"], env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert ast.literal_eval(done.stdout.strip().splitlines()[-1]) == pytest.approx(alone, rel=1e-5)
