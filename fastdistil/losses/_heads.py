@@ -20,8 +20,6 @@ from fastdistil.ops.shards import Shard, Whole, gather
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_FSDP = "torch.distributed.fsdp._fully_shard._fsdp_state"  # imported where fully_shard was
-
 
 @dataclass
 class Heads:
@@ -150,27 +148,35 @@ def _refuse_other_shards(function: str, name: str, x: Any) -> None:
 
 
 def _fsdp_parameters() -> Iterator[tuple[Any, Any]]:
-    """Each parameter that fully_shard manages in this process, with its group; none where it was never imported."""
-    if _FSDP not in sys.modules:
+    """Each parameter that fully_shard manages in this process, with its group; none where it was never imported.
+
+    torch has no public way to ask. Where a later one has other names this raises: to find nothing would be to take
+    shards for a split vocabulary."""
+    if "torch.distributed.fsdp" not in sys.modules:
         return
     from torch.distributed._composable_state import _module_state_mapping
+    from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 
     for reference in list(_module_state_mapping.values()):
-        for group in getattr(reference(), "_fsdp_param_groups", ()):
-            for parameter in group.fsdp_params:
-                yield parameter, group
+        state = reference()
+        if isinstance(state, FSDPState):
+            for group in state._fsdp_param_groups:
+                for parameter in group.fsdp_params:
+                    yield parameter, group
 
 
 def _fsdp_parameter(x: Any) -> tuple[Any, Any] | None:
     """FSDP's parameter and group of a shard: the module's own tensor, or one in the same memory, as detach gives it.
     A rank without rows has memory, too, of FSDP's padding."""
-    memory = x._local_tensor.untyped_storage().data_ptr()
+    for parameter, group in _fsdp_parameters():
+        if parameter.sharded_param is x or getattr(parameter, "_sharded_post_forward_param", None) is x:
+            return parameter, group
+    memory, shape = x._local_tensor.untyped_storage().data_ptr(), x.shape
     for parameter, group in _fsdp_parameters():
         shard = parameter.sharded_param
-        if shard is x or getattr(parameter, "_sharded_post_forward_param", None) is x:
-            return parameter, group
-        same = memory != 0 and shard._local_tensor.untyped_storage().data_ptr() == memory
-        if same and shard.shape == x.shape and shard.placements == x.placements:
+        if shard.shape != shape or shard.placements != x.placements or memory == 0:
+            continue
+        if shard._local_tensor.untyped_storage().data_ptr() == memory:
             return parameter, group
     return None
 

@@ -102,10 +102,11 @@ def linear_logit_loss(  # type: ignore[misc] # the overloads need not repeat wha
             cost 15%. On a GPU, finding them synchronises once per call; without a weight nothing synchronises.
         group: a process group over whose ranks the vocabulary is split, in the order of ranks: each passes its own
             rows of both heads and the whole hidden states, and gets the whole loss, the whole gradient of the hidden
-            states and its rows' of the head. DTensor heads, sharded by rows over one mesh dimension, bring their group
-            with them. Statistics are merged, logits never gathered. labels, the same on every rank, count through the
-            rows of all ranks; a vocab_map has this rank's rows and points to this rank's teacher rows. Not with
-            backend="reference".
+            states and its rows' of the head. DTensor heads of tensor parallelism, sharded by rows over one mesh
+            dimension, bring their group with them; those of fully_shard, whose ranks have rows of their own, are
+            gathered instead, and every rank has to call (docs/trainers/many-devices.md). Statistics are merged, logits
+            never gathered. labels, the same on every rank, count through the rows of all ranks; a vocab_map has this
+            rank's rows and points to this rank's teacher rows. Not with backend="reference".
         backend: "auto", "reference", "cpu", "triton" or "cuda", for the rows; the products are torch's.
 
     Returns:

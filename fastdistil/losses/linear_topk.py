@@ -46,6 +46,7 @@ def linear_topk_logit_loss(
 
     Args:
         student_hidden: (..., D) float32, bfloat16, float16 or float64. student_weight: (V, D); student_bias: (V,).
+            DTensors are gathered; under fully_shard every rank has to call (docs/trainers/many-devices.md).
         teacher_values, teacher_indices, teacher_tail: (..., K) twice and (...,), as in `topk_logit_loss`.
         chunk_bytes: upper bound of the memory for logits, as in `linear_logit_loss`.
         tail, divergence, beta, temperature, scale_by_t2, labels, label_weight, label_num_items, ignore_index,

@@ -97,9 +97,10 @@ def logit_loss(  # type: ignore[misc] # the overloads need not repeat what is wr
         return_stats: return (loss, LogitStats) with the entropies of student and teacher, their cross entropy and
             whether their most likely columns agree, per row, detached.
         group: a process group over whose ranks the vocabulary is split, in the order of ranks: each passes its own
-            columns of both sides and gets the whole loss and its columns' gradient. Statistics are merged, logits never
-            gathered. labels, the same on every rank, count through the columns of all ranks; a vocab_map has this
-            rank's columns and points to this rank's teacher columns. Not with backend="reference".
+            columns of both sides and gets the whole loss and its columns' gradient. DTensors that are split over the
+            vocabulary bring their group with them. Statistics are merged, logits never gathered. labels, the same on
+            every rank, count through the columns of all ranks; a vocab_map has this rank's columns and points to this
+            rank's teacher columns. Not with backend="reference".
         backend: "auto", "reference", "cpu", "triton" or "cuda"; see fastdistil.backends().
 
     Returns:

@@ -5,20 +5,22 @@ from __future__ import annotations
 
 import copy
 import os
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from judge import SAME_STEP, error
+from judge import EXACT_GRADIENT, SAME_STEP, error
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
 
 import fastdistil as fd
 from fastdistil.losses._heads import whole_head
+from fastdistil.ops import shards
 
 VOCABULARY, HIDDEN, TEACHER = 5, 8, 6  # 5 over 4 ranks: 2, 2, 1 and no row at all
 ROWS = (3, 0, 7, 2)  # of the ranks, one of which has no token
@@ -209,6 +211,46 @@ def other_meshes() -> None:
         assert error(mine.full_tensor(), one) <= SAME_STEP[torch.float64], (rank, name)
 
 
+def what_stays_in_memory() -> None:
+    """Of a gathered head nothing does behind the call, nor behind the backward pass."""
+    student, teacher = sharded(Model(0, HIDDEN), "alone"), sharded(Model(1, TEACHER), "alone")
+    seen: list[weakref.ref[Tensor]] = []
+    gather = shards.Shard.gather
+
+    def recorded(self: shards.Shard) -> Tensor:
+        whole = gather(self)
+        seen.append(weakref.ref(whole.untyped_storage()))
+        return whole
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards.Shard, "gather", recorded)
+        loss = two_heads(student, teacher, dist.get_rank(), reduction="sum")
+        dist.barrier()  # gloo's thread holds what it has sent until its next turn
+        assert len(seen) == 4 and all(x() is None for x in seen)
+        loss.backward()
+        assert len(seen) == 4  # the gradients came with the value
+        loss = two_heads(student, teacher, dist.get_rank(), reduction="none")
+        loss.sum().backward()
+        dist.barrier()
+        assert len(seen) == 12 and all(x() is None for x in seen)  # once more for the backward pass
+
+
+def other_dtypes(world: int) -> None:
+    """16-bit parameters, and a policy under which a forward would use such: the head's own dtype, float32, is gathered.
+    The whole head of "root" is the policy's."""
+    rank, other = dist.get_rank(), Model(1, TEACHER)
+    policy = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)}
+    for dtype, options in ((torch.bfloat16, {}), (torch.float32, policy)):
+        student, plain = (Model(0, HIDDEN).to(dtype) for _ in range(2))
+        sharded(student, "alone", **options)
+        (two_heads(student, other, rank, num_items=sum(ROWS[:world])) * world).backward()
+        for data in range(world):
+            two_heads(plain, other, data, num_items=sum(ROWS[:world])).backward()
+        assert student.head.weight.grad.dtype == dtype
+        found, wanted = student.head.weight.grad.full_tensor(), plain.head.weight.grad
+        assert error(found, wanted) <= EXACT_GRADIENT[dtype] * (world if dtype == torch.bfloat16 else 1)
+
+
 def what_cannot_be_told(world: int) -> None:
     """A cast is no parameter of FSDP's any more, and might be a split of the vocabulary."""
     rank = dist.get_rank()
@@ -262,6 +304,8 @@ def main() -> None:
         labels_and_rows(world)
         if world == 4:
             other_meshes()
+        what_stays_in_memory()
+        other_dtypes(world)
         what_cannot_be_told(world)
     finally:
         dist.destroy_process_group()
