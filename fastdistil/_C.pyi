@@ -23,6 +23,16 @@ def cross_entropy_rows(
     whole: Tensor | None,
     threads: int,
 ) -> None: ...
+def acceptance(
+    student: Tensor,
+    teacher: Tensor,
+    row_scale: Tensor,
+    levels: Tensor,
+    log_acceptance: Tensor,
+    student_temperature: float,
+    teacher_temperature: float,
+    threads: int,
+) -> None: ...
 def row_moments(
     student: Tensor,
     teacher: Tensor,

@@ -5,6 +5,7 @@
 
 namespace fastdistil {
 
+void define_acceptance(pybind11::module_& m);
 void define_attention(pybind11::module_& m);
 void define_contracts(pybind11::module_& m);
 void define_cross_entropy(pybind11::module_& m);

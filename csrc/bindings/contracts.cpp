@@ -1,6 +1,7 @@
 // The names and numbers that C++ and Python must agree on: Python's are in fastdistil/contracts, and
 // tests/test_house.py compares the two.
 #include "../cpu/attention_args.h"
+#include "../rules/acceptance_args.h"
 #include "../rules/hidden_args.h"
 #include "../rules/logit_args.h"
 #include "../rules/row_moments_args.h"
@@ -32,6 +33,7 @@ void define_contracts(py::module_& m) {
   found["attention_kinds"] = names(kAttentionKindNames);
   found["logit_stats"] = static_cast<int>(kStats);
   found["topk_stats"] = static_cast<int>(kTopkStats);
+  found["acceptance_levels"] = static_cast<int>(kLevels);
   found["row_moments"] = static_cast<int>(kMoments);
   found["update_columns"] = static_cast<int>(kUpdateColumns);
   found["update_constants"] = static_cast<int>(kUpdateConstants);

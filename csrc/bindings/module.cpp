@@ -24,6 +24,7 @@ PYBIND11_MODULE(_C, m) {
   fastdistil::define_logit(m);
   fastdistil::define_cross_entropy(m);
   fastdistil::define_row_moments(m);
+  fastdistil::define_acceptance(m);
   fastdistil::define_topk(m);
   fastdistil::define_hidden(m);
   fastdistil::define_attention(m);

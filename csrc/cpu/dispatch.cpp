@@ -8,6 +8,7 @@ namespace fastdistil {
 namespace avx512 {
 void cross_entropy(const CrossEntropyArgs&, int);
 void row_moments(const RowMomentsArgs&, int);
+void acceptance(const AcceptanceArgs&, int);
 void logit(const LogitArgs&, const LabelArgs&, int);
 void hidden(const HiddenArgs&, int);
 void topk(const TopkArgs&, int);
@@ -17,6 +18,7 @@ bool attention_low_rank(const AttentionArgs&, int);
 namespace avx2 {
 void cross_entropy(const CrossEntropyArgs&, int);
 void row_moments(const RowMomentsArgs&, int);
+void acceptance(const AcceptanceArgs&, int);
 void logit(const LogitArgs&, const LabelArgs&, int);
 void hidden(const HiddenArgs&, int);
 void topk(const TopkArgs&, int);
@@ -27,6 +29,7 @@ bool attention_low_rank(const AttentionArgs&, int);
 namespace generic {
 void cross_entropy(const CrossEntropyArgs&, int);
 void row_moments(const RowMomentsArgs&, int);
+void acceptance(const AcceptanceArgs&, int);
 void logit(const LogitArgs&, const LabelArgs&, int);
 void hidden(const HiddenArgs&, int);
 void topk(const TopkArgs&, int);
@@ -43,6 +46,7 @@ struct Isa {
   void (*hidden)(const HiddenArgs&, int);
   void (*cross_entropy)(const CrossEntropyArgs&, int);
   void (*row_moments)(const RowMomentsArgs&, int);
+  void (*acceptance)(const AcceptanceArgs&, int);
   void (*topk)(const TopkArgs&, int);
   void (*attention)(const AttentionArgs&, int);
   bool (*attention_low_rank)(const AttentionArgs&, int);
@@ -59,14 +63,14 @@ std::vector<Isa> runnable() {
                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                   __builtin_cpu_supports("avx512vl");
   if (v4)
-    found.push_back({"avx512", avx512::logit, avx512::hidden, avx512::cross_entropy, avx512::row_moments, avx512::topk,
-                     avx512::attention, avx512::attention_low_rank});
+    found.push_back({"avx512", avx512::logit, avx512::hidden, avx512::cross_entropy, avx512::row_moments,
+                     avx512::acceptance, avx512::topk, avx512::attention, avx512::attention_low_rank});
   if (v3)
-    found.push_back({"avx2", avx2::logit, avx2::hidden, avx2::cross_entropy, avx2::row_moments, avx2::topk,
-                     avx2::attention, avx2::attention_low_rank});
+    found.push_back({"avx2", avx2::logit, avx2::hidden, avx2::cross_entropy, avx2::row_moments, avx2::acceptance,
+                     avx2::topk, avx2::attention, avx2::attention_low_rank});
 #endif
   found.push_back({"generic", generic::logit, generic::hidden, generic::cross_entropy, generic::row_moments,
-                   generic::topk, generic::attention, generic::attention_low_rank});
+                   generic::acceptance, generic::topk, generic::attention, generic::attention_low_rank});
   return found;
 }
 
@@ -96,6 +100,7 @@ void logit(const LogitArgs& args, const LabelArgs& labels, int threads) { chosen
 void hidden(const HiddenArgs& args, int threads) { chosen->hidden(args, threads); }
 void cross_entropy(const CrossEntropyArgs& args, int threads) { chosen->cross_entropy(args, threads); }
 void row_moments(const RowMomentsArgs& args, int threads) { chosen->row_moments(args, threads); }
+void acceptance(const AcceptanceArgs& args, int threads) { chosen->acceptance(args, threads); }
 void topk(const TopkArgs& args, int threads) { chosen->topk(args, threads); }
 
 void attention(const AttentionArgs& args, int threads) { chosen->attention(args, threads); }

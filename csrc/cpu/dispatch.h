@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "../rules/acceptance_args.h"
 #include "../rules/cross_entropy_args.h"
 #include "../rules/hidden_args.h"
 #include "../rules/logit_args.h"
@@ -27,6 +28,8 @@ void hidden(const HiddenArgs& args, int threads);
 void cross_entropy(const CrossEntropyArgs& args, int threads);
 
 void row_moments(const RowMomentsArgs& args, int threads);
+
+void acceptance(const AcceptanceArgs& args, int threads);
 
 // As logit.
 void topk(const TopkArgs& args, int threads);

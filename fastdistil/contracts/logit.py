@@ -6,6 +6,9 @@ from typing import TypedDict
 
 # The order is the enum Divergence of csrc/rules/logit_args.h.
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "mse")
+# Made of rows of those with a factor of the acceptance rate on each (fastdistil/ops/acceptance.py): no kernel sees one.
+ACCEPTANCE_LOSSES = ("nla", "lk_hybrid")
+LOSSES = DIVERGENCES + ACCEPTANCE_LOSSES
 
 # Columns of the row statistics, enum LogitStat of csrc/rules/logit_args.h: the largest teacher logit m, 1 / sum of
 # e^((t - m) / T_t), the shift taken off the rows' differences (of logits; with two temperatures the student's logit of
@@ -22,8 +25,8 @@ PHASE_ALL, PHASE_STATISTICS, PHASE_VALUE = range(3)
 
 
 class LogitRule(TypedDict):
-    divergence: int  # index into DIVERGENCES
-    beta: float
+    divergence: int  # index into DIVERGENCES; of an op's constants, into LOSSES
+    beta: float  # of lk_hybrid, eta
     student_temperature: float
     teacher_temperature: float
     value_factor: float  # T_s T_t, or 1

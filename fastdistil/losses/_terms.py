@@ -18,10 +18,11 @@ class LogitStats(NamedTuple):
     teacher_entropy: Tensor  # (...,) H(q), nats
     cross_entropy: Tensor  # (...,) H(q, p), nats
     agreement: Tensor  # (...,) 1.0 where p and q have the same most likely column
+    acceptance: Tensor  # (...,) sum of min(p, q): the rate at which speculative decoding accepts a draft from p
 
 
 def row_stats(found: Tensor, rows: torch.Size) -> LogitStats:
-    """From the ops' (N, 4)."""
+    """From the ops' (N, ROW_STATISTICS)."""
     return LogitStats(*(x.reshape(rows) for x in found.unbind(-1)))
 
 
@@ -43,6 +44,27 @@ def vocab_map(
     return found
 
 
+def renormalized(function: str, value: object, partners: Tensor | None, divergence: str, group: str) -> bool:
+    """The checked `renormalize`."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{function}: renormalize is {type(value).__name__}, expected a bool")
+    if value:
+        return True
+    if partners is None:
+        raise ValueError(f"{function}: renormalize is False without a vocab_map, expected both or neither")
+    if divergence == "mse":
+        raise ValueError(
+            f"{function}: renormalize is False with divergence 'mse', expected one of probabilities: it compares "
+            "logits, which nothing normalises"
+        )
+    if group:
+        raise ValueError(
+            f"{function}: renormalize is False with a group, expected one of the two: a rank's map points to its own "
+            "teacher columns alone"
+        )
+    return False
+
+
 def labels(
     function: str,
     value: object,
@@ -55,6 +77,7 @@ def labels(
     label_num_items: object = None,
 ) -> tuple[Tensor | None, Tensor | None, float]:
     """Flat labels int64 and which of them count, both (N,), and the checked label_weight; None where that is 0.
+    "teacher" is for labels that are made of the teacher's logits: none yet, and every row counts.
     Rows that are ignored or of weight 0 may hold anything, and get label 0, which no kernel can read beyond.
     weight: what `row_weight` returned. columns: None where they lie on several ranks, which check together."""
     if label_num_items is not None and value is None:
@@ -73,6 +96,10 @@ def labels(
         if alpha > 0:
             raise ValueError(f"{function}: label_weight is {alpha} without labels, expected both or neither")
         return None, None, 0.0
+    if isinstance(value, str):
+        _check.one_of(function, "labels", value, ("teacher",))
+        every = torch.ones(rows.numel(), dtype=torch.bool, device=device) if weight is None else weight != 0
+        return (None, every, alpha) if alpha > 0 else (None, None, 0.0)
     found = _integers(function, "labels", value, rows, device).reshape(-1)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, Integral):
         raise TypeError(f"{function}: ignore_index is {ignore_index!r}, expected an integer")

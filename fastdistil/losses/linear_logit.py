@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
+from fastdistil.contracts.logit import LOSSES
 from fastdistil.losses import _check, _heads, _terms
 from fastdistil.losses._terms import LogitStats
 from fastdistil.losses.logit import rule_of
@@ -55,15 +56,17 @@ def linear_logit_loss(  # type: ignore[misc] # the overloads need not repeat wha
     chunk_bytes: int | None = None,
     divergence: str = "forward_kl",
     beta: float = 0.5,
+    eta: float = 3.0,
     temperature: float = 1.0,
     teacher_temperature: float | None = None,
     scale_by_t2: bool = True,
     weight: Tensor | None = None,
-    labels: Tensor | None = None,
+    labels: Tensor | Literal["teacher"] | None = None,
     label_weight: float | None = None,
     label_num_items: float | Tensor | None = None,
     ignore_index: int = -100,
     vocab_map: Tensor | None = None,
+    renormalize: bool = True,
     student_logit_scale: float = 1.0,
     student_softcap: float | None = None,
     teacher_logit_scale: float = 1.0,
@@ -94,8 +97,8 @@ def linear_logit_loss(  # type: ignore[misc] # the overloads need not repeat wha
             All constants.
         chunk_bytes: upper bound of the memory for logits; by default 124 MB on a CPU, 1.5 GB on a GPU. Beyond it come
             the gradients alone: (..., D_s), (V, D_s) and (V,) in float32.
-        divergence, beta, temperature, teacher_temperature, scale_by_t2, labels, label_weight, label_num_items,
-            ignore_index, vocab_map, reduction, num_items, return_stats: as in `logit_loss`.
+        divergence, beta, eta, temperature, teacher_temperature, scale_by_t2, labels, label_weight, label_num_items,
+            ignore_index, vocab_map, renormalize, reduction, num_items, return_stats: as in `logit_loss`.
         student_logit_scale, student_softcap, teacher_logit_scale, teacher_softcap: logits become scale * z and then,
             with a softcap, cap * tanh(z / cap) (Gemma 2, arXiv 2408.00118), before anything else is made of them.
         weight: (...,) one number or bool per row. Rows of weight 0 are dropped before the products: 15% of the rows
@@ -151,7 +154,7 @@ def linear_logit_loss(  # type: ignore[misc] # the overloads need not repeat wha
         _NAME, student_hidden=student_hidden, student_weight=student_weight, student_bias=student_bias,
         teacher_hidden=teacher_hidden, teacher_weight=teacher_weight, teacher_bias=teacher_bias, weight=weight,
     )  # fmt: skip
-    rule = rule_of(_NAME, divergence, beta, temperature, teacher_temperature, scale_by_t2)
+    rule = rule_of(_NAME, divergence, beta, temperature, teacher_temperature, scale_by_t2, LOSSES, eta)
     _check.one_of(_NAME, "reduction", reduction, _check.REDUCTIONS)
     device = student_hidden.device
     chunk = chunk_size(_NAME, chunk_bytes, device)
@@ -164,6 +167,7 @@ def linear_logit_loss(  # type: ignore[misc] # the overloads need not repeat wha
     name, partners = _terms.group_name(_NAME, group), None
     if vocab_map is not None:
         partners = _terms.vocab_map(_NAME, vocab_map, columns, teacher_weight.shape[0], device, bool(name))
+    renormalize = _terms.renormalized(_NAME, renormalize, partners, divergence, name)
     columns_here = None if name else columns
     label, counted, alpha = _terms.labels(
         _NAME, labels, label_weight, ignore_index, w, rows, columns_here, device, label_num_items
@@ -178,7 +182,8 @@ def linear_logit_loss(  # type: ignore[misc] # the overloads need not repeat wha
             _, alone = linear_logit_loss(
                 student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias=student_bias,
                 teacher_bias=teacher_bias, chunk_bytes=chunk_bytes, temperature=rule[2], teacher_temperature=rule[3],
-                weight=weight, vocab_map=vocab_map, student_logit_scale=caps[0], student_softcap=caps[1] or None,
+                weight=weight, vocab_map=vocab_map, renormalize=renormalize, student_logit_scale=caps[0],
+                student_softcap=caps[1] or None,
                 teacher_logit_scale=caps[2], teacher_softcap=caps[3] or None, reduction="none", return_stats=True,
                 group=group, backend=backend,
             )  # fmt: skip
@@ -186,8 +191,8 @@ def linear_logit_loss(  # type: ignore[misc] # the overloads need not repeat wha
     assert hidden is not None and matrix is not None and teacher[0] is not None
     arguments = (
         hidden.reshape(-1, hidden.shape[-1]), matrix, bias, teacher[0].reshape(-1, teacher[0].shape[-1]), *teacher[1:],
-        scale, label, label_scale, partners, pack(rule, caps), return_stats and alone is None, chunk, backend,
-        weight is None, name,
+        scale, label, label_scale, partners, pack(rule, caps, renormalize), return_stats and alone is None, chunk,
+        backend, weight is None, name,
     )  # fmt: skip
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, matrix, bias)]
     summed = reduction != "none" and any(wanted)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
-from fastdistil.contracts.logit import DIVERGENCES
+from fastdistil.contracts.logit import DIVERGENCES, LOSSES
 from fastdistil.losses import _check, _heads, _terms
 from fastdistil.losses._terms import LogitStats
 from fastdistil.ops.families import Overwrite
@@ -34,15 +34,17 @@ def logit_loss(  # type: ignore[misc] # the overloads need not repeat what is wr
     *,
     divergence: str = "forward_kl",
     beta: float = 0.5,
+    eta: float = 3.0,
     temperature: float = 1.0,
     teacher_temperature: float | None = None,
     scale_by_t2: bool = True,
     weight: Tensor | None = None,
-    labels: Tensor | None = None,
+    labels: Tensor | Literal["teacher"] | None = None,
     label_weight: float | None = None,
     label_num_items: float | Tensor | None = None,
     ignore_index: int = -100,
     vocab_map: Tensor | None = None,
+    renormalize: bool = True,
     reduction: str = "mean",
     num_items: float | Tensor | None = None,
     inplace_backward: bool = False,
@@ -62,6 +64,8 @@ def logit_loss(  # type: ignore[misc] # the overloads need not repeat what is wr
     skew_reverse_kl     KL(p || beta p + (1-beta) q), DistiLLM
     tvd                 1/2 sum |p - q|
     mse                 mean over V of the squared difference of the tempered logits
+    nla                 -log(alpha), alpha = sum min(p, q), LK losses (Samarin et al. 2026, arXiv 2602.23881)
+    lk_hybrid           k KL(q || p) + (1-k) tvd, k = exp(-eta alpha) without a gradient, LK losses
     ==================  ==============================================================================
 
     Value and gradient keep their relative precision when the student has almost become the teacher.
@@ -75,18 +79,24 @@ def logit_loss(  # type: ignore[misc] # the overloads need not repeat what is wr
         beta: the mixture's weight of the teacher (jsd, skew_kl) or of the student (skew_reverse_kl); inside (0, 1) for
             jsd, which is 0 at both ends, [0, 1) for the skewed ones, ignored by the others. What GKD calls beta 0 and
             1, the limits of jsd / beta and jsd / (1-beta), are forward_kl and reverse_kl.
+        eta: of lk_hybrid, at least 0: how soon it leaves the KL as a row's alpha grows; ignored by the others.
         temperature: T_s > 0; teacher_temperature: T_t > 0, by default the same.
         scale_by_t2: multiply by T_s * T_t, so that gradients keep their size as the temperature changes (Hinton 2015).
         weight: (...,) one number or bool per row; a row of weight 0 contributes exactly 0 and is not read.
         labels: (...,) int64, with label_weight, which they need: a second term, the cross entropy of the student's own
             logits at temperature 1. The loss is (1 - label_weight) * divergence + label_weight * cross entropy, in
-            "mean" each over its own rows; rows whose label is ignore_index have no cross entropy.
+            "mean" each over its own rows; rows whose label is ignore_index have no cross entropy. "teacher": each row's
+            label is the teacher's most likely column (among the mapped ones; without renormalize among all, and a row
+            whose column is not mapped has a cross entropy of 0), the first of several, as torch.argmax.
         label_num_items: replaces the labelled rows' sum(w) in "mean", as num_items does for the divergence (and, where
             this is None, for both).
         vocab_map: (V_s,) int64: student column v is teacher column vocab_map[v], -1 for none. Both distributions are
             renormalised over the mapped columns; the others get no gradient (but from the labels). The mse is the mean
             over the mapped columns. On a GPU the entries of labels and vocab_map are not
             checked: that would synchronise.
+        renormalize: False, with a vocab_map: q is the teacher's softmax over all its columns, of which the student's
+            probability is 0 where they are not mapped (a drafter with a vocabulary of its own). forward_kl is then the
+            sum of q log(q / p) over the mapped columns alone, which may be negative. Not for mse, and not with a group.
         reduction: "mean" is sum(w * loss) / sum(w), "sum" is sum(w * loss), "none" is w * loss, per row.
         num_items: replaces sum(w) in "mean": a number or a tensor of one entry (gradient accumulation, data parallel).
             0 is for a step in which no row counts: the value is then 0, and NaN where one does.
@@ -94,8 +104,8 @@ def logit_loss(  # type: ignore[misc] # the overloads need not repeat what is wr
             be a leaf; a second backward is then an error, and an incoming gradient other than 1 costs bfloat16 logits
             a second rounding. torch.compile, which plans memory itself, ignores it, and so do float16 logits, whose
             gradient would underflow if it were rounded before the incoming gradient (a GradScaler's scale) is known.
-        return_stats: return (loss, LogitStats) with the entropies of student and teacher, their cross entropy and
-            whether their most likely columns agree, per row, detached.
+        return_stats: return (loss, LogitStats) with the entropies of student and teacher, their cross entropy,
+            whether their most likely columns agree and the acceptance rate, per row, detached.
         group: a process group over whose ranks the vocabulary is split, in the order of ranks: each passes its own
             columns of both sides and gets the whole loss and its columns' gradient. DTensors that are split over the
             vocabulary bring their group with them. Statistics are merged, logits never gathered. labels, the same on
@@ -129,7 +139,7 @@ def logit_loss(  # type: ignore[misc] # the overloads need not repeat what is wr
     student = _check.float_tensor(_NAME, "student_logits", student_logits)
     teacher = _check.float_tensor(_NAME, "teacher_logits", teacher_logits)
     device, columns = student.device, _check_pair(student, teacher, vocab_map is not None)
-    rule = rule_of(_NAME, divergence, beta, temperature, teacher_temperature, scale_by_t2)
+    rule = rule_of(_NAME, divergence, beta, temperature, teacher_temperature, scale_by_t2, LOSSES, eta)
     _check.one_of(_NAME, "reduction", reduction, _check.REDUCTIONS)
     check_inplace(_NAME, student, inplace_backward)
 
@@ -138,6 +148,7 @@ def logit_loss(  # type: ignore[misc] # the overloads need not repeat what is wr
     w = None if weight is None else _check.row_weight(_NAME, weight, rows, device, dtype)
     name = _terms.group_name(_NAME, group)
     partners = None if vocab_map is None else _terms.vocab_map(_NAME, vocab_map, *columns, device, bool(name))
+    renormalize = _terms.renormalized(_NAME, renormalize, partners, divergence, name)
     columns_here = None if name else columns[0]
     label, counted, alpha = _terms.labels(
         _NAME, labels, label_weight, ignore_index, w, rows, columns_here, device, label_num_items
@@ -146,7 +157,8 @@ def logit_loss(  # type: ignore[misc] # the overloads need not repeat what is wr
         _NAME, rows.numel(), w, counted, alpha, reduction, num_items, label_num_items, device, dtype
     )
     matrices = (matrix(student), matrix(teacher))
-    plain = label is None and partners is None and not name and student.dtype == teacher.dtype
+    plain = label_scale is None and partners is None and not name and student.dtype == teacher.dtype
+    plain = plain and divergence in DIVERGENCES
     wanted, compiling = student.requires_grad and torch.is_grad_enabled(), torch.compiler.is_compiling()
     # A float16 gradient rounded before a GradScaler's scale would underflow: a plain one is computed again
     # where that is not 1, another one in the backward alone.
@@ -158,10 +170,12 @@ def logit_loss(  # type: ignore[misc] # the overloads need not repeat what is wr
     if return_stats and alpha == 1:  # the labels alone count, and no kernel looks at the teacher: a pass for them
         _, alone = logit_loss(
             student.detach(), teacher, temperature=rule[2], teacher_temperature=rule[3], weight=weight,
-            vocab_map=vocab_map, reduction="none", return_stats=True, group=group, backend=backend,
+            vocab_map=vocab_map, renormalize=renormalize, reduction="none", return_stats=True, group=group,
+            backend=backend,
         )  # fmt: skip
     tensors = (*matrices, scale, label, label_scale, partners)
-    arguments = (*tensors, pack(rule, (1.0, 0.0, 1.0, 0.0)), return_stats and alone is None, backend, name)
+    constants = pack(rule, (1.0, 0.0, 1.0, 0.0), renormalize)
+    arguments = (*tensors, constants, return_stats and alone is None, backend, name)
     if overwrite:
         loss, each = Overwrite.apply(_NAME, logit_rows_overwrite_, *arguments)  # type: ignore[no-untyped-call]
     elif ahead:
@@ -216,10 +230,15 @@ def rule_of(
     temperature: float,
     teacher_temperature: float | None,
     scale_by_t2: bool,
+    losses: tuple[str, ...] = DIVERGENCES,
+    eta: float = 3.0,
 ) -> tuple[int, float, float, float, float]:
-    """The checked constants in the order of LogitRule."""
-    _check.one_of(function, "divergence", divergence, DIVERGENCES)
+    """The checked constants in the order of LogitRule; `losses` are the names that the function takes."""
+    _check.one_of(function, "divergence", divergence, losses)
     value = _check.number(function, "beta", beta)
+    decay = _check.number(function, "eta", eta)
+    if decay < 0:
+        raise ValueError(f"{function}: eta is {decay}, expected at least 0")
     if divergence == "jsd" and not 0 < value < 1:
         raise ValueError(
             f"{function}: beta is {value} for jsd, expected 0 < beta < 1: at 0 and 1 the divergence itself is 0. Where "
@@ -232,4 +251,6 @@ def rule_of(
     t_t = t_s if teacher_temperature is None else _check.positive(function, "teacher_temperature", teacher_temperature)
     if value == 0:  # a mixture of one
         divergence = {"skew_kl": "forward_kl", "skew_reverse_kl": "reverse_kl"}.get(divergence, divergence)
-    return DIVERGENCES.index(divergence), value, t_s, t_t, t_s * t_t if scale_by_t2 else 1.0
+    if divergence == "lk_hybrid":
+        value = decay
+    return LOSSES.index(divergence), value, t_s, t_t, t_s * t_t if scale_by_t2 else 1.0

@@ -84,11 +84,13 @@ class _Source(StudentHead):
         vocab_map: Tensor | None,
         wanted: Flags,
         labelled: bool,
+        renormalize: bool,
         difference: Difference | None,
     ) -> None:
         super().__init__(student, heads[0], heads[1], scale, wanted, None if labelled else vocab_map)
         self.teacher, self.teacher_weight, self.teacher_bias = teacher, *heads[2:]
-        self.vocab_map, self.difference = vocab_map, difference
+        self.teacher_columns = len(self.teacher_weight)
+        self.vocab_map, self.difference = vocab_map if renormalize else None, difference
 
     def fill(self, rows: slice, student: Tensor, teacher: Tensor) -> None:
         if self.difference is not None:
@@ -127,8 +129,8 @@ def _compute(
     Rows that count for nothing are dropped before the products, unless the caller knows that there are none (`dense`):
     finding them waits for a GPU once."""
     name = choose(backend, row_scale.device, row_scale.dtype)
-    rule, caps = unpack(constants)
-    terms = Terms(labels, label_scale, vocab_map, *caps, statistics)
+    rule, caps, renormalize = unpack(constants)
+    terms = Terms(labels, label_scale, vocab_map, *caps, statistics, renormalize)
     heads = (student_weight, student_bias, teacher_weight, teacher_bias)
     student, teacher, scale = student_hidden, teacher_hidden, row_scale
     kept = None if dense else terms.counts(row_scale).nonzero()[:, 0]
@@ -145,7 +147,8 @@ def _compute(
         difference = None
         if name in TAKES_DIFFERENCES:
             difference = _difference(student, teacher, heads, scale.dtype, rule, terms, group)
-        source = _Source(student, teacher, heads, scale, vocab_map, flags, labels is not None, difference)
+        labelled = label_scale is not None
+        source = _Source(student, teacher, heads, scale, vocab_map, flags, labelled, renormalize, difference)
         need = any(flags)
         rows, each = run(source, scale, rule, terms, chunk_bytes, backend, need, group, difference is not None)
         found = source.gradients
@@ -166,7 +169,7 @@ def _difference(
 ) -> Difference | None:
     """What forms Z_s - Z_t where the student is so near that two products would lose it."""
     far = abs(rule["student_temperature"] / rule["teacher_temperature"] - 1) > NEAR
-    if far or terms.caps[:2] != terms.caps[2:]:
+    if far or terms.caps[:2] != terms.caps[2:] or not terms.renormalize:
         return None
     # A part of a vocabulary has no constant of its own, and a softcap or a mean square sees it.
     free = rule["divergence"] != DIVERGENCES.index("mse") and terms.student_softcap == 0 and not group

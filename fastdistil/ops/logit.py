@@ -17,9 +17,9 @@ from torch import Tensor
 from fastdistil.backends import choose, module
 from fastdistil.backends.memory import new_empty
 from fastdistil.contracts.logit import STATS, LogitRule
-from fastdistil.ops import row_statistics
+from fastdistil.ops import acceptance, row_statistics
 from fastdistil.ops.families import Found, State, family
-from fastdistil.ops.logit_terms import ADDS_LABELS, Terms, run, unpack
+from fastdistil.ops.logit_terms import ADDS_LABELS, Terms, composed, run, unpack
 from fastdistil.ops.precision import with_exact_products
 from fastdistil.ops.row_statistics import ROW_STATISTICS
 
@@ -47,35 +47,42 @@ def _compute(
         dtype = student.dtype if rounded else row_scale.dtype
         gradient = student if overwrite else new_empty(student, student.shape, dtype)
     name = choose(backend, student.device, row_scale.dtype)
-    rule, caps = unpack(constants)
-    in_place = _reads_in_place(student, teacher, vocab_map, group) and (labels is None or name in ADDS_LABELS)
+    rule, caps, renormalize = unpack(constants)
+    in_place = _reads_in_place(student, teacher, vocab_map, constants, group)
+    in_place = in_place and (label_scale is None or name in ADDS_LABELS)
     if not in_place or (gradient is not None and gradient.dtype != student.dtype):
-        terms = Terms(labels, label_scale, vocab_map, *caps, statistics)
-        source = _Source(student, teacher, vocab_map, gradient)
+        terms = Terms(labels, label_scale, vocab_map, *caps, statistics, renormalize)
+        source = _Source(student, teacher, vocab_map if renormalize else None, gradient)
         rows, each = _in_chunks(row_scale, source, terms, rule, backend, group)
         return Found(rows, [gradient], each, (row_scale.new_empty(0, STATS),))
     each = row_scale.new_empty(0, ROW_STATISTICS)
     if statistics:  # before the gradient overwrites the logits
         temperatures = (rule["student_temperature"], rule["teacher_temperature"])
         found = row_statistics.moments(student, teacher, row_scale, temperatures, backend)
-        each = row_statistics.statistics(found, row_scale)
+        levels = acceptance.levels(student, teacher, found, found)
+        log_alpha = acceptance.log_acceptance(student, teacher, row_scale, levels, temperatures, backend)
+        each = row_statistics.statistics(found, row_scale, log_alpha)
     rows, stats = torch.empty_like(row_scale), row_scale.new_empty(len(row_scale), STATS)
-    more = {} if labels is None else {"labels": labels, "label_scale": label_scale}
+    more: dict[str, Tensor] = {}
+    if label_scale is not None:
+        more = {"labels": teacher.argmax(1) if labels is None else labels, "label_scale": label_scale}
     module("logit", name).logit_fwd(student, teacher, row_scale, rows, stats, gradient, **more, **rule)
-    return Found(rows, [gradient], each, (stats if labels is None else row_scale.new_empty(0, STATS),))
+    return Found(rows, [gradient], each, (stats if label_scale is None else row_scale.new_empty(0, STATS),))
 
 
-def _reads_in_place(student: Tensor, teacher: Tensor, vocab_map: Tensor | None, group: str) -> bool:
-    return vocab_map is None and not group and student.dtype == teacher.dtype
+def _reads_in_place(
+    student: Tensor, teacher: Tensor, vocab_map: Tensor | None, constants: list[float], group: str
+) -> bool:
+    return vocab_map is None and not group and student.dtype == teacher.dtype and not composed(unpack(constants)[0])
 
 
 class _Source:
-    """Rows of logits in memory."""
+    """Rows of logits in memory; without a map the teacher's are as they come."""
 
     def __init__(self, student: Tensor, teacher: Tensor, vocab_map: Tensor | None, gradient: Tensor | None) -> None:
         self.student, self.teacher = student, teacher
         self.partners = None if vocab_map is None else vocab_map.clamp(min=0)
-        self.columns = student.shape[1]
+        self.columns, self.teacher_columns = student.shape[1], teacher.shape[1]
         self.gradient = gradient  # may be the student itself: a chunk has been read before it is written
 
     def fill(self, rows: slice, student: Tensor, teacher: Tensor) -> None:
@@ -97,10 +104,10 @@ def _in_chunks(
 
 
 def _fake_state(
-    student: Tensor, teacher: Tensor, row_scale: Tensor, labels: Tensor | None, _: Any, vocab_map: Tensor | None,
-    constants: Any, statistics: Any, backend: Any, group: str,
+    student: Tensor, teacher: Tensor, row_scale: Tensor, _: Any, label_scale: Tensor | None, vocab_map: Tensor | None,
+    constants: list[float], statistics: Any, backend: Any, group: str,
 ) -> tuple[Tensor]:  # fmt: skip
-    there = labels is None and _reads_in_place(student, teacher, vocab_map, group)
+    there = label_scale is None and _reads_in_place(student, teacher, vocab_map, constants, group)
     return (row_scale.new_empty(len(row_scale) if there else 0, STATS),)
 
 

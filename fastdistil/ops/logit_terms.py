@@ -8,8 +8,8 @@ cross entropy with labels, and statistics.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -18,8 +18,9 @@ from torch import Tensor
 
 from fastdistil.backends import choose, module
 from fastdistil.backends.memory import new_empty
-from fastdistil.contracts.logit import DIVERGENCES, STATS, LogitRule
-from fastdistil.ops import row_statistics, vocab_parallel
+from fastdistil.contracts.logit import DIVERGENCES, LOSSES, STATS, LogitRule
+from fastdistil.ops import acceptance, row_statistics, vocab_parallel
+from fastdistil.ops.draft_vocabulary import Beyond, DraftVocabulary, with_whole
 from fastdistil.ops.row_statistics import ROW_STATISTICS
 
 # Backends whose logit_fwd adds the cross entropy with labels by itself.
@@ -34,8 +35,10 @@ ALIGNED_COLUMNS = 16
 class Terms:
     """The options of one call; the defaults ask for nothing.
 
-    labels (N,) int64 with label_scale (N,), the factor of each row's cross entropy; vocab_map (V_s,) int64, -1 for a
-    column without a partner; scales and caps: z -> scale * z, then cap * tanh(z / cap) where the cap is not 0."""
+    labels (N,) int64 with label_scale (N,), the factor of each row's cross entropy; a label_scale without labels is
+    for the teacher's most likely column. vocab_map (V_s,) int64, -1 for a column without a partner; renormalize:
+    whether the teacher is normalised over the mapped columns alone. scales and caps: z -> scale * z, then
+    cap * tanh(z / cap) where the cap is not 0."""
 
     labels: Tensor | None = None
     label_scale: Tensor | None = None
@@ -45,10 +48,11 @@ class Terms:
     teacher_logit_scale: float = 1.0
     teacher_softcap: float = 0.0
     statistics: bool = False
+    renormalize: bool = True
 
     @property
     def plain(self) -> bool:
-        tensors = self.labels is None and self.vocab_map is None
+        tensors = self.label_scale is None and self.vocab_map is None
         return tensors and not self.statistics and self.caps == (1.0, 0.0, 1.0, 0.0)
 
     @property
@@ -61,18 +65,19 @@ class Terms:
 
     def rows(self, kept: Tensor) -> Terms:
         """The options of the rows `kept` alone."""
-        if self.labels is None or self.label_scale is None:
+        if self.label_scale is None:
             return self
-        return Terms(self.labels[kept], self.label_scale[kept], self.vocab_map, *self.caps, self.statistics)
+        labels = None if self.labels is None else self.labels[kept]
+        return replace(self, labels=labels, label_scale=self.label_scale[kept])
 
 
-def pack(rule: Sequence[float], caps: Sequence[float]) -> list[float]:
-    """The constants of LogitRule, in its order, and `Terms.caps`, as one argument of an op."""
-    return [float(x) for x in (*rule, *caps)]
+def pack(rule: Sequence[float], caps: Sequence[float], renormalize: bool = True) -> list[float]:
+    """The constants of LogitRule, in its order, `Terms.caps` and `Terms.renormalize`, as one argument of an op."""
+    return [float(x) for x in (*rule, *caps, renormalize)]
 
 
-def unpack(constants: list[float]) -> tuple[LogitRule, tuple[float, float, float, float]]:
-    divergence, beta, t_s, t_t, factor, *caps = constants
+def unpack(constants: list[float]) -> tuple[LogitRule, tuple[float, float, float, float], bool]:
+    divergence, beta, t_s, t_t, factor, *caps, renormalize = constants
     rule: LogitRule = {
         "divergence": int(divergence),
         "beta": beta,
@@ -80,15 +85,22 @@ def unpack(constants: list[float]) -> tuple[LogitRule, tuple[float, float, float
         "teacher_temperature": t_t,
         "value_factor": factor,
     }
-    return rule, (caps[0], caps[1], caps[2], caps[3])
+    return rule, (caps[0], caps[1], caps[2], caps[3]), bool(renormalize)
+
+
+def composed(rule: LogitRule) -> bool:
+    """Whether the loss is made of several rows of kernels."""
+    return rule["divergence"] >= len(DIVERGENCES)
 
 
 class Source(Protocol):
     columns: int  # V_s
+    teacher_columns: int  # V_t
 
     def fill(self, rows: slice, student: Tensor, teacher: Tensor) -> None:
-        """Writes the logits of `rows` (n, V_s); the teacher's in the order of the student's columns. A source of
-        differences writes the student's less the teacher's in place of the student's."""
+        """Writes the logits of `rows` (n, V_s); the teacher's in the order of the student's columns, or where it is not
+        renormalised (n, V_t) in its own. A source of differences writes the student's less the teacher's in place of
+        the student's."""
 
     def back(self, rows: slice, gradient: Tensor) -> None:
         """Takes the gradient of those logits (n, V_s)."""
@@ -132,70 +144,155 @@ def run(
     ranks = vocab_parallel.Ranks(group, source.columns, device) if group else None
     if terms.vocab_map is not None and rule["divergence"] == DIVERGENCES.index("mse"):
         scale = scale * _per_partner(terms.vocab_map, ranks, dtype)
+    loss, columns, several = LOSSES[rule["divergence"]], source.columns, composed(rule)
+    draft = None
+    if terms.vocab_map is not None and not terms.renormalize:
+        draft = DraftVocabulary(terms.vocab_map, source.teacher_columns)
+    width = columns + (draft is not None)  # a column more has the teacher's unmapped ones
     name = choose(backend, device, dtype)
     logit = module("logit", name)
-    joined = terms.vocab_map is None and ranks is None and name in ADDS_LABELS
+    joined = terms.vocab_map is None and ranks is None and name in ADDS_LABELS and not several
     joined = joined and not (differences and name == "triton")  # its loads of the student's logits are of logits
-    fused = partial(logit.logit_fwd, **rule) if ranks is None else ranks.forward(logit, rule)
-    labelled = terms.labels is not None and not joined
+    forwards = {
+        d: partial(logit.logit_fwd, **r) if ranks is None else ranks.forward(logit, r) for d, r in _rules(rule).items()
+    }
+    labelled = terms.label_scale is not None and not joined
     capped = terms.student_softcap != 0
-    with_own = differences and (terms.statistics or capped or labelled)
+    with_own = (differences and (terms.statistics or capped or several)) or ((differences or several) and labelled)
     with_raw = capped and (need_gradient or differences)
-    buffer_count = 2 + with_own + with_raw + (differences and capped)
-    step = chunk_rows(count, source.columns, scale.element_size(), chunk_bytes, buffer_count)
-    padded = -(-source.columns // ALIGNED_COLUMNS) * ALIGNED_COLUMNS
-    buffers = new_empty(scale, (buffer_count, step, padded))[:, :, : source.columns]
+    with_cap = differences and capped
+    buffer_count = 2 + with_own + with_raw + with_cap + several
+    whole_count = 0 if draft is None else -(-draft.columns // width)
+    step = chunk_rows(count, width, scale.element_size(), chunk_bytes, buffer_count + whole_count)
+    padded = -(-width // ALIGNED_COLUMNS) * ALIGNED_COLUMNS
+    buffers = new_empty(scale, (buffer_count, step, padded))[:, :, :width]
+    wholes = None if draft is None else new_empty(scale, (step, draft.columns))
     row_stats = scale.new_empty(step, STATS)
     alone = None if terms.vocab_map is None else (terms.vocab_map < 0).nonzero()[:, 0]
+    temperatures = (rule["student_temperature"], rule["teacher_temperature"])
     # The row op may overwrite the student's logits, unless they are needed afterwards.
-    again = terms.labels is not None or terms.caps[:2] != (1.0, 0.0)
+    again = terms.label_scale is not None or terms.caps[:2] != (1.0, 0.0)
     for start in range(0, count, step):
         chunk = slice(start, min(start + step, count))
-        student, teacher, *rest = buffers[:, : chunk.stop - start]
-        own = rest[0] if with_own else student  # the student's logits, as far as somebody reads them
-        raw = rest[with_own] if with_raw else None  # the same before their softcap, in its units
-        source.fill(chunk, student, teacher)
+        some, value = scale[chunk], rows[chunk]
+        student_buffer, teacher_buffer, *rest = buffers[:, : chunk.stop - start]
+        student, teacher = student_buffer[:, :columns], teacher_buffer[:, :columns]
+        own = rest[0][:, :columns] if with_own else student  # the student's logits, as far as somebody reads them
+        raw = rest[with_own][:, :columns] if with_raw else None  # the same before their softcap, in its units
+        spare = rest[-1] if several else student_buffer
+        whole = teacher if wholes is None else wholes[: chunk.stop - start]
+        source.fill(chunk, student, whole)
         if differences:
-            cap_difference(
-                student, teacher, own if with_own else None, raw, rest[-1] if capped else None, *terms.caps[:2]
-            )
+            room = rest[with_own + with_raw][:, :columns] if with_cap else None
+            cap_difference(student, teacher, own if with_own else None, raw, room, *terms.caps[:2])
             if stretch != 1:
                 student.add_(teacher, alpha=1 - stretch)
                 teacher *= stretch
         else:
             cap(student, *terms.caps[:2], raw)
-            cap(teacher, *terms.caps[2:])
+            cap(whole, *terms.caps[2:])
+            if with_own:
+                own.copy_(student)
+        beyond = None if draft is None else draft.split(whole, teacher, temperatures[1])
         kept = None
         if alone is not None:
-            kept = own[:, alone] if terms.labels is not None else None
+            kept = own[:, alone] if terms.label_scale is not None else None
             student.index_fill_(1, alone, 0.0 if differences else float("-inf"))
             teacher.index_fill_(1, alone, float("-inf"))
             if with_own:
                 own.index_fill_(1, alone, float("-inf"))
-        if terms.statistics:
-            temperatures = (rule["student_temperature"], rule["teacher_temperature"])
-            found = row_statistics.moments(own, teacher, scale[chunk], temperatures, backend)
-            found = found if ranks is None else ranks.merge_moments(found)
-            statistics[chunk] = row_statistics.statistics(found, scale[chunk])
-        gradient = None if not need_gradient else teacher if again and not with_own else student
-        value = rows[chunk]
         labels: dict[str, Tensor] = {}
-        if joined and terms.labels is not None and terms.label_scale is not None:
-            labels = {"labels": terms.labels[chunk], "label_scale": terms.label_scale[chunk]}
-        stats = row_stats[: len(value)]
-        fused(student, teacher, scale[chunk], value, stats, gradient, difference=differences, **labels)
-        if labelled and terms.labels is not None and terms.label_scale is not None:
+        if terms.label_scale is not None:
+            labels = _labels(terms, chunk, teacher, ranks, beyond)
+        found = levels = log_share = log_alpha = None
+        if terms.statistics or several or beyond is not None:
+            found = part = row_statistics.moments(own, teacher, some, temperatures, backend)
+            found = found if ranks is None else ranks.merge_moments(found)
+            levels = acceptance.levels(own, teacher, part, found, None if ranks is None else ranks.highest)
+            if beyond is not None:
+                levels, log_share = with_whole(levels, beyond, temperatures[1])
+                student_buffer[:, columns], teacher_buffer[:, columns] = float("-inf"), beyond.logit
+            if terms.statistics or several:
+                log_alpha = acceptance.log_acceptance(own, teacher, some, levels, temperatures, backend)
+                log_alpha = log_alpha if ranks is None else ranks.log_sum(log_alpha)
+        if terms.statistics and found is not None and log_alpha is not None:
+            top = None if beyond is None else beyond.top
+            statistics[chunk] = row_statistics.statistics(found, some, log_alpha, top)
+        gradient = None if not need_gradient else teacher_buffer if again and not with_own else student_buffer
+        launch = partial(
+            _launch, forwards, student_buffer, teacher_buffer, some, row_stats[: len(value)], differences, log_share,
+            rule["value_factor"], labels if joined else {},
+        )  # fmt: skip
+        if levels is None or log_alpha is None or not several:
+            launch(loss, None, value, gradient)
+        elif loss == "nla":
+            logits = (student_buffer, teacher_buffer, own, spare)
+            lifted = acceptance.lift(*logits, log_alpha, levels, temperatures, differences)
+            acceptance.negative_log(launch, value, gradient, log_alpha, lifted, some * rule["value_factor"])
+        else:
+            acceptance.hybrid(launch, value, gradient, spare, log_alpha, rule["beta"])
+        gradient = None if gradient is None else gradient[:, :columns]
+        if labelled:
             if kept is not None and alone is not None:
                 own.index_copy_(1, alone, kept)
             entropy = row_statistics.kernels("cross_entropy", backend, scale).cross_entropy_rows
             entropy = entropy if ranks is None else ranks.cross_entropy(entropy, backend)
-            entropy(own, terms.labels[chunk], terms.label_scale[chunk], value, gradient)
+            entropy(own, labels["labels"], labels["label_scale"], value, gradient)
         if gradient is not None:
             cap_back(gradient, raw, *terms.caps[:2])
-            if alone is not None and terms.labels is None:
+            if alone is not None and terms.label_scale is None:
                 gradient.index_fill_(1, alone, 0.0)  # capping back made NaN of what was -inf
             source.back(chunk, gradient)
     return rows, statistics
+
+
+def _rules(rule: LogitRule) -> dict[str, LogitRule]:
+    """The rules of the launches that a loss takes, by divergence."""
+    if not composed(rule):
+        return {DIVERGENCES[rule["divergence"]]: rule}
+    return {d: {**rule, "divergence": DIVERGENCES.index(d), "beta": 0.5} for d in ("forward_kl", "tvd")}
+
+
+def _labels(
+    terms: Terms, chunk: slice, teacher: Tensor, ranks: vocab_parallel.Ranks | None, beyond: Beyond | None
+) -> dict[str, Tensor]:
+    """Labels and their scales (n,) of a chunk of rows, given ones or those of the teacher's logits (n, V_s)."""
+    assert terms.label_scale is not None
+    scale = terms.label_scale[chunk]
+    if terms.labels is not None:
+        return {"labels": terms.labels[chunk], "label_scale": scale}
+    if beyond is None:
+        found = teacher.argmax(1) if ranks is None else ranks.argmax(teacher)
+        return {"labels": found, "label_scale": scale}
+    # A column that the student does not have is no label.
+    return {"labels": beyond.top.clamp(min=0), "label_scale": torch.where(beyond.top < 0, 0.0, scale)}
+
+
+def _launch(
+    forwards: dict[str, Callable[..., None]],
+    student: Tensor,
+    teacher: Tensor,
+    scale: Tensor,
+    stats: Tensor,
+    differences: bool,
+    log_share: Tensor | None,
+    value_factor: float,
+    labels: dict[str, Tensor],
+    divergence: str,
+    factor: Tensor | None,
+    value: Tensor,
+    gradient: Tensor | None,
+) -> None:
+    """One divergence's rows times scale and factor. log_share: ln of what the mapped columns have of a teacher that is
+    not renormalised, whose other columns are one more, the last; the forward KL, infinite with that, leaves it out:
+    sum q log(q/p) over the mapped ones is Q (KL of the renormalised rows + ln Q)."""
+    scale = scale if factor is None else scale * factor
+    if log_share is not None and divergence == "forward_kl":
+        student, teacher, scale = student[:, :-1], teacher[:, :-1], scale * log_share.exp()
+        gradient = None if gradient is None else gradient[:, :-1]
+    forwards[divergence](student, teacher, scale, value, stats, gradient, difference=differences, **labels)
+    if log_share is not None and divergence == "forward_kl":
+        value += torch.where(scale == 0, 0.0, scale * value_factor * log_share)
 
 
 def _per_partner(vocab_map: Tensor, ranks: vocab_parallel.Ranks | None, dtype: torch.dtype) -> Tensor:

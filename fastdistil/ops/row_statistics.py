@@ -1,4 +1,5 @@
-"""What return_stats returns: entropies, cross entropy and agreement of two rows of logits (docs/losses.md, section 1).
+"""What return_stats returns: entropies, cross entropy, agreement and acceptance of two rows of logits (docs/losses.md,
+section 1).
 
 A backend's ``row_moments`` leaves a few numbers a row; those of a vocabulary split over ranks merge into the whole's.
 """
@@ -13,7 +14,8 @@ from torch import Tensor
 from fastdistil.backends import get
 from fastdistil.contracts.row_moments import MOMENTS
 
-ROW_STATISTICS = 4  # student entropy, teacher entropy, cross entropy, whether both have the same top column
+# Student entropy, teacher entropy, cross entropy, whether both have the same top column, sum min(p, q).
+ROW_STATISTICS = 5
 
 
 def kernels(stem: str, backend: str, scale: Tensor) -> ModuleType:
@@ -28,11 +30,14 @@ def moments(student: Tensor, teacher: Tensor, scale: Tensor, temperatures: tuple
     return found
 
 
-def statistics(moments: Tensor, scale: Tensor) -> Tensor:
-    """(N, ROW_STATISTICS) in nats, 0 in rows of scale 0."""
+def statistics(moments: Tensor, scale: Tensor, log_acceptance: Tensor, top: Tensor | None = None) -> Tensor:
+    """(N, ROW_STATISTICS) in nats, 0 in rows of scale 0. top: the teacher's largest column where it is not that of the
+    moments."""
     _, others_a, first_a, _, others_b, first_b, cross, top_a, top_b = moments.unbind(-1)
     log_a, log_b, sum_a, sum_b = others_a.log1p(), others_b.log1p(), 1 + others_a, 1 + others_b
-    found = (log_a - first_a / sum_a, log_b - first_b / sum_b, log_a - cross / sum_b, (top_a == top_b).to(scale.dtype))
+    agreement = (top_a == (top_b if top is None else top)).to(scale.dtype)
+    entropies = (log_a - first_a / sum_a, log_b - first_b / sum_b, log_a - cross / sum_b)
+    found = (*entropies, agreement, log_acceptance.exp())
     return torch.where((scale != 0)[:, None], torch.stack(found, -1), 0.0)
 
 

@@ -43,6 +43,20 @@ class Ranks:
         dist.all_reduce(x, group=self.group)
         return x
 
+    def log_sum(self, x: Tensor) -> Tensor:
+        """ln of the sum over the ranks of e^x (n,)."""
+        return _gather(x, self.group).logsumexp(0).to(x.dtype)
+
+    def argmax(self, x: Tensor) -> Tensor:
+        """The first largest column of each row (n, V_r), through the columns of all ranks."""
+        top, column = x.max(1)
+        tops, columns = _gather(torch.stack((top.double(), (column + self.begin).double())), self.group).unbind(1)
+        return columns.gather(0, tops.argmax(0)[None])[0].to(torch.int64)
+
+    def highest(self, x: Tensor) -> Tensor:
+        """The largest of the ranks' (n,)."""
+        return _gather(x, self.group).amax(0).to(x.dtype)
+
     def forward(self, module: ModuleType, rule: LogitRule) -> Callable[..., None]:
         """`_rows` with everything but its tensors."""
         return partial(_rows, module, rule, self.group)

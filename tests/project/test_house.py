@@ -8,7 +8,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 from fastdistil import _C
-from fastdistil.contracts import attention, hidden, logit, row_moments, sparse, topk
+from fastdistil.contracts import acceptance, attention, hidden, logit, row_moments, sparse, topk
 
 ROOT = Path(__file__).parents[2]
 
@@ -90,6 +90,7 @@ def test_contracts_are_those_of_the_extension() -> None:
         "attention_kinds": attention.KINDS,
         "logit_stats": logit.STATS,
         "topk_stats": topk.STATS,
+        "acceptance_levels": acceptance.LEVELS,
         "row_moments": row_moments.MOMENTS,
         "update_columns": sparse.COLUMNS,
         "update_constants": sparse.CONSTANTS,
