@@ -286,13 +286,18 @@ def _launch(
     """One divergence's rows times scale and factor. log_share: ln of what the mapped columns have of a teacher that is
     not renormalised, whose other columns are one more, the last; the forward KL, infinite with that, leaves it out:
     sum q log(q/p) over the mapped ones is Q (KL of the renormalised rows + ln Q)."""
-    scale = scale if factor is None else scale * factor
+    scale = scale if factor is None else _times(scale, factor)
     if log_share is not None and divergence == "forward_kl":
-        student, teacher, scale = student[:, :-1], teacher[:, :-1], scale * log_share.exp()
+        student, teacher, scale = student[:, :-1], teacher[:, :-1], _times(scale, log_share.exp())
         gradient = None if gradient is None else gradient[:, :-1]
     forwards[divergence](student, teacher, scale, value, stats, gradient, difference=differences, **labels)
     if log_share is not None and divergence == "forward_kl":
-        value += torch.where(scale == 0, 0.0, scale * value_factor * log_share)
+        value += _times(scale, value_factor * log_share)
+
+
+def _times(scale: Tensor, factor: Tensor) -> Tensor:
+    """Rows of scale 0 may have any factor."""
+    return torch.where(scale == 0, 0.0, scale * factor)
 
 
 def _per_partner(vocab_map: Tensor, ranks: vocab_parallel.Ranks | None, dtype: torch.dtype) -> Tensor:

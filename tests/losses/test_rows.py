@@ -116,8 +116,11 @@ def test_functions_of_31_digits(name: str) -> None:
             assert abs(found - right) <= 1e-29 * max(abs(right), 1 if name == "log" else 0)
 
 
-def plain_rows(name: str, beta: float, a: list[mpmath.mpf], b: list[mpmath.mpf]) -> mpmath.mpf:
-    """A row's divergence of tempered logits, as docs/losses.md has it."""
+def plain_rows(
+    name: str, beta: float, a: list[mpmath.mpf], b: list[mpmath.mpf], held: mpmath.mpf | None = None
+) -> mpmath.mpf:
+    """A row's divergence of tempered logits, as docs/losses.md has it; held: the acceptance rate that lk_hybrid takes for
+    a constant."""
     if name == "mse":
         return mpmath.fsum((x - y) ** 2 for x, y in zip(a, b, strict=True)) / len(a)
     p, q = ([mpmath.exp(x) for x in row] for row in (a, b))
@@ -129,6 +132,16 @@ def plain_rows(name: str, beta: float, a: list[mpmath.mpf], b: list[mpmath.mpf])
     def mixed(x: list[mpmath.mpf], y: list[mpmath.mpf]) -> list[mpmath.mpf]:
         return [beta * u + (1 - beta) * v for u, v in zip(x, y, strict=True)]
 
+    def acceptance() -> mpmath.mpf:
+        return mpmath.fsum(min(u, v) for u, v in zip(p, q, strict=True))
+
+    def tvd() -> mpmath.mpf:
+        return mpmath.fsum(abs(u - v) for u, v in zip(p, q, strict=True)) / 2
+
+    def hybrid() -> mpmath.mpf:
+        share = mpmath.exp(-beta * (acceptance() if held is None else held))
+        return share * kl(q, p) + (1 - share) * tvd()
+
     beta = mpmath.mpf(beta)
     return {
         "forward_kl": lambda: kl(q, p),
@@ -136,11 +149,13 @@ def plain_rows(name: str, beta: float, a: list[mpmath.mpf], b: list[mpmath.mpf])
         "jsd": lambda: beta * kl(q, mixed(q, p)) + (1 - beta) * kl(p, mixed(q, p)),
         "skew_kl": lambda: kl(q, mixed(q, p)),
         "skew_reverse_kl": lambda: kl(p, mixed(p, q)),
-        "tvd": lambda: mpmath.fsum(abs(u - v) for u, v in zip(p, q, strict=True)) / 2,
+        "tvd": tvd,
+        "nla": lambda: -mpmath.log(acceptance()),
+        "lk_hybrid": hybrid,
     }[name]()
 
 
-@pytest.mark.parametrize("name", rows.DIVERGENCES)
+@pytest.mark.parametrize("name", rows.LOSSES)
 def test_truth_of_logits(name: str) -> None:
     """Values by the formula in 60 digits, gradients by central differences of it."""
     generator = np.random.default_rng(1)
@@ -151,12 +166,14 @@ def test_truth_of_logits(name: str) -> None:
         value, gradient = truth.divergence(name, beta, D.DD(a), D.DD(b))
         with mpmath.workdps(60):
             x, y = ([mpmath.mpf(float(z)) for z in row[0]] for row in (a, b))
-            right = plain_rows(name, beta, x, y)
+            right, held = plain_rows(name, beta, x, y), mpmath.exp(-plain_rows("nla", beta, x, y))
             assert abs(value[0] - right) <= 1e-7 * abs(right)
             step, slopes = mpmath.mpf(10) ** -20, []
             for i in range(5):
                 up, down = ([z + sign * step * (i == j) for j, z in enumerate(x)] for sign in (1, -1))
-                slopes.append((plain_rows(name, beta, up, y) - plain_rows(name, beta, down, y)) / (2 * step))
+                slopes.append(
+                    (plain_rows(name, beta, up, y, held) - plain_rows(name, beta, down, y, held)) / (2 * step)
+                )
             size = mpmath.sqrt(mpmath.fsum(z * z for z in slopes))
             assert all(abs(g - z) <= 1e-9 * size for g, z in zip(gradient[0], slopes, strict=True))
 

@@ -18,7 +18,7 @@ from topk_cases import CASES, known
 from torch import Tensor
 
 import fastdistil as fd
-from fastdistil.contracts.logit import DIVERGENCES
+from fastdistil.contracts.logit import LOSSES
 
 ROWS, COLUMNS, K = 6, 11, 3
 WEIGHT = torch.tensor([1.0, 2.0, 0.0, 0.5, 3.0, 0.0])
@@ -122,7 +122,10 @@ LABELLED = {"label_weight": 0.4, "temperature": 2.0}
 ATTENTION_KINDS = {kind: {"kind": kind} for kind in ("prob_kl", "prob_mse", "score_mse")}
 HIDDEN_KINDS = {kind: {"kind": kind} for kind in ("mse", "cosine", "kl")}
 TAILS = {f"{tail} {d}": {"tail": tail, "divergence": d, "beta": 0.3} for tail, d in CASES}
-EACH = {d: {"divergence": d, "beta": 0.3, "temperature": 1.5, "teacher_temperature": 2.0} for d in DIVERGENCES}
+EACH = {d: {"divergence": d, "beta": 0.3, "temperature": 1.5, "teacher_temperature": 2.0} for d in LOSSES}
+# lk_hybrid's gradient takes its weight for a constant, and with it its differences do not: gradcheck gets it as the KL.
+CHECKED = EACH | {"lk_hybrid": EACH["lk_hybrid"] | {"eta": 0.0}}
+DRAFT = {d: x | {"renormalize": False} for d, x in CHECKED.items() if d != "mse"}
 
 
 def _some(options: dict[str, Options], *names: str) -> dict[str, Options]:
@@ -135,8 +138,8 @@ LOSSES = {
         {"student_logits": (ROWS, COLUMNS)},
         lambda: {"teacher_logits": torch.randn(ROWS, COLUMNS, dtype=torch.float64)},
         ("student_logits", "teacher_logits"),
-        _some(EACH, "forward_kl", "reverse_kl", "mse"),
-        EACH,
+        _some(EACH, "forward_kl", "reverse_kl", "mse", "nla", "lk_hybrid"),
+        CHECKED,
         float64=("reference", "cpu", "cuda"),
     ),
     "labels and a map": Loss(
@@ -149,7 +152,19 @@ LOSSES = {
         },
         ("student_logits", "teacher_logits", "labels"),
         {"jsd": {**EACH["jsd"], "label_weight": 0.4}},
-        {d: {**x, "label_weight": 0.4} for d, x in EACH.items()},
+        {d: {**x, "label_weight": 0.4} for d, x in CHECKED.items()},
+    ),
+    "draft vocabulary": Loss(
+        fd.logit_loss,
+        {"student_logits": (ROWS, COLUMNS)},
+        lambda: {
+            "teacher_logits": torch.randn(ROWS, COLUMNS + 5, dtype=torch.float64),
+            "vocab_map": torch.where(torch.arange(COLUMNS) % 4 == 2, -1, torch.randperm(COLUMNS + 5)[:COLUMNS]),
+        },
+        ("student_logits", "teacher_logits"),
+        {"forward_kl": DRAFT["forward_kl"], "nla, labels": {**DRAFT["nla"], "labels": "teacher", "label_weight": 0.4}},
+        DRAFT,
+        float64=("reference", "cpu", "cuda"),
     ),
     "linear": Loss(
         fd.linear_logit_loss,
@@ -159,8 +174,20 @@ LOSSES = {
             "teacher_weight": torch.randn(COLUMNS, 5, dtype=torch.float64),
         },
         ("student_hidden", "teacher_hidden"),
-        _some(EACH, "forward_kl", "mse"),
-        EACH,
+        _some(EACH, "forward_kl", "mse", "nla"),
+        CHECKED,
+    ),
+    "linear, draft vocabulary": Loss(
+        fd.linear_logit_loss,
+        HEADS,
+        lambda: {
+            "teacher_hidden": torch.randn(ROWS, 5, dtype=torch.float64),
+            "teacher_weight": torch.randn(COLUMNS + 5, 5, dtype=torch.float64),
+            "vocab_map": torch.randperm(COLUMNS + 5)[:COLUMNS],
+        },
+        ("student_hidden", "teacher_hidden"),
+        {"nla": {**DRAFT["nla"], "labels": "teacher", "label_weight": 0.4, "student_softcap": 3.0}},
+        DRAFT,
     ),
     "topk": Loss(
         fd.topk_logit_loss,

@@ -177,6 +177,8 @@ class Setting:
             "divergence": case.divergence, "beta": case.beta, "temperature": case.temperature,
             "scale_by_t2": case.scale_by_t2, "reduction": case.reduction,
         }  # fmt: skip
+        if case.divergence == "lk_hybrid":
+            found["eta"] = found.pop("beta")
         if case.garbage:
             found["weight"] = torch.from_numpy(self.w).float()
         if case.mapped:
@@ -280,7 +282,7 @@ def logit(case: LogitCase) -> Problem:
             b_,
             rng,
             case.divergence == "mse",
-            ties=case.divergence == "tvd",
+            ties=case.divergence in ("tvd", "nla", "lk_hybrid"),
         )
         each = found.tiny * moved_value
         value.extra = value.extra + (each if case.reduction == "none" else each.sum())
@@ -457,6 +459,12 @@ def textbook(s: Tensor, t: Tensor, divergence: str, beta: float, t_s: float, t_t
 
 
 def of_log_probabilities(p: Tensor, q: Tensor, divergence: str, beta: float) -> Tensor:
+    alpha = torch.minimum(p, q).exp().sum(-1)
+
+    def hybrid() -> Tensor:
+        share = torch.exp(-beta * alpha.detach())
+        return share * kl(q, p) + (1 - share) * 0.5 * (p.exp() - q.exp()).abs().sum(-1)
+
     def kl(x: Tensor, y: Tensor) -> Tensor:
         return torch.where(x == -math.inf, 0.0, x.exp() * (x - y)).sum(-1)
 
@@ -470,6 +478,8 @@ def of_log_probabilities(p: Tensor, q: Tensor, divergence: str, beta: float) -> 
         "skew_kl": lambda: kl(q, mixed(q, p)),
         "skew_reverse_kl": lambda: kl(p, mixed(p, q)),
         "tvd": lambda: 0.5 * (p.exp() - q.exp()).abs().sum(-1),
+        "nla": lambda: -alpha.log(),
+        "lk_hybrid": hybrid,
     }[divergence]()
 
 

@@ -19,6 +19,7 @@ Array = Any  # numpy.ndarray of float64
 
 DTYPES = ("float32", "bfloat16", "float16")
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "mse")
+LOSSES = (*DIVERGENCES, "nla", "lk_hybrid")  # of whole rows; the last one's beta is its eta
 TAILS = ("bucket", "renormalize", "zero")
 OFFSETS = (0.0, 0.3, -7.7, 40.0, -100.0, 1e3, -1e4)
 NOISES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
@@ -264,12 +265,13 @@ BETAS = {
     "jsd": (0.5, 0.1, 0.9, 0.3, 1e-4, 0.9999, 1 - 1e-6),
     "skew_kl": (0.1, 0.5, 0.0, 0.9),
     "skew_reverse_kl": (0.1, 0.5, 0.0, 0.9),
+    "lk_hybrid": (3.0, 0.5, 10.0),
 }
 
 
 @st.composite
 def logit_cases(draw: Any) -> LogitCase:
-    divergence = draw(st.sampled_from(DIVERGENCES))
+    divergence = draw(st.sampled_from(LOSSES))
     t_s, t_t = draw(temperatures())
     absent = draw(st.sampled_from(("nobody", "nobody", "nobody", *ABSENT)))
     return LogitCase(
@@ -376,7 +378,7 @@ def head_cases(draw: Any) -> dict[str, Any]:
 
 @st.composite
 def linear_cases(draw: Any) -> LinearCase:
-    divergence = draw(st.sampled_from(DIVERGENCES))
+    divergence = draw(st.sampled_from(LOSSES))
     t_s, t_t = draw(temperatures())
     values = draw(head_cases())
     return LinearCase(

@@ -51,6 +51,14 @@ def of_log_probabilities(name: str, beta: float, lp: DD, lq: DD) -> tuple[Array,
         gap = p - q
         sign = np.sign(gap.hi)
         return (DD(0.5 * np.abs(gap.hi), 0.5 * gap.lo * sign).sum()).double(), _centred(p, DD(0.5 * sign))
+    if name == "nla":
+        return _negative_log_acceptance(lp, lq)
+    if name == "lk_hybrid":
+        share = D.exp(D.exp(_log_sum(D.where((lp - lq).hi < 0, lp, lq))) * -beta)[..., None]
+        kl, tvd = of_log_probabilities("forward_kl", 0.5, lp, lq), of_log_probabilities("tvd", 0.5, lp, lq)
+        rest = D.dd(1.0) - share
+        value = (share[..., 0] * kl[0] + rest[..., 0] * tvd[0]).double()
+        return np.where(np.isinf(kl[0]), np.inf, value), (share * kl[1] + rest * tvd[1]).double()
     if name == "forward_kl" or (name == "skew_kl" and beta == 0):
         value = (q * (lq - lp)).sum().double()
         return np.where((no_p & (lp.hi <= NEVER) & ~no_q).any(-1), np.inf, value), (p - q).double()
@@ -77,13 +85,30 @@ def of_log_probabilities(name: str, beta: float, lp: DD, lq: DD) -> tuple[Array,
     return value, (rest * p * (delta - own)).double()
 
 
+def _log_sum(x: DD) -> DD:
+    """ln of the sum of e^x, NEVER where nothing is there."""
+    top = D.where(x.max().hi <= NEVER, 0.0, x.max())
+    total = D.exp(x - top).sum()
+    return D.where(total.hi == 0, NEVER, D.log(D.where(total.hi == 0, 1.0, total)) + top[..., 0])
+
+
+def _negative_log_acceptance(lp: DD, lq: DD) -> tuple[Array, Array]:
+    """-ln(sum min(p, q)); the gradient p S - p / alpha where p < q, S the sum of p / alpha there, of ties the half."""
+    sign = np.sign((lp - lq).hi)
+    log_alpha = _log_sum(D.where(sign < 0, lp, lq))
+    none = log_alpha.hi <= NEVER / 2
+    share = D.where(none[..., None] | (sign > 0), 0.0, D.exp(lp - log_alpha[..., None])) * np.where(sign < 0, 1.0, 0.5)
+    gradient = (D.exp(lp) * share.sum(keepdims=True) - share).double()
+    return np.where(none, np.inf, (log_alpha * -1.0).double()), np.where(none[..., None], 0.0, gradient)
+
+
 def infinite_by_underflow(name: str, beta: float, a: DD, b: DD) -> Array:
     """Rows (...,) whose value is infinite only for the sake of probabilities below float32's smallest normal number,
     which may be taken for 0: then it is the sum of the others."""
     lp, lq = log_softmax(a), log_softmax(b)
     if name == "reverse_kl" or (name == "skew_reverse_kl" and beta == 0):
         there, absent = lp.hi, lq.hi <= NEVER
-    elif name == "forward_kl" or (name == "skew_kl" and beta == 0):
+    elif name in ("forward_kl", "lk_hybrid") or (name == "skew_kl" and beta == 0):
         there, absent = lq.hi, lp.hi <= NEVER
     else:
         return np.zeros(lp.hi.shape[:-1], bool)
