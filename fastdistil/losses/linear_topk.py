@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from fastdistil.contracts.topk import TAILS
 from fastdistil.losses import _check, _heads, _terms
 from fastdistil.losses.linear_logit import check_head, chunk_size
 from fastdistil.losses.logit import rule_of
-from fastdistil.losses.topk import check_defined, check_teacher, partners_of, tail_of
+from fastdistil.losses.topk import check_defined, check_teacher, labels_of, partners_of, tail_of
 from fastdistil.ops.linear_topk import TENSOR_NAMES, linear_topk_rows, linear_topk_total
 from fastdistil.ops.shards import Call, run
 
@@ -31,7 +33,7 @@ def linear_topk_logit_loss(
     temperature: float = 1.0,
     scale_by_t2: bool = True,
     weight: Tensor | None = None,
-    labels: Tensor | None = None,
+    labels: Tensor | Literal["teacher"] | None = None,
     label_weight: float | None = None,
     label_num_items: float | Tensor | None = None,
     ignore_index: int = -100,
@@ -108,6 +110,8 @@ def linear_topk_logit_loss(
         _NAME, labels, label_weight, ignore_index, w, rows, columns, device, label_num_items
     )
     partners = None if vocab_map is None else partners_of(_NAME, vocab_map, columns, device)
+    if label is None and counted is not None:
+        label, counted = labels_of(values, teacher_indices, partners, counted)
     scale, label_scale = _terms.scales(
         _NAME, rows.numel(), w, counted, alpha, reduction, num_items, label_num_items, device, dtype
     )

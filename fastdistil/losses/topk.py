@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,7 @@ def topk_logit_loss(
     temperature: float = 1.0,
     scale_by_t2: bool = True,
     weight: Tensor | None = None,
-    labels: Tensor | None = None,
+    labels: Tensor | Literal["teacher"] | None = None,
     label_weight: float | None = None,
     label_num_items: float | Tensor | None = None,
     ignore_index: int = -100,
@@ -71,7 +73,8 @@ def topk_logit_loss(
         scale_by_t2: multiply by T^2 (Hinton et al. 2015).
         weight: (...,) one number or bool per row; a row of weight 0 contributes exactly 0 and is not read.
         labels, label_weight, label_num_items, ignore_index: a second term, the cross entropy with (...,) int64 labels,
-            as in logit_loss.
+            as in logit_loss. "teacher": the column of the largest value, the first column of several; a row without a
+            value, or whose column is not mapped, has no label.
         vocab_map: (V,) int64: student column v is teacher column vocab_map[v], -1 for none, each teacher column at
             most once; teacher_indices are then the teacher's columns. Entries that no student column is mapped to are
             left out, and the others' probabilities divided by what those leave of 1; the tail keeps the probability of
@@ -125,6 +128,8 @@ def topk_logit_loss(
         _NAME, labels, label_weight, ignore_index, w, rows, student.shape[-1], student.device, label_num_items
     )
     partners = None if vocab_map is None else partners_of(_NAME, vocab_map, student.shape[-1], student.device)
+    if label is None and counted is not None:
+        label, counted = labels_of(values, teacher_indices, partners, counted)
     scale, label_scale = _terms.scales(
         _NAME, rows.numel(), w, counted, alpha, reduction, num_items, label_num_items, student.device, dtype
     )
@@ -181,6 +186,20 @@ def tail_of(function: str, value: object, tail: str, values: Tensor) -> Tensor |
     _check.same_device(function, "teacher_tail", value, "the student", values.device)
     _check.constant(function, "teacher_tail", value)
     return value.reshape(-1)
+
+
+def labels_of(values: Tensor, indices: Tensor, partners: Tensor | None, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """The student's columns (N,) of the teacher's largest values, and which rows have one."""
+    k = values.shape[-1]
+    values, indices = values.detach().reshape(-1, k), _check.usable(indices).reshape(-1, k).to(torch.int64)
+    top = values.amax(-1, keepdim=True)
+    found = torch.where(values == top, indices, torch.iinfo(torch.int64).max).amin(-1)
+    there = counted & (top[:, 0] > -torch.inf)
+    if partners is not None:
+        at = partners == found[:, None]  # (N, V)
+        there = there & at.any(-1)
+        found = at.to(torch.uint8).argmax(-1)
+    return torch.where(there, found, 0), there
 
 
 def partners_of(function: str, vocab_map: object, columns: int, device: torch.device) -> Tensor:

@@ -60,13 +60,13 @@ def lift(
     temperatures: tuple[float, float],
     difference: bool,
 ) -> Tensor:
-    """Raises the small probabilities of rows whose alpha is below e^FARTHEST, in place; the new ln(alpha).
+    """Brings the large probabilities of rows whose alpha is below e^FARTHEST nearer, in place; the new ln(alpha).
 
     The gradient of -log(alpha) in a score is S (p - p of L), with L the columns where p < q, `p of L` the student's
-    distribution on them alone, and S = sum of p over L / alpha: with every log-probability x replaced by max(x, min(x +
-    c, CEILING)) it stays as it is to e^FARTHEST, since that keeps the order of p and q, and moves all min(p, q) by c.
-    Rows of another alpha keep their logits bit for bit. difference: `student` has the student's logits, which are in
-    `own`, less the teacher's."""
+    distribution on them alone, and S = sum of p over L / alpha. With every log-probability x replaced by max(x - c,
+    min(x, CEILING - c)) it stays as it is to e^FARTHEST, since that keeps the order of p and q, and all min(p, q) grow
+    by e^c beside the rest. Rows of another alpha keep their logits bit for bit, in the others the small logits do.
+    difference: `student` has the student's logits, which are in `own`, less the teacher's."""
     near = log_alpha.isinf() | ~(log_alpha < FARTHEST)  # alpha of 0: nothing could be lifted
     move = torch.where(near, 0.0, FARTHEST - log_alpha)
     lifted = torch.where(log_alpha.isinf(), 0.0, torch.where(near, log_alpha, FARTHEST))
@@ -75,17 +75,15 @@ def lift(
     t_s, t_t = temperatures
     level_s, log_s, level_t, log_t = levels[:, :, None].unbind(1)
 
-    def raised(z: Tensor, level: Tensor, log: Tensor, t: float) -> Tensor:
-        torch.add(z, t * move[:, None], out=spare)
-        return torch.minimum(spare, level + t * (log + CEILING), out=spare)
+    def step(z: Tensor, level: Tensor, log: Tensor, t: float) -> Tensor:
+        torch.sub(level + t * (log + (CEILING - move[:, None])), z, out=spare)
+        return torch.maximum(spare.clamp_(max=0.0), -t * move[:, None], out=spare)
 
+    student += step(own if difference else student, level_s, log_s, t_s)
+    moved = step(teacher, level_t, log_t, t_t)
+    teacher += moved
     if difference:
-        moved = (torch.maximum(own, raised(own, level_s, log_s, t_s)) - own).nan_to_num_(0.0)
-        moved -= (torch.maximum(teacher, raised(teacher, level_t, log_t, t_t)) - teacher).nan_to_num_(0.0)
-        student += moved
-    else:
-        torch.maximum(student, raised(student, level_s, log_s, t_s), out=student)
-    torch.maximum(teacher, raised(teacher, level_t, log_t, t_t), out=teacher)
+        student -= moved
     return lifted
 
 

@@ -19,7 +19,7 @@ from judge import EXACT_GRADIENT, EXACT_VALUE, Outcome, error, judge_exact, judg
 
 import fastdistil as fd
 from fastdistil.backends import get
-from fastdistil.contracts.logit import DIVERGENCES, PHASE_STATISTICS, PHASE_VALUE, STATS
+from fastdistil.contracts.logit import DIVERGENCES, LOSSES, PHASE_STATISTICS, PHASE_VALUE, STATS
 from fastdistil.ops import vocab_parallel
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
@@ -82,9 +82,9 @@ def check(rank: int, world: int) -> None:
     sizes = PARTS[world]
     part = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
     group = dist.group.WORLD
-    for divergence in DIVERGENCES:
+    for divergence in LOSSES:
         for case in ("usual", "near", "far", "masked"):
-            if case != "usual" and divergence not in ("forward_kl", "jsd"):
+            if case != "usual" and divergence not in ("forward_kl", "jsd", "nla"):
                 continue
             for options in ({}, {"reduction": "none"}):
                 student, teacher = logits(case)
@@ -138,8 +138,9 @@ def terms(rank: int, world: int) -> None:
     mapped = torch.cat([torch.where(x < 0, x, x + begin) for x, begin in zip(maps, own_ends, strict=False)])
     student, teacher = logits("usual")
     other = 4 * torch.randn(ROWS, sum(own), generator=generator)
-    labels = torch.tensor([3, -100, 7, COLUMNS - 1, 120])
-    for divergence in ("forward_kl", "jsd", "mse"):
+    given = torch.tensor([3, -100, 7, COLUMNS - 1, 120])
+    for divergence in ("forward_kl", "jsd", "mse", "nla"):
+        labels = "teacher" if divergence == "nla" else given
         for with_map in (False, True):
             for label_weight in (0.0, 0.3, 1.0):  # of 1: the statistics have a pass of their own
                 options: dict[str, Any] = {"divergence": divergence, "return_stats": True, "temperature": 2.0}
@@ -169,7 +170,7 @@ def terms(rank: int, world: int) -> None:
                     allowed = 2 * error(alone.gradients[0][:, part], wanted) + 2e-6
                     close(mine.gradients[0], wanted, f"{name}: gradient", allowed)
                     close(found, stats, f"{name}: statistics", 2e-6)
-    heads_options: dict[str, Any] = {"labels": labels, "label_weight": 0.3, "weight": torch.tensor([1.0, 2, 0, 0.5, 1])}
+    heads_options: dict[str, Any] = {"labels": given, "label_weight": 0.3, "weight": torch.tensor([1.0, 2, 0, 0.5, 1])}
     whole_heads, mine = two_heads(**heads_options), two_heads(part, group=dist.group.WORLD, **heads_options)
     close(mine.value, whole_heads.value, "labelled heads value", 1e-5)
     close(mine.gradients[0], whole_heads.gradients[0], "labelled heads hidden", 1e-5)
