@@ -195,7 +195,7 @@ def backend_table() -> list[str]:
 # yes or no, the others say which.
 OPTIONS = {
     "": ("reduction", "num_items", "backend"),
-    "distance": ("divergence", "beta", "kind", "tail"),
+    "distance": ("divergence", "beta", "eta", "kind", "tail"),
     "rows": ("weight", "mask", "mask_queries"),
     "`temperature`": ("temperature", "teacher_temperature", "scale_by_t2"),
     "`labels`": ("labels", "label_weight", "label_num_items", "ignore_index"),

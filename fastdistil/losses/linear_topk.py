@@ -110,11 +110,12 @@ def linear_topk_logit_loss(
         _NAME, labels, label_weight, ignore_index, w, rows, columns, device, label_num_items
     )
     partners = None if vocab_map is None else partners_of(_NAME, vocab_map, columns, device)
-    if label is None and counted is not None:
-        label, counted = labels_of(values, teacher_indices, partners, counted)
     scale, label_scale = _terms.scales(
         _NAME, rows.numel(), w, counted, alpha, reduction, num_items, label_num_items, device, dtype
     )
+    if label is None and label_scale is not None:
+        label, there = labels_of(values, teacher_indices, columns, partners)
+        label_scale = torch.where(there, label_scale, 0.0)
     caps = _terms.caps(_NAME, student_logit_scale, student_softcap, 1.0, None)[:2]
     k, constants = values.shape[-1], [float(x) for x in (index, mixture, TAILS.index(tail), t, factor, *caps)]
     arguments = (

@@ -73,8 +73,8 @@ def topk_logit_loss(
         scale_by_t2: multiply by T^2 (Hinton et al. 2015).
         weight: (...,) one number or bool per row; a row of weight 0 contributes exactly 0 and is not read.
         labels, label_weight, label_num_items, ignore_index: a second term, the cross entropy with (...,) int64 labels,
-            as in logit_loss. "teacher": the column of the largest value, the first column of several; a row without a
-            value, or whose column is not mapped, has no label.
+            as in logit_loss. "teacher": the column of the largest value among the mapped ones, the first column of several;
+            a row without one has a cross entropy of 0.
         vocab_map: (V,) int64: student column v is teacher column vocab_map[v], -1 for none, each teacher column at
             most once; teacher_indices are then the teacher's columns. Entries that no student column is mapped to are
             left out, and the others' probabilities divided by what those leave of 1; the tail keeps the probability of
@@ -128,11 +128,12 @@ def topk_logit_loss(
         _NAME, labels, label_weight, ignore_index, w, rows, student.shape[-1], student.device, label_num_items
     )
     partners = None if vocab_map is None else partners_of(_NAME, vocab_map, student.shape[-1], student.device)
-    if label is None and counted is not None:
-        label, counted = labels_of(values, teacher_indices, partners, counted)
     scale, label_scale = _terms.scales(
         _NAME, rows.numel(), w, counted, alpha, reduction, num_items, label_num_items, student.device, dtype
     )
+    if label is None and label_scale is not None:
+        label, there = labels_of(values, teacher_indices, student.shape[-1], partners)
+        label_scale = torch.where(there, label_scale, 0.0)
     rule = (index, mixture, TAILS.index(tail), t, factor)
     k = values.shape[-1]
     teacher = (values.reshape(-1, k), _check.usable(teacher_indices).reshape(-1, k), known)
@@ -188,18 +189,19 @@ def tail_of(function: str, value: object, tail: str, values: Tensor) -> Tensor |
     return value.reshape(-1)
 
 
-def labels_of(values: Tensor, indices: Tensor, partners: Tensor | None, counted: Tensor) -> tuple[Tensor, Tensor]:
+def labels_of(values: Tensor, indices: Tensor, columns: int, partners: Tensor | None) -> tuple[Tensor, Tensor]:
     """The student's columns (N,) of the teacher's largest values, and which rows have one."""
     k = values.shape[-1]
-    values, indices = values.detach().reshape(-1, k), _check.usable(indices).reshape(-1, k).to(torch.int64)
-    top = values.amax(-1, keepdim=True)
-    found = torch.where(values == top, indices, torch.iinfo(torch.int64).max).amin(-1)
-    there = counted & (top[:, 0] > -torch.inf)
+    values, at = values.detach().reshape(-1, k), _check.usable(indices).reshape(-1, k).to(torch.int64)
+    there = values > -torch.inf
     if partners is not None:
-        at = partners == found[:, None]  # (N, V)
-        there = there & at.any(-1)
-        found = at.to(torch.uint8).argmax(-1)
-    return torch.where(there, found, 0), there
+        ordered, order = partners.sort()
+        place = torch.searchsorted(ordered, at).clamp(max=columns - 1)
+        there, at = there & (ordered[place] == at), order[place]
+    there = there & (at >= 0) & (at < columns)  # of a wrong index the loss itself tells
+    values = torch.where(there, values, -torch.inf)
+    found = torch.where(there & (values == values.amax(-1, keepdim=True)), at, columns).amin(-1)
+    return torch.where(found < columns, found, 0), found < columns
 
 
 def partners_of(function: str, vocab_map: object, columns: int, device: torch.device) -> Tensor:

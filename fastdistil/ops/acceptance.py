@@ -1,4 +1,4 @@
-"""The acceptance rate alpha = sum min(p, q) of rows of logits, and the losses made of it (docs/losses.md, section 1b).
+"""The acceptance rate alpha = sum min(p, q) of rows of logits, and the losses made of it (docs/losses.md, section 1e).
 
 Both losses are launches of the divergences' own kernels with a factor of alpha on each row: the gradient of -log(alpha)
 is that of the total variation over alpha. A backend's ``acceptance`` leaves ln(alpha), which has its digits where alpha

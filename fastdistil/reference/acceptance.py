@@ -1,4 +1,4 @@
-"""The acceptance rate of rows of logits in plain PyTorch (docs/losses.md, section 1b), in float64."""
+"""The acceptance rate of rows of logits in plain PyTorch (docs/losses.md, section 1e), in float64."""
 
 from __future__ import annotations
 

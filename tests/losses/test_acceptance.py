@@ -1,5 +1,5 @@
 """What drafters of speculative decoding are trained with: the acceptance rate, -log of it, the hybrid with the KL, labels
-that are the teacher's, and a vocabulary that is a part of the teacher's (docs/losses.md, section 1b)."""
+that are the teacher's, and a vocabulary that is a part of the teacher's (docs/losses.md, section 1e)."""
 
 from __future__ import annotations
 
@@ -205,6 +205,33 @@ def test_labels_of_the_teacher(backend: str, dtype: torch.dtype, label_weight: f
         assert torch.equal(found.value, wanted.value) and torch.equal(found.gradients[0], wanted.gradients[0])
 
 
+@pytest.mark.parametrize("mapped", [False, True])
+def test_labels_of_a_top_k_teacher(mapped: bool) -> None:
+    """As given ones: the first of the mapped columns with the largest value, none where nothing is stored."""
+    student, teacher = torch.randn(2, 6, 30, device=DEVICE)
+    teacher[1, 20] = teacher[1, 9] = 20.0
+    values, indices = teacher.log_softmax(-1).topk(4)
+    values[2] = -torch.inf
+    weight = torch.tensor([1.0, 2.0, 1.0, 0.0, 1.0, 1.0], device=DEVICE)
+    options: dict[str, Any] = {"label_weight": 0.5, "weight": weight, "reduction": "sum"}
+    columns = torch.arange(30, device=DEVICE)
+    if mapped:
+        columns = torch.randperm(30, device=DEVICE)
+        columns[columns == teacher[4].argmax()] = -1
+        options["vocab_map"] = columns
+    labels = teacher[:, columns.clamp(min=0)].masked_fill(columns < 0, -torch.inf).argmax(-1)
+    labels[2] = -100
+    hidden, head = torch.randn(6, 5, device=DEVICE), torch.randn(30, 5, device=DEVICE)
+    for loss, tensor in ((fd.topk_logit_loss, student), (fd.linear_topk_logit_loss, hidden)):
+        rest = (head,) if tensor is hidden else ()
+
+        def run(x: Tensor, y: Any, loss: Any = loss, rest: Any = rest) -> Tensor:
+            return loss(x, *rest, values, indices, labels=y, **options)
+
+        found, wanted = (outcome(lambda x, y=y, run=run: run(x, y), tensor) for y in ("teacher", labels))
+        assert torch.equal(found.value, wanted.value) and torch.equal(found.gradients[0], wanted.gradients[0])
+
+
 # ---- a vocabulary that is a part of the teacher's
 
 
@@ -226,7 +253,7 @@ def draft(dtype: torch.dtype = F32, noise: float = 1.0) -> tuple[Tensor, Tensor,
 
 
 def whole(s: Tensor, t: Tensor, vocab_map: Tensor, divergence: str, beta: float, temperature: float) -> Tensor:
-    """docs/losses.md, section 1b, with the unmapped columns one by one."""
+    """docs/losses.md, section 1e, with the unmapped columns one by one."""
     there = vocab_map >= 0
     p = (s[:, there] / temperature).log_softmax(-1)
     q = (t / temperature).log_softmax(-1)
