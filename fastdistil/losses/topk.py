@@ -73,8 +73,8 @@ def topk_logit_loss(
         scale_by_t2: multiply by T^2 (Hinton et al. 2015).
         weight: (...,) one number or bool per row; a row of weight 0 contributes exactly 0 and is not read.
         labels, label_weight, label_num_items, ignore_index: a second term, the cross entropy with (...,) int64 labels,
-            as in logit_loss. "teacher": the column of the largest value among the mapped ones, the first column of several;
-            a row without one has a cross entropy of 0.
+            as in logit_loss. "teacher": the column of the largest value among the mapped ones, the first of several; a
+            row without one has a cross entropy of 0.
         vocab_map: (V,) int64: student column v is teacher column vocab_map[v], -1 for none, each teacher column at
             most once; teacher_indices are then the teacher's columns. Entries that no student column is mapped to are
             left out, and the others' probabilities divided by what those leave of 1; the tail keeps the probability of

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fastdistil as fd
 from fastdistil.backends import get
-from fastdistil.contracts.logit import DIVERGENCES, STATS
+from fastdistil.contracts.logit import LOSSES, STATS
 from fastdistil.ops import linear_logit
 from fastdistil.ops.linear_difference import Form, form_of
 from fastdistil.ops.linear_logit import linear_logit_total
@@ -87,7 +87,7 @@ def forms(monkeypatch: pytest.MonkeyPatch) -> list[Form | None]:
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_exact(backend: str, kind: str, noise: float, forms: list[Form | None]) -> None:
     heads = draw(kind, noise)
-    for divergence in DIVERGENCES:
+    for divergence in LOSSES:
         if divergence != "mse":  # which needs no logits here
             expected = truth(heads, divergence=divergence)
             del forms[:]
@@ -100,7 +100,7 @@ def test_exact_on_a_gpu(backend: str) -> None:
     """One head costs no look at its numbers."""
     heads = draw("one head", 1e-3, columns=67)
     heads |= {"h": heads["h"][:3], "h_t": heads["h_t"][:3]}
-    for divergence in ("forward_kl", "jsd"):
+    for divergence in ("forward_kl", "jsd", "nla"):
         judge_exact(
             ours(heads, divergence=divergence, backend=backend), truth(heads, divergence=divergence), torch.float32
         )
@@ -121,6 +121,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "labels and softcap": {"labels": torch.arange(ROWS), "label_weight": 1e-6, "student_softcap": 9.0,
                            "teacher_softcap": 9.0},
     "a row": {"reduction": "none"},
+    "nla": {"divergence": "nla", "labels": "teacher", "label_weight": 1e-6, "vocab_map": VOCAB_MAP, "temperature": 2.0},
+    "lk_hybrid": {"divergence": "lk_hybrid", "student_softcap": 9.0, "teacher_softcap": 9.0, "reduction": "none"},
     "mse": {"divergence": "mse", "vocab_map": VOCAB_MAP},
 }  # fmt: skip
 
@@ -152,7 +154,7 @@ def test_statistics(kind: str) -> None:
         arguments = [(heads["h"], heads["w"], heads["h_t"], heads["w_t"])]
         arguments += [tuple(x.double() for x in arguments[0])]
         (_, found), (_, expected) = (fd.linear_logit_loss(*x, return_stats=True, **options) for x in arguments)
-        for name in ("student_entropy", "teacher_entropy", "cross_entropy", "agreement"):
+        for name in ("student_entropy", "teacher_entropy", "cross_entropy", "agreement", "acceptance"):
             assert error(getattr(found, name), getattr(expected, name)) <= EXACT_VALUE
 
 
