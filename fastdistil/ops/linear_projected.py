@@ -32,6 +32,7 @@ class _Heads(StudentHead):
         super().__init__(*student, scale, wanted, None if labelled else projection.vocab_map)
         self.teacher, self.teacher_weight, self.teacher_bias = teacher
         self.projection, self.teacher_caps, self.scale = projection, teacher_caps, scale
+        self.teacher_columns = projection.teacher_columns
 
     def teacher_logits(self, rows: slice) -> Tensor:
         states = self.teacher[rows]
@@ -76,7 +77,7 @@ def _compute(
 ) -> Found:
     """Rows (N,) times their scales and the gradients of their sum that are `wanted`, in row_scale's dtype."""
     choose(backend, row_scale.device, torch.float64)  # raises where it cannot
-    rule, caps = unpack(constants)
+    rule, caps, _ = unpack(constants)
     projection = Projection(offsets, columns, weights, len(teacher_weight), rule["teacher_temperature"])
     terms = terms_of(labels, label_scale, projection, *caps[:2])
     student, teacher, scale = student_hidden, teacher_hidden, row_scale

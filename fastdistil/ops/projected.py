@@ -50,6 +50,7 @@ class Projection:
 
 class Source(Protocol):
     columns: int  # V_s
+    teacher_columns: int  # V_t
     projection: Projection
 
     def teacher_logits(self, rows: slice) -> Tensor:
@@ -67,7 +68,7 @@ class _Rows:
 
     def __init__(self, student: Tensor, teacher: Tensor, projection: Projection, gradient: Tensor | None) -> None:
         self.student, self.teacher, self.projection, self.gradient = student, teacher, projection, gradient
-        self.columns = student.shape[1]
+        self.columns, self.teacher_columns = student.shape[1], teacher.shape[1]
 
     def teacher_logits(self, rows: slice) -> Tensor:
         return self.teacher[rows]
@@ -148,7 +149,7 @@ def _compute(
 ) -> Found:
     choose(backend, student.device, torch.float64)  # raises where it cannot
     gradient = new_empty(student, student.shape, student.dtype if rounded else row_scale.dtype) if wanted[0] else None
-    rule, _ = unpack(constants)
+    rule, *_ = unpack(constants)
     projection = Projection(offsets, columns, weights, teacher.shape[1], rule["teacher_temperature"])
     rows = run_projected(
         _Rows(student, teacher, projection, gradient), row_scale, rule,

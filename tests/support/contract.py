@@ -18,7 +18,7 @@ from topk_cases import CASES, known
 from torch import Tensor
 
 import fastdistil as fd
-from fastdistil.contracts.logit import LOSSES
+from fastdistil.contracts.logit import DIVERGENCES, LOSSES
 
 ROWS, COLUMNS, K = 6, 11, 3
 WEIGHT = torch.tensor([1.0, 2.0, 0.0, 0.5, 3.0, 0.0])
