@@ -8,7 +8,7 @@ the factor that was set.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastdistil.ops.direct import Direct
 from fastdistil.ops.families import SCALES, multiply_, refuse_double_backward
 
 # Bytes of the gradient that one collective takes: what is needed beyond the gradient and the shard.
@@ -116,8 +117,8 @@ class Whole(torch.autograd.Function):
 class Call:
     """A loss of two ops of `families.family`, of whose tensors the first three may get gradients."""
 
-    rows: Callable[..., Any]
-    total: Callable[..., Any]
+    rows: Direct
+    total: Direct
     names: Sequence[str]  # of the tensors, which come first among the arguments
     arguments: list[Any]
     shards: dict[int, Shard]  # of those arguments that were gathered from them
@@ -130,7 +131,7 @@ class Call:
 
     def gradients(self, arguments: list[Any], rounded: bool) -> tuple[list[Any], list[Tensor]]:
         """What `total` returns before the gradients, and them."""
-        found = list(self.total(*arguments, self.wanted, rounded))
+        found = list(self.total.op(*arguments, self.wanted, rounded))
         return found[:-3], found[-3:]
 
 
