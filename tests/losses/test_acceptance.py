@@ -4,6 +4,7 @@ that are the teacher's, and a vocabulary that is a part of the teacher's (docs/l
 from __future__ import annotations
 
 import math
+import re
 import subprocess
 import sys
 from typing import Any
@@ -71,7 +72,7 @@ def test_acceptance_keeps_its_digits(backend: str) -> None:
     assert truth.min() < 1e-15
     assert (stats.acceptance.double() / truth - 1).abs().max() <= EXACT_VALUE
     _, stats = fd.logit_loss(teacher + 1e-3, teacher, return_stats=True, backend=backend)
-    torch.testing.assert_close(stats.acceptance, torch.ones_like(stats.acceptance), rtol=SLACK[F32], atol=0)
+    assert (stats.acceptance - 1).abs().max() <= SLACK[F32]
 
 
 # ---- -log(alpha) and the hybrid
@@ -271,9 +272,8 @@ def test_draft_vocabulary(backend: str, divergence: str) -> None:
 def test_forward_kl_of_a_draft_vocabulary_may_be_negative() -> None:
     student, teacher, vocab_map = draft()
     options: dict[str, Any] = {"vocab_map": vocab_map, "renormalize": False, "reduction": "none"}
-    value = fd.logit_loss(student, teacher, **options)
+    value, stats = fd.logit_loss(student, teacher, return_stats=True, **options)
     assert value[0] < 0
-    _, stats = fd.logit_loss(student, teacher, return_stats=True, **options)
     tvd = fd.logit_loss(student, teacher, divergence="tvd", **options)
     torch.testing.assert_close(stats.acceptance, 1 - tvd, rtol=0, atol=SLACK[F32])
     assert stats.agreement[0] == 0 and stats.agreement[3] == 0  # the teacher's own column is none of the student's
