@@ -7,6 +7,7 @@ import copy
 import os
 import weakref
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -297,7 +298,7 @@ def what_cannot_be_told(world: int) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     world = int(os.environ["WORLD_SIZE"])
     try:
         every_step(world)
