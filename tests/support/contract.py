@@ -18,7 +18,7 @@ from topk_cases import CASES, known
 from torch import Tensor
 
 import fastdistil as fd
-from fastdistil.contracts.logit import DIVERGENCES, LOSSES
+from fastdistil.contracts.logit import ACCEPTANCE_LOSSES, DIVERGENCES
 
 ROWS, COLUMNS, K = 6, 11, 3
 WEIGHT = torch.tensor([1.0, 2.0, 0.0, 0.5, 3.0, 0.0])
@@ -122,9 +122,10 @@ LABELLED = {"label_weight": 0.4, "temperature": 2.0}
 ATTENTION_KINDS = {kind: {"kind": kind} for kind in ("prob_kl", "prob_mse", "score_mse")}
 HIDDEN_KINDS = {kind: {"kind": kind} for kind in ("mse", "cosine", "kl")}
 TAILS = {f"{tail} {d}": {"tail": tail, "divergence": d, "beta": 0.3} for tail, d in CASES}
-EACH = {d: {"divergence": d, "beta": 0.3, "temperature": 1.5, "teacher_temperature": 2.0} for d in LOSSES}
+EACH = {d: {"divergence": d, "beta": 0.3, "temperature": 1.5, "teacher_temperature": 2.0} for d in DIVERGENCES}
+ACCEPTANCE = {d: EACH["tvd"] | {"divergence": d} for d in ACCEPTANCE_LOSSES}
 # lk_hybrid's gradient takes its weight for a constant, and with it its differences do not: gradcheck gets it as the KL.
-CHECKED = EACH | {"lk_hybrid": EACH["lk_hybrid"] | {"eta": 0.0}}
+CHECKED = EACH | ACCEPTANCE | {"lk_hybrid": ACCEPTANCE["lk_hybrid"] | {"eta": 0.0}}
 DRAFT = {d: x | {"renormalize": False} for d, x in CHECKED.items() if d != "mse"}
 
 
@@ -138,7 +139,7 @@ LOSSES = {
         {"student_logits": (ROWS, COLUMNS)},
         lambda: {"teacher_logits": torch.randn(ROWS, COLUMNS, dtype=torch.float64)},
         ("student_logits", "teacher_logits"),
-        _some(EACH, "forward_kl", "reverse_kl", "mse", "nla", "lk_hybrid"),
+        _some(EACH | ACCEPTANCE, "forward_kl", "reverse_kl", "mse", *ACCEPTANCE),
         CHECKED,
         float64=("reference", "cpu", "cuda"),
     ),
@@ -175,7 +176,7 @@ LOSSES = {
             "teacher_weight": torch.randn(COLUMNS, 5, dtype=torch.float64),
         },
         ("student_hidden", "teacher_hidden"),
-        _some(EACH, "forward_kl", "mse", "nla"),
+        _some(EACH | ACCEPTANCE, "forward_kl", "mse", "nla"),
         CHECKED,
     ),
     "linear, draft vocabulary": Loss(
