@@ -93,7 +93,7 @@ versions: $(VENV)/.test
 
 # Minutes: every system killed at 20 random moments and continued, with the same student at the end.
 soak: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak tests/systems tests/integrations tests/losses
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak tests/systems tests/integrations tests/losses tests/benchmarks
 	OMP_NUM_THREADS=1 $(BIN)/python tests/kill.py --kills $(or $(KILLS),20)
 
 docs: $(VENV)/.docs

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from math import prod
 from pathlib import Path
 
@@ -202,15 +203,15 @@ def loss_bytes(student: Model, teacher: Model, plan: Plan) -> dict[str, float]:
 def teacher_bytes(teacher: Model, plan: Plan) -> float:
     """What lies in a GPU's memory of the teacher between steps."""
     block, root = numbers(teacher.block()) * teacher.layers, numbers(teacher.root())
-    head = teacher.vocabulary * teacher.width
+    held = 0.0 if plan.teacher == "topk" else float(prod(teacher.root()[0])) / plan.tensor
     if plan.teacher == "replicated":
-        return float(plan.size * (block + root))
-    if plan.teacher == "sharded":  # the root group of fully_shard stays whole: nothing runs backward that frees it
+        held = block + root
+    elif plan.teacher == "sharded":  # the root group of fully_shard stays whole: nothing runs backward that frees it
         shards = numbers(teacher.block(), plan.gpus) * teacher.layers + numbers(teacher.root(), plan.gpus)
-        return plan.size * (shards / plan.gpus + root)
-    if plan.teacher == "tensor":
-        return plan.size * ((block + root) / plan.teacher_split + (head if plan.tensor == 1 else 0))
-    return 0.0 if plan.teacher == "topk" else plan.size * head / plan.tensor
+        held = shards / plan.gpus + root
+    elif plan.teacher == "tensor":
+        held = (block + root) / plan.teacher_split + (0.0 if plan.tensor == plan.teacher_split else held)
+    return plan.size * held
 
 
 def memory(student: Model, teacher: Model, plan: Plan) -> dict[str, dict[str, float]]:
@@ -222,9 +223,9 @@ def memory(student: Model, teacher: Model, plan: Plan) -> dict[str, dict[str, fl
     own = (numbers(student.block(), plan.shards) * student.layers + numbers(student.root(), plan.shards)) / parts
     loss = loss_bytes(student, teacher, plan)
     each = student.saved(size, plan.tensor) * n
-    saved = student.edges(size) * n + student.layers * each
-    if plan.checkpointing:  # blocks keep their input, and are computed again one by one
-        saved = student.edges(size) * n + student.layers * n * student.width * size / plan.tensor + each
+    # With checkpointing blocks keep their input, and are computed again one by one.
+    again, kept = (each, n * student.width * size / plan.tensor) if plan.checkpointing else (0.0, each)
+    saved = student.edges(size) * n + student.layers * kept
     buffers = 0.0 if sharded else FULL * own
     casts = size * own if not sharded and size < FULL else 0.0
     whole = size * root if sharded else 0.0  # the root group, gathered from its forward to its backward pass
@@ -235,18 +236,19 @@ def memory(student: Model, teacher: Model, plan: Plan) -> dict[str, dict[str, fl
     base |= {"communication": buffers + casts + whole}
     working = 2 * student.ffn * n * size / plan.tensor  # gradients inside of a block
     reduced = (size + FULL) * block - each if spread else 0.0
-    tables = prod(student.root()[0]) / plan.tensor
+    tables = student.vocabulary * student.width / plan.tensor
     first = base | {"communication": base["communication"] + gathered}
-    # The tables' gradient comes last, and of a tied one both parts; fully_shard's root group then has the gathered
-    # parameters, their gradients and what is reduced.
+    # The tables' gradient comes last, of a tied one in both parts. fully_shard frees the root group's parameters before
+    # it fills what is reduced, and all gradients but the last before it makes room for the result.
     last = base | {"gradients": FULL * own, "activations": n * student.width * size, "loss": loss["target"]}
-    last["communication"] += tables * size if student.tied else 0.0
+    last["communication"] += tables * size * student.tied
     if sharded:
         last["gradients"] = FULL * (own - root / plan.shards)
-        last["communication"] += (size + (FULL if spread else 0)) * root
+        sums = FULL * root * (1 + 1 / plan.shards) + size * prod(student.root()[-1]) / plan.tensor
+        last["communication"] = max(2 * whole, sums if spread else 0.0)
     found = {
         "loss": base | {"loss": loss["kept"] + loss["once"]},
-        "backward, first block": first | {"activations": saved + max(working, reduced)},
+        "backward, first block": first | {"activations": saved + again + max(working, reduced)},
         "backward, tables": last,
         "optimizer": base
         | {"gradients": FULL * own, "activations": 0.0, "loss": loss["target"], "communication": buffers},
@@ -259,11 +261,10 @@ def memory(student: Model, teacher: Model, plan: Plan) -> dict[str, dict[str, fl
     return found
 
 
-def peak(student: Model, teacher: Model, plan: Plan) -> tuple[str, dict[str, float]]:
-    """The moment of most memory, and its categories."""
-    moments = memory(student, teacher, plan)
-    name = max(moments, key=lambda x: sum(moments[x].values()))
-    return name, moments[name]
+def split_head_bytes(rows: int, ranks: int, width: int) -> tuple[float, float]:
+    """Of a loss whose vocabulary is split over ranks: gathered (float64 statistics of rows), and all-reduced (two sums
+    a row, and the states' gradient)."""
+    return float(8 * STATS * rows * ranks), FULL * rows * (2.0 + width)
 
 
 def collectives(student: Model, teacher: Model, plan: Plan) -> dict[str, float]:
@@ -281,9 +282,10 @@ def collectives(student: Model, teacher: Model, plan: Plan) -> dict[str, float]:
     if plan.tensor > 1:
         # Sequence parallelism: rows gathered before attention and feed-forward, scattered behind them, and backward.
         times = student.layers * (4 + 2 * plan.checkpointing)
-        found["tensor all-gather"] = size * n * student.width * (times + 1) + 8 * STATS * n * plan.tensor
+        states = student.width * (times + 1) + (0 if plan.teacher == "topk" else teacher.width)
+        found["tensor all-gather"] = float(size * n * states + split_head_bytes(n, plan.tensor, 0)[0])
         found["tensor reduce-scatter"] = float(size * n * student.width * times)
-        found["tensor all-reduce"] = FULL * n * (student.width + 2.0)  # the states' gradient, two sums a row
+        found["tensor all-reduce"] = split_head_bytes(n, plan.tensor, student.width)[1]
     if plan.teacher == "tensor" and plan.gpus > 1:
         rows = n // plan.tensor * plan.teacher_split
         found["teacher tensor all-gather"] = found["teacher tensor reduce-scatter"] = (
@@ -351,9 +353,10 @@ def step_tasks(student: Model, teacher: Model, plan: Plan, machine: Machine) -> 
             add(f"gather {i}", "network", gather, f"forward {i - 2}")
         add(f"forward {i}", "compute", forward, "gather root", f"gather {i}")
     products = 3 * student.head_forward(n) + (0 if plan.teacher == "topk" else teacher.head_forward(n))
-    traffic = (TOPK_BYTES if plan.teacher == "topk" else PAIR_BYTES) * n * student.vocabulary
-    merged = machine.passes(size * n * (student.width + teacher.width), t) + machine.passes(8.0 * STATS * n * t, t)
-    merged += machine.passes(FULL * n * (student.width + 2.0), t, rounds=2)
+    traffic = (TOPK_BYTES if plan.teacher == "topk" else PAIR_BYTES) * float(n * student.vocabulary)
+    statistics, gradient = split_head_bytes(n, t, student.width)
+    merged = machine.passes(size * n * (student.width + teacher.width) + statistics, t)
+    merged += machine.passes(gradient, t, rounds=2)
     traffic = traffic / t + loss_bytes(student, teacher, plan)["again"]
     add("loss", "compute", machine.products(products) / t + traffic / machine.memory_rate + merged)
     bucket = 0.0 if student.tied else FULL * prod(student.root()[0]) / t  # the head's gradient is there first
@@ -384,10 +387,9 @@ def seconds(student: Model, teacher: Model, plan: Plan, machine: Machine) -> flo
     found = max(simulate(step_tasks(student, teacher, plan, machine)).values())
     if plan.teacher != "own ranks":
         return found
-    rows = plan.data * plan.tokens / plan.teacher_ranks
+    rows, split = plan.data * plan.tokens / plan.teacher_ranks, plan.teacher_split
     forward = teacher.layers * machine.products(teacher.block_forward(rows, plan.length))
-    wide = plan.size * rows * plan.teacher_split * teacher.width
-    forward += 4 * teacher.layers * machine.passes(wide, plan.teacher_split)
+    forward += 4 * teacher.layers * machine.passes(plan.size * rows * split * teacher.width, split)
     return max(found, forward, plan.size * rows * teacher.width / machine.network)
 
 
@@ -395,6 +397,4 @@ if __name__ == "__main__":
     if sys.argv[1:] != ["--table"]:
         raise SystemExit(__doc__)
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "docs/tools"))
-    import scaling_tables
-
-    scaling_tables.write()
+    import_module("scaling_tables").write()

@@ -15,7 +15,7 @@ from fastdistil.benchmarks.scaling import (
     Machine,
     Model,
     Plan,
-    peak,
+    memory,
     seconds,
     sent_by_kind,
     simulate,
@@ -51,6 +51,13 @@ WORK = {
     "llama-h200": Work("70B to 8B", LLAMA_8B, LLAMA_70B, 2, 4096, H200),
 }
 LIVE = ("replicated", "sharded", "tensor", "own ranks")
+
+
+def peak(student: Model, teacher: Model, plan: Plan) -> tuple[str, dict[str, float]]:
+    """The moment of most memory, and its categories."""
+    moments = memory(student, teacher, plan)
+    name = max(moments, key=lambda x: sum(moments[x].values()))
+    return name, moments[name]
 
 
 def fits(work: Work, plan: Plan) -> bool:
@@ -138,6 +145,8 @@ def placements(name: str, gpus: int) -> str:
     lines = [head, "| --- " * 7 + "|"]
     for teacher in (*LIVE, "hidden", "topk"):
         found = best(name, gpus, (teacher,))
+        if not any(plans(work, gpus, teacher)):
+            continue
         if found is None:
             lines.append(f"| {teacher} | none fits | – | – | – | – | – |")
             continue

@@ -12,13 +12,15 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from fastdistil.benchmarks.scaling import Model, Plan, collectives, memory
+from fastdistil.benchmarks.scaling import Model, Plan, collectives, loss_bytes, memory, numbers, split_head_bytes
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,18 +28,19 @@ from torch.utils._pytree import tree_leaves
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import fastdistil as fd
+from fastdistil.ops.products import CPU_ROWS
 
 SEQUENCES, LENGTH, CHUNK_ROWS = 2, 48, 32
 SETTLE_SECONDS = 0.02
 TOLERANCE = 0.05
 STUDENTS = {
     "llama": Model("llama student", 3, 64, 176, 4, 2, 997, gated=True, tied=False),
-    "tables": Model("llama student of large tables", 1, 64, 176, 4, 2, 4001, gated=True, tied=False),
+    "tables": Model("llama student of large tables", 1, 64, 176, 4, 2, 4000, gated=True, tied=False),
     "bert": Model("bert student", 3, 64, 176, 4, 4, 997, gated=False, tied=True, positions=64),
 }
 TEACHERS = {
     "llama": Model("llama teacher", 4, 96, 256, 4, 2, 997, gated=True, tied=False),
-    "tables": Model("llama teacher of large tables", 2, 32, 96, 4, 2, 4001, gated=True, tied=False),
+    "tables": Model("llama teacher of large tables", 2, 32, 96, 4, 2, 4000, gated=True, tied=False),
     "bert": Model("bert teacher", 4, 96, 256, 4, 4, 997, gated=False, tied=True, positions=64),
 }
 
@@ -103,17 +106,21 @@ class Collectives(TorchDispatchMode):
 
 
 def wrapped(module: States, kind: str) -> nn.Module:
-    if kind == "fsdp":
-        model = module.model
-        for block in model.model.layers if isinstance(model, LlamaForCausalLM) else model.bert.encoder.layer:
-            fully_shard(block)
-        fully_shard(module)
     trained = any(p.requires_grad for p in module.parameters())
+    if kind in ("fsdp", "mixed"):
+        model, policy = module.model, MixedPrecisionPolicy()
+        if kind == "mixed" and trained:
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        elif kind == "mixed":
+            model.to(torch.bfloat16)
+        for block in model.model.layers if isinstance(model, LlamaForCausalLM) else model.bert.encoder.layer:
+            fully_shard(block, mp_policy=policy)
+        fully_shard(module, mp_policy=policy)
     return DistributedDataParallel(module) if kind == "ddp" and trained else module
 
 
 def step_of(family: str, kind: str) -> Callable[[], None]:
-    """The models built and wrapped, and one step of them; kind: "ddp" or "fsdp", "one" for neither."""
+    """The models built and wrapped, and one step of them; kind: "ddp", "fsdp", "mixed" (FSDP2 that computes in bf16) or "one"."""
     torch.manual_seed(0)
     student = States(build(STUDENTS[family]))
     teacher = States(build(TEACHERS[family]).eval().requires_grad_(False))
@@ -177,14 +184,21 @@ def compared(family: str, kind: str, ranks: int) -> None:
     """Asserts that memory at its peak and at the end of the loss, backward pass and optimizer, and the bytes of each
     kind of collective, are within 5% of the formulas."""
     student, teacher = STUDENTS[family], TEACHERS[family]
+    sharded = kind in ("fsdp", "mixed")
     plan = Plan(
-        ranks, "ddp" if kind == "one" else kind, "sharded" if kind == "fsdp" else "replicated", SEQUENCES, LENGTH,
-        precision="fp32", chunk_bytes=chunk_bytes(student),
+        ranks, "fsdp" if sharded else "ddp", "sharded" if sharded else "replicated", SEQUENCES, LENGTH,
+        precision="mixed" if kind == "mixed" else "fp32", chunk_bytes=chunk_bytes(student),
     )  # fmt: skip
     held, seen = measure(family, kind)
     moments = {name: sum(x.values()) for name, x in memory(student, teacher, plan).items()}
     if kind == "one":  # DDP's buckets
         moments = {name: x - 4 * student.cost().parameters for name, x in moments.items()}
+    if kind == "mixed":  # what only a GPU rounds: a CPU multiplies the float32 gradient
+        plain = replace(plan, precision="fp32")
+        moments["loss"] -= loss_bytes(student, teacher, plan)["once"] - loss_bytes(student, teacher, plain)["once"]
+        moments["loss"] += 4 * (CPU_ROWS + CHUNK_ROWS) * max(student.width, teacher.width)  # of factors in float32
+    if sharded and ranks > 1:  # gloo clones what it reduces
+        moments["backward, tables"] += 4 * numbers(student.root(), ranks)
     wanted = {
         "teacher": moments.get("teacher"),
         "loss": moments["loss"],
@@ -204,6 +218,23 @@ def compared(family: str, kind: str, ranks: int) -> None:
     assert sum(sum(x) for op, x in seen.items() if op not in known) <= TOLERANCE * sum(map(sum, seen.values()))
 
 
+def vocabulary_split(ranks: int) -> None:
+    """The bytes of a loss of which each rank has its rows of both heads. Its collectives lie inside of a custom op, below
+    any dispatch mode: torch.distributed's functions are counted."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(96, width, generator=generator) for width in (64, 96))
+    heads = [torch.randn(512, width, generator=generator) for width in (64, 96)]
+    group = dist.group.WORLD
+    gathers, reduces = (patch(f"torch.distributed.{x}", wraps=getattr(dist, x)) for x in ("all_gather", "all_reduce"))
+    with gathers as gather, reduces as reduce:
+        fd.linear_logit_loss(student.requires_grad_(), heads[0], teacher, heads[1], group=group).backward()
+    sizes = [sum(x.nbytes for x in call.args[0]) for call in gather.call_args_list]
+    assert reduce.call_count == 2
+    gathered, reduced = split_head_bytes(96, ranks, 64)
+    near(f"vocabulary over {ranks}, gathered", sum(sizes), gathered)
+    near(f"vocabulary over {ranks}, all-reduced", sum(x.args[0].nbytes for x in reduce.call_args_list), reduced)
+
+
 def near(what: str, found: float, expected: float) -> None:
     print(f"{what}: measured {found:,.0f}, by formula {expected:,.0f}")
     assert abs(found - expected) <= TOLERANCE * expected, f"{what}: {found:,.0f}, expected {expected:,.0f} within 5%"
@@ -214,5 +245,9 @@ if __name__ == "__main__":
     for family in STUDENTS:
         for kind in ("ddp", "fsdp"):
             compared(family, kind, dist.get_world_size())
+        if dist.get_world_size() > 1:  # alone, nobody shards
+            compared(family, "mixed", dist.get_world_size())
+    if dist.get_world_size() > 1:
+        vocabulary_split(dist.get_world_size())
     dist.barrier()
     dist.destroy_process_group()
