@@ -3,7 +3,7 @@
     python benchmarks/scaling.py --table          writes the tables of docs/scaling.md
 
 Memory and bytes are checked to 5% against steps of 1, 2 and 4 processes on a CPU (tests/benchmarks/test_scaling.py).
-Every time is a prediction from data sheets: no GPU has run this library. docs/scaling.md has the formulas in words.
+Every time is a prediction from data sheets: no GPU has run this library. In words: docs/scaling.md.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ FULL = 4  # bytes of a float32 number
 # read for the statistics and again for the gradient (16), which is written (4), rounded twice, for the products with
 # the head and the states (ops/products.py: sizes 8, largest 4, divided 8, cast 6), and read by both (4).
 PAIR_BYTES = 8 + 16 + 4 + 2 * (8 + 4 + 8 + 6) + 4
-# The same with a top-k teacher, whose logits are not formed: the student's written, read twice, gradient as above.
-TOPK_BYTES = 4 + 8 + 4 + 2 * (8 + 4 + 8 + 6) + 4
+TOPK_BYTES = 4 + 8 + 4 + 2 * (8 + 4 + 8 + 6) + 4  # of a top-k teacher, whose logits are not formed
 
 
 @dataclass(frozen=True)
@@ -236,16 +235,14 @@ def memory(student: Model, teacher: Model, plan: Plan) -> dict[str, dict[str, fl
     base |= {"communication": buffers + casts + whole}
     working = 2 * student.ffn * n * size / plan.tensor  # gradients inside of a block
     reduced = (size + FULL) * block - each if spread else 0.0
-    tables = student.vocabulary * student.width / plan.tensor
     first = base | {"communication": base["communication"] + gathered}
     # The tables' gradient comes last, of a tied one in both parts. fully_shard frees the root group's parameters before
     # it fills what is reduced, and all gradients but the last before it makes room for the result.
     last = base | {"gradients": FULL * own, "activations": n * student.width * size, "loss": loss["target"]}
-    last["communication"] += tables * size * student.tied
+    last["communication"] += size * student.tied * student.vocabulary * student.width / plan.tensor
     if sharded:
         last["gradients"] = FULL * (own - root / plan.shards)
-        sums = FULL * root * (1 + 1 / plan.shards) + size * prod(student.root()[-1]) / plan.tensor
-        last["communication"] = max(2 * whole, sums if spread else 0.0)
+        last["communication"] = 2 * whole
     found = {
         "loss": base | {"loss": loss["kept"] + loss["once"]},
         "backward, first block": first | {"activations": saved + again + max(working, reduced)},
@@ -253,6 +250,9 @@ def memory(student: Model, teacher: Model, plan: Plan) -> dict[str, dict[str, fl
         "optimizer": base
         | {"gradients": FULL * own, "activations": 0.0, "loss": loss["target"], "communication": buffers},
     }
+    if spread:
+        sums = FULL * root * (1 + 1 / plan.shards) + size * prod(student.root()[-1]) / plan.tensor
+        found["backward, root reduced"] = last | {"communication": sums}
     if plan.teacher == "sharded":
         passing = plan.size * numbers(teacher.block(), plan.gpus) * (2 if plan.gpus > 1 else 1)
         rows = n / plan.tensor

@@ -198,7 +198,7 @@ def compared(family: str, kind: str, ranks: int) -> None:
         moments["loss"] -= loss_bytes(student, teacher, plan)["once"] - loss_bytes(student, teacher, plain)["once"]
         moments["loss"] += 4 * (CPU_ROWS + CHUNK_ROWS) * max(student.width, teacher.width)  # of factors in float32
     if sharded and ranks > 1:  # gloo clones what it reduces
-        moments["backward, tables"] += 4 * numbers(student.root(), ranks)
+        moments["backward, root reduced"] += 4 * numbers(student.root(), ranks)
     wanted = {
         "teacher": moments.get("teacher"),
         "loss": moments["loss"],
