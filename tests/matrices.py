@@ -237,7 +237,7 @@ def matrices() -> str:
 
 def with_matrices(page: str) -> str:
     before, rest = page.split(START)
-    return f"{before}{START}\n{matrices()}\n{END}{rest.split(END)[1]}"
+    return f"{before}{START}\n\n{matrices()}\n{END}{rest.split(END)[1]}"
 
 
 if __name__ == "__main__":
