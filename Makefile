@@ -22,7 +22,7 @@ SOURCES := pyproject.toml constraints.txt $(shell find csrc kernels -name '*.cpp
 PROGRESS = tee $(VENV)/install.log | { grep --line-buffered -E '^ *(\[[0-9]+/[0-9]+\]|-- fastdistil|Successfully|ERROR|error)' || true; }
 
 help:
-	@sed -n '2,4s/^# *//p' $(MAKEFILE_LIST); echo '  make lint    ruff, mypy and clang-format'; echo '  make bench   the CPU benchmarks into runs/bench'; echo '  make aot       every kernel compiled for every GPU: no spill'; echo '  make versions  the tests with other versions of torch, triton and transformers'; echo '  make fuzz      drawn cases against the truth, into docs/numerics.md'; echo '  make wheel     the wheel of the CPU kernels into dist'; echo '  make soak      every system under torchrun, and killed at random moments and continued'; echo '  make docs      the documentation site into build/site; make docs-serve shows it'
+	@sed -n '2,4s/^# *//p' $(MAKEFILE_LIST); echo '  make lint    ruff, mypy and clang-format'; echo '  make bench   the CPU benchmarks into runs/bench'; echo '  make aot       every kernel compiled for every GPU: no spill'; echo '  make versions  the tests with other versions of torch, triton and transformers'; echo '  make fuzz      drawn cases against the truth, into docs/numerics.md'; echo '  make wheel     the wheel of the CPU kernels into dist'; echo '  make soak      trainers and systems on several processes, killed and continued; the wheel'; echo '  make docs      the documentation site into build/site; make docs-serve shows it'
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -91,9 +91,9 @@ aot: $(VENV)/.test
 versions: $(VENV)/.test
 	$(BIN)/python tests/versions.py $(NAMES)
 
-# Minutes: every system killed at 20 random moments and continued, with the same student at the end.
+# Minutes: what takes several processes or a build; every system killed at 20 random moments and continued.
 soak: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak tests/systems tests/integrations tests/losses tests/benchmarks
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak tests
 	OMP_NUM_THREADS=1 $(BIN)/python tests/kill.py --kills $(or $(KILLS),20)
 
 docs: $(VENV)/.docs

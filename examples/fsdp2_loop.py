@@ -2,12 +2,8 @@
 every parameter of student and teacher, their heads included.
 
 torchrun --nproc-per-node 2 examples/fsdp2_loop.py   # on CPUs; on GPUs use nccl, and put models and batches on them
-python examples/fsdp2_loop.py                        # one process: the same losses
-
-Small random models and data, nothing is downloaded.
+python examples/fsdp2_loop.py                        # one process: the same losses, of small random models and data
 """
-
-from __future__ import annotations
 
 import argparse
 import os
@@ -52,10 +48,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=60)
     steps = parser.parse_args().steps
-    if "RANK" in os.environ:
-        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    else:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60), **alone)
     rank, world = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
     teacher = sharded(language_model(2, 48).eval().requires_grad_(False))
@@ -73,8 +67,7 @@ def main() -> None:
         (loss * world).backward()  # FSDP averages the gradients of the processes, heads included
         optimizer.step()
         optimizer.zero_grad()
-        total = loss.detach()
-        dist.all_reduce(total)
+        dist.all_reduce(total := loss.detach())
         losses.append(total.item())
     if rank == 0:
         print({"first": losses[0], "last": losses[-1]})

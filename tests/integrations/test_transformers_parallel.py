@@ -62,6 +62,7 @@ def close(found: Any, expected: Any, dtype: torch.dtype) -> None:
     torch.testing.assert_close(found, expected, **tolerance)
 
 
+@pytest.mark.soak
 def test_two_processes_are_one(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -64,7 +64,11 @@ def test_shipped_configurations_are_configurations() -> None:
     data = {"out": "runs/x", "teacher": "t", "text": ["en=a"], "train": ["a"], "model": "m", "student": "s"}
     found = {}
     for name, path in shipped().items():
-        known = next(cls for cls in CONFIGURATIONS if read_yaml(path).keys() <= hints(cls).keys())
+        command = next(
+            x for x in ("bistil-task", "bistil", "lightmbert", "xtremedistil", "finetune") if name.startswith(x)
+        )
+        known = next(cls for cls in CONFIGURATIONS if cls.__name__.lower() == f"{command.replace('-', '')}config")
+        assert read_yaml(path).keys() <= hints(known).keys()
         found[name] = build(known, {k: v for k, v in data.items() if k in hints(known)} | read_yaml(Path(name)))
     assert (
         found["bistil-mbert"].steps == 200_000 and found["lightmbert-mbert"].teacher == "bert-base-multilingual-cased"

@@ -43,6 +43,7 @@ def test_the_sdist_holds_all_sources(sdist: Path) -> None:
     assert not {name.split("/")[0] for name in names} & {*WORKING, ".github", ".ci"}
 
 
+@pytest.mark.soak
 def test_a_wheel_from_the_sdist_without_nvcc(sdist: Path, tmp_path: Path) -> None:
     """Built as on a machine without nvcc, then imported from the unpacked wheel."""
     with tarfile.open(sdist) as archive:
