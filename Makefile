@@ -85,7 +85,7 @@ fuzz: $(VENV)/.test
 
 # Every Triton kernel and CUDA source for every GPU; `make test` compiles for sm_90a alone. TARGETS: some of them.
 aot: $(VENV)/.test
-	FASTDISTIL_AOT_TARGETS="$(or $(TARGETS),sm_80 sm_89 sm_90a sm_100a sm_120a gfx942 gfx950)" $(BIN)/python -m pytest -n auto --maxprocesses 4 tests/backends/test_aot.py
+	FASTDISTIL_AOT_TARGETS="$(or $(TARGETS),sm_80 sm_89 sm_90a sm_100a sm_120a gfx942 gfx950)" $(BIN)/python -m pytest -m 'not drawn' -n auto --maxprocesses 4 tests/backends/test_aot.py
 
 # NAMES: some of the environments of tests/versions.py. One of them brings a CUDA build of torch, 6 GB.
 versions: $(VENV)/.test
@@ -93,7 +93,7 @@ versions: $(VENV)/.test
 
 # Minutes: what takes several processes or a build; every system killed at 20 random moments and continued.
 soak: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'soak and not aot' tests
 	OMP_NUM_THREADS=1 $(BIN)/python tests/kill.py --kills $(or $(KILLS),20)
 
 docs: $(VENV)/.docs

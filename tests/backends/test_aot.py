@@ -63,12 +63,19 @@ FEW = {
     "logit_cluster.cu": ((("float", "__half"), "std::is_same_v<Rule, ForwardKL>"), (("__nv_bfloat16",), MIXTURE)),
 }
 
+# Half a minute of compilation, for `make aot` alone: its instructions are tested in the emulation.
+LONG = {"logit_cluster.cu": [pytest.mark.soak]}
+SOURCES = [
+    pytest.param(path, id=path.name, marks=LONG.get(path.name, []))
+    for path in sorted((ROOT / "kernels/cuda").glob("*.cu"))
+]
+
 
 @pytest.mark.aot
 @pytest.mark.timeout(1200)
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("source", sorted((ROOT / "kernels/cuda").glob("*.cu")), ids=lambda path: path.name)
+@pytest.mark.parametrize("source", SOURCES)
 def test_cuda_sources_compile_without_spills(source: Path, arch: str, tmp_path: Path) -> None:
     compiled = source
     if not EVERYTHING:

@@ -131,6 +131,7 @@ def _train_in_parallel(rank: int, world: int, folder: str) -> None:
         distributed.destroy_process_group()
 
 
+@pytest.mark.soak
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo's file store")
 def test_inside_of_distributed_data_parallel(tmp_path: Path) -> None:
