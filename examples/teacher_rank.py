@@ -24,8 +24,7 @@ def language_model(layers: int, width: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, hidden_size=width, **sizes))
 
 
-def batch(step: int) -> torch.Tensor:
-    """Ids (ROWS, LENGTH) of a step, the same on every process: a function of its number."""
+def batch(step: int) -> torch.Tensor:  # ids (ROWS, LENGTH), the same on every process: a function of the step's number
     return torch.randint(3, VOCABULARY, (ROWS, LENGTH), generator=torch.Generator().manual_seed(step % 4))
 
 
@@ -73,6 +72,7 @@ def main() -> None:
         losses.append(total.item())
     if rank == 0:
         print({"first": losses[0], "last": losses[-1]})
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
