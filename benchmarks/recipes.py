@@ -253,17 +253,19 @@ SYSTEMS = {"xtremedistil": xtremedistil, "bistil": bistil, "lightmbert": lightmb
 
 
 def table(system: str) -> str:
-    """A row per arm: F1 by language, mean over the seeds with the lowest and highest; empty where nothing was run."""
-    seeds = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{system}-*.json"))]
+    """A row per arm: F1 by language, mean over the seeds that ran it with the lowest and highest."""
+    seeds = [json.loads(path.read_text())["arms"] for path in sorted(RESULTS.glob(f"{system}-*.json"))]
     if not seeds:
         return f"`{system}` has not been run."
-    lines = [f"| entity F1, {len(seeds)} seed{'s' * (len(seeds) > 1)} | {' | '.join(FILES)} | core seconds |"]
-    lines.append("|" + " --- |" * (len(FILES) + 2))
-    for name in seeds[0]["arms"]:
-        runs = [seed["arms"][name] for seed in seeds]
+    lines = [f"| entity F1 | {' | '.join(FILES)} | seeds | core seconds |", "|" + " --- |" * (len(FILES) + 3)]
+    for name in dict.fromkeys(name for arms in seeds for name in arms):
+        runs = [arms[name] for arms in seeds if name in arms]
         cells = [_cell([run["f1"].get(language) for run in runs]) for language in FILES]
         seconds = [run["core_seconds"] for run in runs if run.get("core_seconds") is not None]
-        lines.append(f"| {name} | {' | '.join(cells)} | {f'{statistics.fmean(seconds):.0f}' if seconds else ''} |")
+        count = "" if name == "teacher" else len(runs)  # the same for all seeds
+        lines.append(
+            f"| {name} | {' | '.join(cells)} | {count} | {f'{statistics.fmean(seconds):.0f}' if seconds else ''} |"
+        )
     return "\n".join(lines)
 
 
@@ -272,7 +274,7 @@ def _cell(values: list[float | None]) -> str:
     if not there:
         return "no figure"
     text = f"{statistics.fmean(there):.1f}"
-    if len(there) > 1:
+    if max(there) > min(there):
         text += f" ({min(there):.1f} to {max(there):.1f})"
     return text + (" *" if statistics.fmean(there) < NO_FIGURE else "")
 
