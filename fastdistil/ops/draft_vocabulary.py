@@ -1,4 +1,4 @@
-"""A student with a part of the teacher's vocabulary, and a teacher that keeps its whole softmax (docs/losses.md, 1b).
+"""A student with a part of the teacher's vocabulary, and a teacher that keeps its whole softmax (docs/losses.md, 1e).
 
 The teacher's columns that no student column is mapped to become one more column of both sides: the teacher's logit
 there is their logsumexp, the student's -inf. Every divergence that is finite where p = 0 is linear in q there, so that
