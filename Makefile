@@ -13,7 +13,7 @@ OUT ?= runs/demo
 TORCH_ARGS ?=
 # The CUDA kernels are a third of the build: where there is a GPU, or with CUDA=ON.
 CUDA ?= $(if $(shell command -v nvidia-smi),ON,OFF)
-BUILD_TOOLS := 'scikit-build-core>=1.0' 'pybind11>=2.13' 'ninja>=1.11'
+BUILD_TOOLS := 'scikit-build-core>=1.0' 'pybind11>=2.13' 'ninja>=1.11' setuptools-scm
 BUILD := -C cmake.define.FASTDISTIL_CUDA=$(CUDA)
 
 SOURCES := pyproject.toml constraints.txt $(shell find csrc kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name CMakeLists.txt)
@@ -33,6 +33,7 @@ $(VENV)/.torch: constraints.txt | $(BIN)/python
 	@touch $@
 
 # The build's tools in the environment itself: in pip's own one, new each time, everything would be compiled again.
+# setuptools-scm is for seqeval, which has no wheel: without isolation its own build calls itself 0.0.0, and pip refuses that.
 $(VENV)/.build: pyproject.toml | $(VENV)/.torch
 	@$(BIN)/pip install -q -c constraints.txt $(BUILD_TOOLS) $$(command -v cmake >/dev/null || echo cmake) 2>&1 | tee $(VENV)/install.log | { grep -v '^WARNING' || true; }
 	@touch $@
