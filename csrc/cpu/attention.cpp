@@ -26,9 +26,8 @@ namespace {
 // five bits of it and more.
 constexpr double kSmallest = 1.0 / 32;
 
-template <class E>
+template <class T>
 class Kernel {
-  using T = Compute<E>;
   static constexpr int64_t kColumns = kTileColumns<T>;
   static constexpr bool kMayCancel = std::is_same_v<T, float>;
   const AttentionArgs& args_;
@@ -57,8 +56,8 @@ class Kernel {
   }
 
   void run(const Item& item, const Item& next) {
-    Sequence<E> tokens(args_, item.sequence);
-    Ahead<E> ahead(args_, next);
+    Sequence<T> tokens(args_, item.sequence);
+    Ahead ahead(args_, next);
     const int64_t key_head = item.key_head;
     const int64_t group_s = args_.student_q.heads / args_.student_k.heads;
     const int64_t group_t = args_.teacher_q.heads / args_.teacher_k.heads;
@@ -82,8 +81,8 @@ class Kernel {
 
  private:
   // Keys as panels: transposed for the scores, as they are for dq.
-  void pack_keys(const Sequence<E>& tokens) {
-    const Head<E> ks = tokens.of(args_.student_k, head_s_), kt = tokens.of(args_.teacher_k, head_t_);
+  void pack_keys(const Sequence<T>& tokens) {
+    const Head<T> ks = tokens.of(args_.student_k, head_s_), kt = tokens.of(args_.teacher_k, head_t_);
     const int64_t depth = shape_.student * kColumns;
     for (int64_t k = 0; k < tokens.n_keys(); k += kColumns) {
       transpose_keys(tokens, kt, k, shape_.teacher, teacher_panel(k));
@@ -103,12 +102,11 @@ class Kernel {
     inner_ = exact_ || scores_ ? shape_.student + shape_.teacher : shape_.student;
     key_size_ /= static_cast<T>(shape_.student * tokens.n_keys());
     for (int64_t k = 0; args_.dq && k < tokens.n_keys(); ++k) {
-      const E* s = ks.row(tokens.key(k));
+      const T* s = ks.row(tokens.key(k));
       if (moved_)
-        set_panel_row(w_.key_panels, shape_.keys, k, shape_.student,
-                      [s, means](int64_t j) { return to_compute(s[j]) - means[j]; });
+        set_panel_row(w_.key_panels, shape_.keys, k, shape_.student, [s, means](int64_t j) { return s[j] - means[j]; });
       else
-        set_panel_row(w_.key_panels, shape_.keys, k, shape_.student, [s](int64_t j) { return to_compute(s[j]); });
+        set_panel_row(w_.key_panels, shape_.keys, k, shape_.student, [s](int64_t j) { return s[j]; });
     }
   }
 
@@ -164,8 +162,8 @@ class Kernel {
   }
 
   // Query rows: the student's left factor, then the teacher's; and as panels for dk.
-  void pack_rows(const Sequence<E>& tokens, int64_t head, int64_t begin, int64_t n) {
-    const Head<E> qs = tokens.of(args_.student_q, head), qt = tokens.of(args_.teacher_q, head);
+  void pack_rows(const Sequence<T>& tokens, int64_t head, int64_t begin, int64_t n) {
+    const Head<T> qs = tokens.of(args_.student_q, head), qt = tokens.of(args_.teacher_q, head);
     const T own = scale_s_, rest = exact_ ? -scale_t_ : T(0);
     for (int64_t r = 0; r < round_up(n, kTileRows); ++r) {
       T *student = w_.left + r * shape_.left, *teacher = student + shape_.student;
@@ -173,22 +171,20 @@ class Kernel {
         std::fill_n(student, shape_.left, T(0));
         continue;
       }
-      const E *s = qs.row(tokens.row(begin + r)), *t = qt.row(tokens.row(begin + r));
+      const T *s = qs.row(tokens.row(begin + r)), *t = qt.row(tokens.row(begin + r));
       if (exact_ && own == -rest)
-        for (int64_t j = 0; j < shape_.student; ++j) student[j] = own * (to_compute(s[j]) - to_compute(t[j]));
+        for (int64_t j = 0; j < shape_.student; ++j) student[j] = own * (s[j] - t[j]);
       else if (exact_)
-        for (int64_t j = 0; j < shape_.student; ++j)
-          student[j] = own * (to_compute(s[j]) - to_compute(t[j])) + (own + rest) * to_compute(t[j]);
+        for (int64_t j = 0; j < shape_.student; ++j) student[j] = own * (s[j] - t[j]) + (own + rest) * t[j];
       else
-        for (int64_t j = 0; j < shape_.student; ++j) student[j] = own * to_compute(s[j]);
+        for (int64_t j = 0; j < shape_.student; ++j) student[j] = own * s[j];
       const T others = scores_ && !exact_ ? -scale_t_ : scale_t_;
-      for (int64_t j = 0; j < shape_.teacher; ++j) teacher[j] = others * to_compute(t[j]);
-      if (args_.dk)
-        set_panel_row(w_.query_panels, shape_.block, r, shape_.student, [s](int64_t j) { return to_compute(s[j]); });
+      for (int64_t j = 0; j < shape_.teacher; ++j) teacher[j] = others * t[j];
+      if (args_.dk) set_panel_row(w_.query_panels, shape_.block, r, shape_.student, [s](int64_t j) { return s[j]; });
     }
   }
 
-  void block(const Sequence<E>& tokens, Ahead<E>& ahead, int64_t head, int64_t begin, int64_t n) {
+  void block(const Sequence<T>& tokens, Ahead& ahead, int64_t head, int64_t begin, int64_t n) {
     pack_rows(tokens, head, begin, n);
     const int64_t width = tokens.sees(begin + n - 1);  // no row sees more than the last one
     for (int64_t r = 0; r < n; r += kTileRows) {
@@ -205,7 +201,7 @@ class Kernel {
   }
 
   // One tile: the difference of the scores in b for score_mse, else in c (that or the student's), the teacher's in b.
-  void find_scores(const Sequence<E>& tokens, Ahead<E>& ahead, int64_t head, int64_t begin, int64_t first, int64_t n) {
+  void find_scores(const Sequence<T>& tokens, Ahead& ahead, int64_t head, int64_t begin, int64_t first, int64_t n) {
     const int64_t sees = tokens.sees(begin + first + n - 1);
     const T* left = w_.left + first * shape_.left;
     T *b = w_.b + first * shape_.stride, *c = scores_ ? b : w_.c;
@@ -219,7 +215,7 @@ class Kernel {
     }
   }
 
-  void wide_differences(const Sequence<E>& tokens, int64_t head, int64_t first, int64_t n, T* out) {
+  void wide_differences(const Sequence<T>& tokens, int64_t head, int64_t first, int64_t n, T* out) {
     if constexpr (kMayCancel) {
       if (!packed_) wide_rows_.pack_keys(args_, tokens, head_s_, head_t_, !scores_);
       packed_ = true;
@@ -232,7 +228,7 @@ class Kernel {
   // The rule on the rows of one tile; zeros behind what a row sees, as far as the gradients' tiles read. Returns
   // whether the differences are small beside the first of the products that made them, whose mean square over
   // directions at random is |x|^2 |y|^2 / d: then they have lost digits.
-  bool finish_rows(const Sequence<E>& tokens, int64_t head, int64_t begin, int64_t first, int64_t n, int64_t width) {
+  bool finish_rows(const Sequence<T>& tokens, int64_t head, int64_t begin, int64_t first, int64_t n, int64_t width) {
     const bool square = args_.kind == AttentionKind::prob_mse;
     bool have_a = false;
     T found = 0, expected = 0;
@@ -272,19 +268,19 @@ class Kernel {
   }
 
   // The student's own scores of `n` rows from `first`, one tile.
-  void student_scores(const Sequence<E>& tokens, int64_t head, int64_t first, int64_t n) {
-    const Head<E> qs = tokens.of(args_.student_q, head);
+  void student_scores(const Sequence<T>& tokens, int64_t head, int64_t first, int64_t n) {
+    const Head<T> qs = tokens.of(args_.student_q, head);
     std::fill_n(w_.a_left, kTileRows * shape_.student, T(0));
     for (int64_t r = 0; r < n; ++r) {
-      const E* s = qs.row(tokens.row(first + r));
-      for (int64_t j = 0; j < shape_.student; ++j) w_.a_left[r * shape_.student + j] = scale_s_ * to_compute(s[j]);
+      const T* s = qs.row(tokens.row(first + r));
+      for (int64_t j = 0; j < shape_.student; ++j) w_.a_left[r * shape_.student + j] = scale_s_ * s[j];
     }
     for (int64_t k = 0; k < tokens.sees(first + n - 1); k += kColumns)
       tile_product<Left::rows, false>(w_.a_left, shape_.student, student_panel(k), shape_.student, w_.a + k,
                                       shape_.stride);
   }
 
-  void write_dq(const Sequence<E>& tokens, int64_t head, int64_t begin, int64_t first, int64_t n) {
+  void write_dq(const Sequence<T>& tokens, int64_t head, int64_t begin, int64_t first, int64_t n) {
     const int64_t keys = tokens.sees(begin + first + n - 1);
     for (int64_t j = 0; j < shape_.columns; j += kColumns)
       tile_product<Left::rows, false>(w_.b + first * shape_.stride, shape_.stride, w_.key_panels + j * shape_.keys,
@@ -294,7 +290,7 @@ class Kernel {
                   tokens.dq(head) + tokens.row(begin + first + r) * shape_.student);
   }
 
-  void add_dk(const Sequence<E>& tokens, int64_t begin, int64_t n, int64_t width) {
+  void add_dk(const Sequence<T>& tokens, int64_t begin, int64_t n, int64_t width) {
     if (!dk_begun_ && args_.causal) std::fill_n(w_.dk, shape_.keys * shape_.columns, T(0));
     if (dk_begun_ || args_.causal)
       multiply_dk<true>(tokens, begin, n, width);
@@ -304,7 +300,7 @@ class Kernel {
   }
 
   template <bool kAdd>
-  void multiply_dk(const Sequence<E>& tokens, int64_t begin, int64_t n, int64_t width) {
+  void multiply_dk(const Sequence<T>& tokens, int64_t begin, int64_t n, int64_t width) {
     int64_t r = 0;
     for (int64_t k = 0; k < width; k += kTileRows) {
       while (tokens.sees(begin + r) <= k) ++r;  // the rows before see none of these keys
@@ -319,12 +315,11 @@ class Kernel {
 }  // namespace
 
 void attention(const AttentionArgs& args, int threads) {
-  with_element(args.dtype, [&](auto element) {
-    using E = decltype(element);
-    using T = Compute<E>;
+  with_compute(args.dtype, [&](auto zero) {
+    using T = decltype(zero);
     const Shape shape = shape_of<T>(args);
     const int64_t each = Workspace<T>{}.lay_out(shape, nullptr);
-    for_key_heads<T>(args, threads, each, [&](T* memory) { return Kernel<E>(args, shape, memory); });
+    for_key_heads<T>(args, threads, each, [&](T* memory) { return Kernel<T>(args, shape, memory); });
   });
 }
 

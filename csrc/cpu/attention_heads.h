@@ -11,12 +11,41 @@
 namespace fastdistil {
 inline namespace FD_ISA {
 
-// Rows of one head of one sequence.
-template <class E>
-struct Head {
-  const E* data;
-  int64_t row_stride;
-  const E* row(int64_t i) const { return data + i * row_stride; }
+// Rows of one head of one sequence, in the type that is computed in: 16-bit rows are converted into `room` one by one,
+// which costs nothing beside their products and saves every kernel two more instances.
+template <class T>
+class Head {
+  const char* data_;
+  int64_t row_bytes_, size_;
+  DType dtype_;
+  T* room_;  // null where nothing is converted
+
+ public:
+  static constexpr int64_t kRows = 16;  // of `room`: as many as are held at once
+
+  Head(const char* data, const HeadsArgs& x, DType dtype, T* room)
+      : data_(data), row_bytes_(x.row_stride * bytes_of(dtype)), size_(x.size), dtype_(dtype), room_(room) {}
+
+  // Until the next call with the same slot.
+  const T* row(int64_t i, int64_t slot = 0) const {
+    const char* at = data_ + i * row_bytes_;
+    return room_ ? converted(at, room_ + slot * size_) : reinterpret_cast<const T*>(at);
+  }
+
+ private:
+  __attribute__((noinline)) const T* converted(const char* at, T* out) const {
+    if (dtype_ == DType::bf16)
+      load(reinterpret_cast<const bf16*>(at), out);
+    else
+      load(reinterpret_cast<const f16*>(at), out);
+    return out;
+  }
+
+  template <class E>
+  void load(const E* source, T* out) const {
+#pragma omp simd
+    for (int64_t j = 0; j < size_; ++j) out[j] = to_compute(source[j]);
+  }
 };
 
 // Where a sequence lies.
@@ -29,10 +58,9 @@ struct Span {
     length = args.offsets[static_cast<size_t>(sequence) + 1] - first;
   }
 
-  template <class E>
-  Head<E> of(const HeadsArgs& x, int64_t head) const {
-    return {static_cast<const E*>(x.data) + batch * x.batch_stride + head * x.head_stride + first * x.row_stride,
-            x.row_stride};
+  const char* of(const HeadsArgs& x, int64_t head, DType dtype) const {
+    const int64_t elements = batch * x.batch_stride + head * x.head_stride + first * x.row_stride;
+    return static_cast<const char*>(x.data) + elements * bytes_of(dtype);
   }
 };
 
@@ -42,7 +70,6 @@ struct Item {
 };
 
 // Asks for the inputs of the next item while the products of this one run: packing them would wait for memory.
-template <class E>
 class Ahead {
   static constexpr int64_t kMostBytes = 256 * 1024, kLine = 64;  // a part of an L2 cache of 1 MiB
   struct Rows {
@@ -59,9 +86,8 @@ class Ahead {
     const int64_t group_t = args.teacher_q.heads / args.teacher_k.heads, first = next.key_head * group_s;
     int64_t bytes = 0;
     const auto aim = [&](Rows& rows, const HeadsArgs& x, int64_t head) {
-      const Head<E> found = span.template of<E>(x, head);
-      const auto size = static_cast<int64_t>(sizeof(E));
-      rows = {reinterpret_cast<const char*>(found.data), found.row_stride * size, x.size * size};
+      const int64_t size = bytes_of(args.dtype);
+      rows = {span.of(x, head, args.dtype), x.row_stride * size, x.size * size};
       bytes += rows.bytes;
     };
     aim(rows_[0], args.student_k, next.key_head), aim(rows_[1], args.teacher_k, first / group_t);
@@ -78,11 +104,11 @@ class Ahead {
   }
 };
 
-template <class E>
+template <class T>
 class Sequence {
-  using T = Compute<E>;
   const AttentionArgs& args_;
   const Span span_;
+  mutable std::vector<T> room_;  // of 16-bit inputs: each of the four has its own rows
 
  public:
   std::vector<int32_t> keys, rows;  // positions of the real keys, and of a head's query rows that count
@@ -92,6 +118,7 @@ class Sequence {
     const T* real = args.real ? static_cast<const T*>(args.real) + span_.batch * args.length + span_.first : nullptr;
     for (int64_t i = 0; i < span_.length; ++i)
       if (!real || real[i] != T(0)) keys.push_back(static_cast<int32_t>(i));
+    if (bytes_of(args.dtype) == 2) room_.resize(static_cast<size_t>(4 * room_each()));
   }
 
   int64_t n_keys() const { return static_cast<int64_t>(keys.size()); }
@@ -115,7 +142,12 @@ class Sequence {
     }
   }
 
-  Head<E> of(const HeadsArgs& x, int64_t head) const { return span_.template of<E>(x, head); }
+  // x: one of the arguments' four.
+  Head<T> of(const HeadsArgs& x, int64_t head) const {
+    const int64_t which = &x == &args_.student_q ? 0 : &x == &args_.student_k ? 1 : &x == &args_.teacher_q ? 2 : 3;
+    return {span_.of(x, head, args_.dtype), x, args_.dtype,
+            room_.empty() ? nullptr : room_.data() + which * room_each()};
+  }
   const T* scale(int64_t head) const {
     return static_cast<const T*>(args_.row_scale) + offset(head, args_.student_q.heads);
   }
@@ -137,6 +169,7 @@ class Sequence {
   }
 
  private:
+  int64_t room_each() const { return Head<T>::kRows * std::max(args_.student_q.size, args_.teacher_q.size); }
   // Of a head's first row in a contiguous (B, heads, S).
   int64_t offset(int64_t head, int64_t heads) const {
     return (span_.batch * heads + head) * args_.length + span_.first;
@@ -195,19 +228,13 @@ void for_key_heads(const AttentionArgs& args, int threads, int64_t each, Make&& 
   }
 }
 
-// `run` with the element type as an argument.
+// `run` with the type that is computed in as an argument.
 template <class Run>
-void with_element(DType dtype, Run&& run) {
-  switch (dtype) {
-    case DType::f32:
-      return run(float{});
-    case DType::bf16:
-      return run(bf16{});
-    case DType::f16:
-      return run(f16{});
-    case DType::f64:
-      return run(double{});
-  }
+void with_compute(DType dtype, Run&& run) {
+  if (dtype == DType::f64)
+    run(double{});
+  else
+    run(float{});
 }
 
 }  // namespace FD_ISA

@@ -48,8 +48,8 @@ struct Factors {
   }
 };
 
-// T: computed in.
-template <class E, class T>
+// In: what the inputs are read as and the outputs are written in; T: computed in.
+template <class In, class T>
 class LowRank {
   static constexpr int64_t kColumns = kTileColumns<T>;
   static_assert(kBlock % kTileRows == 0);
@@ -73,7 +73,7 @@ class LowRank {
 
   // Returns whether every row has kept its digits.
   bool run(const Item& item) {
-    Sequence<E> tokens(args_, item.sequence);
+    Sequence<In> tokens(args_, item.sequence);
     const int64_t key_head = item.key_head;
     const int64_t group_s = args_.student_q.heads / args_.student_k.heads;
     const int64_t group_t = args_.teacher_q.heads / args_.teacher_k.heads;
@@ -107,13 +107,13 @@ class LowRank {
     std::fill(left + f_.size, right, T(0)), std::fill(right + f_.teacher, left + f_.width, T(0));
   }
 
-  int64_t load_keys(const Sequence<E>& tokens, int64_t head_s, int64_t head_t, int64_t begin) {
-    const Head<E> ks = tokens.of(args_.student_k, head_s), kt = tokens.of(args_.teacher_k, head_t);
+  int64_t load_keys(const Sequence<In>& tokens, int64_t head_s, int64_t head_t, int64_t begin) {
+    const Head<In> ks = tokens.of(args_.student_k, head_s), kt = tokens.of(args_.teacher_k, head_t);
     const int64_t n = std::min(kBlock, tokens.n_keys() - begin);
     for (int64_t i = 0; i < n; ++i) {
-      const E *s = ks.row(tokens.key(begin + i)), *t = kt.row(tokens.key(begin + i));
-      const auto own = [s](int64_t j) -> T { return to_compute(s[j]); };
-      const auto others = [t](int64_t j) -> T { return -to_compute(t[j]); };
+      const In *s = ks.row(tokens.key(begin + i)), *t = kt.row(tokens.key(begin + i));
+      const auto own = [s](int64_t j) -> T { return s[j]; };
+      const auto others = [t](int64_t j) -> T { return -t[j]; };
       const auto both = [=](int64_t j, T& left, T& right) { left = own(j), right = left + others(j); };
       set_row(i, both, own, others);
     }
@@ -126,7 +126,7 @@ class LowRank {
     for (int64_t i = n; i < round_up(n, kTileRows); ++i) std::fill_n(f_.rows + i * f_.stride, f_.width, T(0));
   }
 
-  void find_gram(const Sequence<E>& tokens, int64_t head_s, int64_t head_t) {
+  void find_gram(const Sequence<In>& tokens, int64_t head_s, int64_t head_t) {
     std::fill_n(f_.gram, f_.width * f_.width, T(0));
     for (int64_t begin = 0; begin < tokens.n_keys(); begin += kBlock) {
       const int64_t n = load_keys(tokens, head_s, head_t, begin);
@@ -149,25 +149,24 @@ class LowRank {
   T* gram(int64_t i, int64_t j) { return f_.gram + j / kColumns * kColumns * f_.width + i * kColumns + j % kColumns; }
 
   // Values and dq of a query head, and 2 U^T Q_s with the rows' scales.
-  void query_head(const Sequence<E>& tokens, int64_t head) {
-    const Head<E> qs = tokens.of(args_.student_q, head), qt = tokens.of(args_.teacher_q, head);
+  void query_head(const Sequence<In>& tokens, int64_t head) {
+    const Head<In> qs = tokens.of(args_.student_q, head), qt = tokens.of(args_.teacher_q, head);
     const T scale_s_ = this->scale_s_, scale_t_ = this->scale_t_, rest = scale_s_ - scale_t_;
     std::fill_n(f_.mixed, f_.width * f_.half, T(0));
     for (int64_t begin = 0; begin < tokens.n_rows(); begin += kBlock) {
       const int64_t n = std::min(kBlock, tokens.n_rows() - begin);
       for (int64_t i = 0; i < n; ++i) {
         const int64_t at = tokens.row(begin + i);
-        const E *s = qs.row(at), *t = qt.row(at);
-        const auto own = [=](int64_t j) -> T { return scale_s_ * to_compute(s[j]); };
-        const auto others = [=](int64_t j) -> T { return scale_t_ * to_compute(t[j]); };
+        const In *s = qs.row(at), *t = qt.row(at);
+        const auto own = [=](int64_t j) -> T { return scale_s_ * s[j]; };
+        const auto others = [=](int64_t j) -> T { return scale_t_ * t[j]; };
         const auto both = [=](int64_t j, T& left, T& right) {
-          const T u = to_compute(t[j]);
-          left = scale_s_ * (to_compute(s[j]) - u) + rest * u, right = scale_t_ * u;
+          const T u = t[j];
+          left = scale_s_ * (s[j] - u) + rest * u, right = scale_t_ * u;
         };
         set_row(i, both, own, others);
         const T factor = 2 * scale_s_ * static_cast<T>(tokens.scale(head)[at]);
-        if (args_.dk)
-          set_panel_row(f_.panels, kBlock, i, f_.size, [=](int64_t j) { return factor * to_compute(s[j]); });
+        if (args_.dk) set_panel_row(f_.panels, kBlock, i, f_.size, [=](int64_t j) { return factor * s[j]; });
       }
       clear_rows(n);
       for (int64_t i = 0; i < n; i += kTileRows)
@@ -181,8 +180,7 @@ class LowRank {
   }
 
   // One tile of rows of U M: the values, and dq from its first half.
-  void finish_rows(const Sequence<E>& tokens, int64_t head, int64_t begin, int64_t first, int64_t n) {
-    using Out = Compute<E>;
+  void finish_rows(const Sequence<In>& tokens, int64_t head, int64_t begin, int64_t first, int64_t n) {
     const T *left = f_.rows + first * f_.stride, *right = left + f_.half;
     for (int64_t j = 0; j < f_.width; j += kColumns)
       tile_product<Left::rows, false>(left, f_.stride, f_.gram + j * f_.width, f_.half, f_.products + j, f_.width);
@@ -204,10 +202,10 @@ class LowRank {
       halves_ += (of_left[r] + (dot(right + r * f_.stride, product + f_.half, rest) - across[r])) * scale;
       const T *u = left + r * f_.stride, *v = u + f_.half;
       lost_ = lost_ || T(kCancelled) * value < dot(u, u, f_.half) * left_trace_ + dot(v, v, rest) * right_trace_;
-      tokens.values(head)[at] = static_cast<Out>(value * scale);
+      tokens.values(head)[at] = static_cast<In>(value * scale);
       if (!args_.dq) continue;
-      Out* dq = tokens.dq(head) + at * f_.size;
-      for (int64_t j = 0; j < f_.size; ++j) dq[j] = static_cast<Out>(factor * product[j]);
+      In* dq = tokens.dq(head) + at * f_.size;
+      for (int64_t j = 0; j < f_.size; ++j) dq[j] = static_cast<In>(factor * product[j]);
     }
   }
 
@@ -219,7 +217,7 @@ class LowRank {
   }
 
   template <bool kAdd>
-  void add_dk(const Sequence<E>& tokens, int64_t head_s, int64_t head_t) {
+  void add_dk(const Sequence<In>& tokens, int64_t head_s, int64_t head_t) {
     for (int64_t begin = 0; begin < tokens.n_keys(); begin += kBlock) {
       const int64_t n = load_keys(tokens, head_s, head_t, begin);
       for (int64_t i = 0; i < n; i += kTileRows) {
@@ -227,19 +225,17 @@ class LowRank {
           tile_product<Left::rows, false>(f_.rows + i * f_.stride, f_.stride, f_.mixed + j * f_.width, f_.width,
                                           f_.products + j, f_.half);
         for (int64_t r = 0; r < std::min<int64_t>(kTileRows, n - i); ++r) {
-          Compute<E>* out = tokens.dk(head_s) + tokens.key(begin + i + r) * f_.size;
+          In* out = tokens.dk(head_s) + tokens.key(begin + i + r) * f_.size;
           const T* product = f_.products + r * f_.half;
-          for (int64_t j = 0; j < f_.size; ++j)
-            out[j] = static_cast<Compute<E>>(kAdd ? out[j] + product[j] : product[j]);
+          for (int64_t j = 0; j < f_.size; ++j) out[j] = static_cast<In>(kAdd ? out[j] + product[j] : product[j]);
         }
       }
     }
   }
 };
 
-template <class E>
+template <class T>
 class Kernel {
-  using T = Compute<E>;
   const AttentionArgs& args_;
   T* memory_;
   std::atomic<bool>& kept_;
@@ -254,8 +250,8 @@ class Kernel {
 
   void run(const Item& item, const Item&) {
     if constexpr (!std::is_same_v<T, double>)
-      if (args_.student_q.size == args_.teacher_q.size && LowRank<E, T>(args_, memory_).run(item)) return;
-    const bool kept = LowRank<E, double>(args_, reinterpret_cast<double*>(memory_)).run(item);
+      if (args_.student_q.size == args_.teacher_q.size && LowRank<T, T>(args_, memory_).run(item)) return;
+    const bool kept = LowRank<T, double>(args_, reinterpret_cast<double*>(memory_)).run(item);
     if (!kept && !std::is_same_v<T, double>) kept_ = false;
   }
 };
@@ -264,11 +260,10 @@ class Kernel {
 
 bool attention_low_rank(const AttentionArgs& args, int threads) {
   std::atomic<bool> kept{true};
-  with_element(args.dtype, [&](auto element) {
-    using E = decltype(element);
-    using T = Compute<E>;
-    const int64_t each = Kernel<E>::memory(args);
-    for_key_heads<T>(args, threads, each, [&](T* memory) { return Kernel<E>(args, memory, kept); });
+  with_compute(args.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t each = Kernel<T>::memory(args);
+    for_key_heads<T>(args, threads, each, [&](T* memory) { return Kernel<T>(args, memory, kept); });
   });
   return kept;
 }

@@ -12,23 +12,20 @@ namespace fastdistil {
 inline namespace FD_ISA {
 
 // One panel: keys `first` to `first + kTileColumns`, zeros behind the last one.
-template <class E, class T>
-void transpose_keys(const Sequence<E>& tokens, const Head<E>& head, int64_t first, int64_t size, T* panel) {
+template <class T>
+void transpose_keys(const Sequence<T>& tokens, const Head<T>& head, int64_t first, int64_t size, T* panel) {
   constexpr int n = kLanes<T>;
+  static_assert(n <= Head<T>::kRows);
   constexpr int64_t kColumns = kTileColumns<T>;
   alignas(64) T square[n][n], turned[n][n];
-  for (int64_t k = 0; k < kColumns; k += n)
+  for (int64_t k = 0; k < kColumns; k += n) {
+    const T* rows[n] = {};
+    for (int i = 0; i < n && first + k + i < tokens.n_keys(); ++i) rows[i] = head.row(tokens.key(first + k + i), i);
     for (int64_t j = 0; j < size; j += n) {
       const int64_t width = std::min<int64_t>(n, size - j);
       for (int i = 0; i < n; ++i) {
-        std::fill_n(square[i], n, T(0));
-        if (first + k + i >= tokens.n_keys()) continue;
-        const E* row = head.row(tokens.key(first + k + i)) + j;
-        if (width == n)
-#pragma omp simd
-          for (int l = 0; l < n; ++l) square[i][l] = to_compute(row[l]);
-        else
-          for (int64_t l = 0; l < width; ++l) square[i][l] = to_compute(row[l]);
+        if (width < n || !rows[i]) std::fill_n(square[i], n, T(0));
+        if (rows[i]) std::copy_n(rows[i] + j, width == n ? n : width, square[i]);
       }
       if (width == n) {
         transpose<T>(square, panel + j * kColumns + k, kColumns);
@@ -37,6 +34,7 @@ void transpose_keys(const Sequence<E>& tokens, const Head<E>& head, int64_t firs
       transpose<T>(square, turned[0], n);
       for (int64_t l = 0; l < width; ++l) std::copy_n(turned[l], n, panel + (j + l) * kColumns + k);
     }
+  }
 }
 
 constexpr double kFar = 0.5;      // |K_s - K_t| / |K_t|: from here on c keeps its digits without the exact form

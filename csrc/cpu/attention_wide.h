@@ -23,43 +23,40 @@ class WideRows {
   int64_t student_ = 0, stride_ = 0;
 
  public:
-  template <class E>
-  void pack_keys(const AttentionArgs& args, const Sequence<E>& tokens, int64_t head_s, int64_t head_t, bool softmax) {
-    if constexpr (std::is_same_v<Compute<E>, float>) {
-      constexpr int64_t kColumns = kTileColumns<float>;
-      const Head<E> ks = tokens.of(args.student_k, head_s), kt = tokens.of(args.teacher_k, head_t);
-      student_ = args.student_k.size, stride_ = student_ + args.teacher_k.size;
-      panels_.resize(static_cast<size_t>(round_up(tokens.n_keys(), kColumns) * stride_));
-      for (int64_t k = 0; k < tokens.n_keys(); k += kColumns) {
-        float* panel = panels_.data() + k * stride_;
-        transpose_keys(tokens, ks, k, student_, panel);
-        transpose_keys(tokens, kt, k, stride_ - student_, panel + student_ * kColumns);
-      }
-      means_.assign(static_cast<size_t>(stride_), 0.0);
-      for (int64_t k = 0; softmax && k < tokens.n_keys(); ++k) {
-        const E *s = ks.row(tokens.key(k)), *t = kt.row(tokens.key(k));
-        for (int64_t j = 0; j < student_; ++j) means_[static_cast<size_t>(j)] += to_compute(s[j]);
-        for (int64_t j = student_; j < stride_; ++j) means_[static_cast<size_t>(j)] += to_compute(t[j - student_]);
-      }
-      for (double& mean : means_) {
-        mean /= static_cast<double>(tokens.n_keys());
-        if (!std::isfinite(mean)) mean = 0;
-      }
+  void pack_keys(const AttentionArgs& args, const Sequence<float>& tokens, int64_t head_s, int64_t head_t,
+                 bool softmax) {
+    constexpr int64_t kColumns = kTileColumns<float>;
+    const Head<float> ks = tokens.of(args.student_k, head_s), kt = tokens.of(args.teacher_k, head_t);
+    student_ = args.student_k.size, stride_ = student_ + args.teacher_k.size;
+    panels_.resize(static_cast<size_t>(round_up(tokens.n_keys(), kColumns) * stride_));
+    for (int64_t k = 0; k < tokens.n_keys(); k += kColumns) {
+      float* panel = panels_.data() + k * stride_;
+      transpose_keys(tokens, ks, k, student_, panel);
+      transpose_keys(tokens, kt, k, stride_ - student_, panel + student_ * kColumns);
+    }
+    means_.assign(static_cast<size_t>(stride_), 0.0);
+    for (int64_t k = 0; softmax && k < tokens.n_keys(); ++k) {
+      const float *s = ks.row(tokens.key(k)), *t = kt.row(tokens.key(k));
+      for (int64_t j = 0; j < student_; ++j) means_[static_cast<size_t>(j)] += s[j];
+      for (int64_t j = student_; j < stride_; ++j) means_[static_cast<size_t>(j)] += t[j - student_];
+    }
+    for (double& mean : means_) {
+      mean /= static_cast<double>(tokens.n_keys());
+      if (!std::isfinite(mean)) mean = 0;
     }
   }
 
   // Rows `first` to `first + n` of those of `tokens` that count, of one head; zeros up to kTileRows.
-  template <class E>
-  void pack(const AttentionArgs& args, const Sequence<E>& tokens, int64_t head, int64_t first, int64_t n) {
-    const Head<E> qs = tokens.of(args.student_q, head), qt = tokens.of(args.teacher_q, head);
+  void pack(const AttentionArgs& args, const Sequence<float>& tokens, int64_t head, int64_t first, int64_t n) {
+    const Head<float> qs = tokens.of(args.student_q, head), qt = tokens.of(args.teacher_q, head);
     rows_.assign(static_cast<size_t>(kTileRows * stride_), 0.0);
     keys_.resize(static_cast<size_t>(kTileColumns<double> * stride_));
     std::fill_n(of_mean_, kTileRows, 0.0);
     for (int64_t r = 0; r < n; ++r) {
-      const E *s = qs.row(tokens.row(first + r)), *t = qt.row(tokens.row(first + r));
+      const float *s = qs.row(tokens.row(first + r)), *t = qt.row(tokens.row(first + r));
       double* row = rows_.data() + r * stride_;
-      for (int64_t j = 0; j < student_; ++j) row[j] = args.student_scale * to_compute(s[j]);
-      for (int64_t j = student_; j < stride_; ++j) row[j] = -args.teacher_scale * to_compute(t[j - student_]);
+      for (int64_t j = 0; j < student_; ++j) row[j] = args.student_scale * s[j];
+      for (int64_t j = student_; j < stride_; ++j) row[j] = -args.teacher_scale * t[j - student_];
       for (int64_t j = 0; j < stride_; ++j) of_mean_[r] += row[j] * means_[static_cast<size_t>(j)];
     }
   }
