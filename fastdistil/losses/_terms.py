@@ -65,6 +65,26 @@ def renormalized(function: str, value: object, partners: Tensor | None, divergen
     return False
 
 
+def row_weights(
+    function: str, weight: object, shift: object, rows: torch.Size, device: torch.device, dtype: torch.dtype
+) -> Tensor | None:
+    """The checked weight of each row, flat; with `shift` that of the token which the row predicts, 0 for the last."""
+    if not isinstance(shift, bool):
+        raise TypeError(f"{function}: shift is {type(shift).__name__}, expected a bool")
+    found = None if weight is None else _check.row_weight(function, weight, rows, device, dtype)
+    if not shift:
+        return found
+    if not rows:
+        raise ValueError(f"{function}: shift came with a single row, expected sequences of them: (..., S, V)")
+    each = torch.ones(rows, dtype=dtype, device=device) if found is None else found.reshape(rows)
+    return _next(each, 0).reshape(-1)
+
+
+def _next(x: Tensor, last: float) -> Tensor:
+    """Each entry's successor along the last dimension."""
+    return torch.nn.functional.pad(x[..., 1:], (0, min(1, x.shape[-1])), value=last)
+
+
 def labels(
     function: str,
     value: object,
@@ -75,11 +95,12 @@ def labels(
     columns: int | None,
     device: torch.device,
     label_num_items: object = None,
+    shift: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, float]:
     """Flat labels int64 and which of them count, both (N,), and the checked label_weight; None where that is 0.
     "teacher" is for labels that are made of the teacher's logits: none yet, and every row counts.
     Rows that are ignored or of weight 0 may hold anything, and get label 0, which no kernel can read beyond.
-    weight: what `row_weight` returned. columns: None where they lie on several ranks, which check together."""
+    weight: what `row_weights` returned. columns: None where they lie on several ranks, which check together."""
     if label_num_items is not None and value is None:
         raise ValueError(f"{function}: label_num_items came without labels, expected both or neither")
     if label_weight is None:
@@ -100,9 +121,10 @@ def labels(
         _check.one_of(function, "labels", value, ("teacher",))
         every = torch.ones(rows.numel(), dtype=torch.bool, device=device) if weight is None else weight != 0
         return (None, every, alpha) if alpha > 0 else (None, None, 0.0)
-    found = _integers(function, "labels", value, rows, device).reshape(-1)
+    found = _integers(function, "labels", value, rows, device)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, Integral):
         raise TypeError(f"{function}: ignore_index is {ignore_index!r}, expected an integer")
+    found = (_next(found, int(ignore_index)) if shift else found).reshape(-1)
     counted = found != ignore_index
     if weight is not None:
         counted = counted & (weight != 0)

@@ -61,6 +61,7 @@ def linear_logit_loss(  # type: ignore[misc] # the overloads need not repeat wha
     teacher_temperature: float | None = None,
     scale_by_t2: bool = True,
     weight: Tensor | None = None,
+    shift: bool = False,
     labels: Tensor | Literal["teacher"] | None = None,
     label_weight: float | None = None,
     label_num_items: float | Tensor | None = None,
@@ -103,6 +104,7 @@ def linear_logit_loss(  # type: ignore[misc] # the overloads need not repeat wha
             with a softcap, cap * tanh(z / cap) (Gemma 2, arXiv 2408.00118), before anything else is made of them.
         weight: (...,) one number or bool per row. Rows of weight 0 are dropped before the products: 15% of the rows
             cost 15%. On a GPU, finding them synchronises once per call; without a weight nothing synchronises.
+        shift: as in fastdistil.logit_loss: weight and labels are those of tokens, row i predicts token i + 1.
         group: a process group over whose ranks the vocabulary is split, in the order of ranks: each passes its own
             rows of both heads and the whole hidden states, and gets the whole loss, the whole gradient of the hidden
             states and its rows' of the head. DTensor heads of tensor parallelism, sharded by rows over one mesh
@@ -162,7 +164,7 @@ def linear_logit_loss(  # type: ignore[misc] # the overloads need not repeat wha
     rows = student_hidden.shape[:-1]
     wide = any(x is not None and x.dtype == torch.float64 for x in heads)
     dtype = torch.float64 if wide else torch.float32
-    w = None if weight is None else _check.row_weight(_NAME, weight, rows, device, dtype)
+    w = _terms.row_weights(_NAME, weight, shift, rows, device, dtype)
     columns = student_weight.shape[0]
     name, partners = _terms.group_name(_NAME, group), None
     if vocab_map is not None:
@@ -170,7 +172,7 @@ def linear_logit_loss(  # type: ignore[misc] # the overloads need not repeat wha
     renormalize = _terms.renormalized(_NAME, renormalize, partners, divergence, name)
     columns_here = None if name else columns
     label, counted, alpha = _terms.labels(
-        _NAME, labels, label_weight, ignore_index, w, rows, columns_here, device, label_num_items
+        _NAME, labels, label_weight, ignore_index, w, rows, columns_here, device, label_num_items, shift
     )
     caps = _terms.caps(_NAME, student_logit_scale, student_softcap, teacher_logit_scale, teacher_softcap)
     scale, label_scale = _terms.scales(
@@ -182,7 +184,7 @@ def linear_logit_loss(  # type: ignore[misc] # the overloads need not repeat wha
             _, alone = linear_logit_loss(
                 student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias=student_bias,
                 teacher_bias=teacher_bias, chunk_bytes=chunk_bytes, temperature=rule[2], teacher_temperature=rule[3],
-                weight=weight, vocab_map=vocab_map, renormalize=renormalize, student_logit_scale=caps[0],
+                weight=weight, shift=shift, vocab_map=vocab_map, renormalize=renormalize, student_logit_scale=caps[0],
                 student_softcap=caps[1] or None,
                 teacher_logit_scale=caps[2], teacher_softcap=caps[3] or None, reduction="none", return_stats=True,
                 group=group, backend=backend,

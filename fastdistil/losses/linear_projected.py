@@ -34,6 +34,7 @@ def linear_projected_logit_loss(
     teacher_temperature: float | None = None,
     scale_by_t2: bool = True,
     weight: Tensor | None = None,
+    shift: bool = False,
     labels: Tensor | None = None,
     label_weight: float | None = None,
     label_num_items: float | Tensor | None = None,
@@ -65,6 +66,7 @@ def linear_projected_logit_loss(
             teacher's products are formed twice.
         weight: (...,) one number or bool per row; rows of weight 0 are dropped before the products (on a GPU, finding
             them synchronises once per call).
+        shift: as in fastdistil.logit_loss: weight and labels are those of tokens, row i predicts token i + 1.
         student_logit_scale, student_softcap, teacher_logit_scale, teacher_softcap: as in `linear_logit_loss`.
         backend: "auto", "reference", "cpu" or "cuda", for the rows; the products are torch's.
 
@@ -103,9 +105,9 @@ def linear_projected_logit_loss(
     _check.one_of(_NAME, "reduction", reduction, _check.REDUCTIONS)
     chunk = chunk_size(_NAME, chunk_bytes, device)
     dtype = torch.float64 if any(x is not None and x.dtype == torch.float64 for x in heads) else torch.float32
-    w = None if weight is None else _check.row_weight(_NAME, weight, rows, device, dtype)
+    w = _terms.row_weights(_NAME, weight, shift, rows, device, dtype)
     label, counted, alpha = _terms.labels(
-        _NAME, labels, label_weight, ignore_index, w, rows, columns, device, label_num_items
+        _NAME, labels, label_weight, ignore_index, w, rows, columns, device, label_num_items, shift
     )
     caps = _terms.caps(_NAME, student_logit_scale, student_softcap, teacher_logit_scale, teacher_softcap)
     scale, label_scale = _terms.scales(

@@ -33,6 +33,7 @@ def linear_topk_logit_loss(
     temperature: float = 1.0,
     scale_by_t2: bool = True,
     weight: Tensor | None = None,
+    shift: bool = False,
     labels: Tensor | Literal["teacher"] | None = None,
     label_weight: float | None = None,
     label_num_items: float | Tensor | None = None,
@@ -56,6 +57,7 @@ def linear_topk_logit_loss(
         student_logit_scale, student_softcap: as in `linear_logit_loss`; cached teacher outputs are taken as they are.
         weight: (...,) one number or bool per row; rows of weight 0 are dropped before the products (on a GPU, finding
             them synchronises once per call).
+        shift: as in fastdistil.logit_loss: weight and labels are those of tokens, row i predicts token i + 1.
         backend: "auto", "reference", "cpu" or "triton", for the rows; the products are torch's.
 
     Returns:
@@ -104,10 +106,10 @@ def linear_topk_logit_loss(
     teacher_indices = _check.usable(teacher_indices)
     wide = any(x is not None and x.dtype == torch.float64 for x in heads)
     dtype = torch.float64 if wide else torch.float32
-    w = None if weight is None else _check.row_weight(_NAME, weight, rows, device, dtype)
+    w = _terms.row_weights(_NAME, weight, shift, rows, device, dtype)
     columns = student_weight.shape[0]
     label, counted, alpha = _terms.labels(
-        _NAME, labels, label_weight, ignore_index, w, rows, columns, device, label_num_items
+        _NAME, labels, label_weight, ignore_index, w, rows, columns, device, label_num_items, shift
     )
     partners = None if vocab_map is None else partners_of(_NAME, vocab_map, columns, device)
     scale, label_scale = _terms.scales(

@@ -27,6 +27,7 @@ def linear_uld_loss(
     student_factor: Tensor | None = None,
     teacher_factor: Tensor | None = None,
     weight: Tensor | None = None,
+    shift: bool = False,
     student_logit_scale: float = 1.0,
     student_softcap: float | None = None,
     teacher_logit_scale: float = 1.0,
@@ -50,6 +51,7 @@ def linear_uld_loss(
         temperature, teacher_temperature, student_factor, teacher_factor, reduction, num_items: as in `uld_loss`.
         weight: (...,) one number or bool per row; rows of weight 0 are dropped before the products (on a GPU, finding
             them synchronises once per call).
+        shift: as in fastdistil.logit_loss: the weights are those of tokens, row i predicts token i + 1.
         student_logit_scale, student_softcap, teacher_logit_scale, teacher_softcap: as in `linear_logit_loss`.
         backend: "auto" or "reference", for the rows; the products are torch's.
 
@@ -86,7 +88,7 @@ def linear_uld_loss(
     factors = factors_of(_NAME, student_factor, teacher_factor, rows, device)
     wide = any(x is not None and x.dtype == torch.float64 for x in (*heads, *factors))
     dtype = torch.float64 if wide else torch.float32
-    w = None if weight is None else _check.row_weight(_NAME, weight, rows, device, dtype)
+    w = _terms.row_weights(_NAME, weight, shift, rows, device, dtype)
     caps = _terms.caps(_NAME, student_logit_scale, student_softcap, teacher_logit_scale, teacher_softcap)
     scale = _check.row_scale(_NAME, rows.numel(), w, reduction, num_items, device, dtype)
     arguments = (*heads, *factors, scale, [*temperatures, *caps], chunk, backend, weight is None)

@@ -39,6 +39,7 @@ def logit_loss(  # type: ignore[misc] # the overloads need not repeat what is wr
     teacher_temperature: float | None = None,
     scale_by_t2: bool = True,
     weight: Tensor | None = None,
+    shift: bool = False,
     labels: Tensor | Literal["teacher"] | None = None,
     label_weight: float | None = None,
     label_num_items: float | Tensor | None = None,
@@ -72,7 +73,7 @@ def logit_loss(  # type: ignore[misc] # the overloads need not repeat what is wr
 
     Args:
         student_logits: (..., V) float32, bfloat16, float16 or float64. Inputs whose leading dimensions cannot be
-            viewed as one (logits[:, :-1]) are copied; give the last position weight 0 instead.
+            viewed as one (logits[:, :-1]) are copied: `shift` takes them unsliced.
         teacher_logits: the same shape and device, or (..., V_t) with a vocab_map, in any of these dtypes; a constant.
             Two dtypes are computed in the wider one (float32 for bfloat16 with float16), a chunk of rows at a time.
         divergence: one of the names above.
@@ -83,6 +84,9 @@ def logit_loss(  # type: ignore[misc] # the overloads need not repeat what is wr
         temperature: T_s > 0; teacher_temperature: T_t > 0, by default the same.
         scale_by_t2: multiply by T_s * T_t, so that gradients keep their size as the temperature changes (Hinton 2015).
         weight: (...,) one number or bool per row; a row of weight 0 contributes exactly 0 and is not read.
+        shift: the rows are those of a causal language model, unsliced: (..., S, V). Row i predicts token i + 1, so that
+            weight and labels, which are the tokens', are taken from there, and the last row of each sequence counts
+            nothing. Nothing is copied, as logits[:, :-1] would be.
         labels: (...,) int64, with label_weight, which they need: a second term, the cross entropy of the student's own
             logits at temperature 1. The loss is (1 - label_weight) * divergence + label_weight * cross entropy, in
             "mean" each over its own rows; rows whose label is ignore_index have no cross entropy. "teacher": each row's
@@ -145,13 +149,13 @@ def logit_loss(  # type: ignore[misc] # the overloads need not repeat what is wr
 
     rows = student.shape[:-1]
     dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
-    w = None if weight is None else _check.row_weight(_NAME, weight, rows, device, dtype)
+    w = _terms.row_weights(_NAME, weight, shift, rows, device, dtype)
     name = _terms.group_name(_NAME, group)
     partners = None if vocab_map is None else _terms.vocab_map(_NAME, vocab_map, *columns, device, bool(name))
     renormalize = _terms.renormalized(_NAME, renormalize, partners, divergence, name)
     columns_here = None if name else columns[0]
     label, counted, alpha = _terms.labels(
-        _NAME, labels, label_weight, ignore_index, w, rows, columns_here, device, label_num_items
+        _NAME, labels, label_weight, ignore_index, w, rows, columns_here, device, label_num_items, shift
     )
     scale, label_scale = _terms.scales(
         _NAME, rows.numel(), w, counted, alpha, reduction, num_items, label_num_items, device, dtype
@@ -169,7 +173,7 @@ def logit_loss(  # type: ignore[misc] # the overloads need not repeat what is wr
     each, alone = None, None
     if return_stats and alpha == 1:  # the labels alone count, and no kernel looks at the teacher: a pass for them
         _, alone = logit_loss(
-            student.detach(), teacher, temperature=rule[2], teacher_temperature=rule[3], weight=weight,
+            student.detach(), teacher, temperature=rule[2], teacher_temperature=rule[3], weight=weight, shift=shift,
             vocab_map=vocab_map, renormalize=renormalize, reduction="none", return_stats=True, group=group,
             backend=backend,
         )  # fmt: skip

@@ -27,6 +27,7 @@ def projected_logit_loss(
     teacher_temperature: float | None = None,
     scale_by_t2: bool = True,
     weight: Tensor | None = None,
+    shift: bool = False,
     labels: Tensor | None = None,
     label_weight: float | None = None,
     label_num_items: float | Tensor | None = None,
@@ -58,6 +59,7 @@ def projected_logit_loss(
             of it (the constant may make it negative). forward_kl alone.
         divergence, beta, temperature, teacher_temperature, scale_by_t2: as in `logit_loss`.
         weight: (...,) one number or bool per row; a row of weight 0 contributes exactly 0, whatever it holds.
+        shift: as in fastdistil.logit_loss: weight and labels are those of tokens, row i predicts token i + 1.
         labels, label_weight, label_num_items, ignore_index: a second term, the cross entropy with (...,) int64 labels
             over all of the student's columns, as in `logit_loss`.
         reduction: "mean" is sum(w * loss) / sum(w), "sum" is sum(w * loss), "none" is w * loss, per row.
@@ -93,9 +95,9 @@ def projected_logit_loss(
 
     rows, device = student.shape[:-1], student.device
     dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
-    w = None if weight is None else _check.row_weight(_NAME, weight, rows, device, dtype)
+    w = _terms.row_weights(_NAME, weight, shift, rows, device, dtype)
     label, counted, alpha = _terms.labels(
-        _NAME, labels, label_weight, ignore_index, w, rows, student.shape[-1], device, label_num_items
+        _NAME, labels, label_weight, ignore_index, w, rows, student.shape[-1], device, label_num_items, shift
     )
     scale, label_scale = _terms.scales(
         _NAME, rows.numel(), w, counted, alpha, reduction, num_items, label_num_items, device, dtype

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastdistil.contracts.topk import TAILS as TOPK_TAILS
-from fastdistil.losses import _check
+from fastdistil.losses import _check, _terms
 from fastdistil.losses.logit import logit_loss, matrix, rule_of
 from fastdistil.ops.student_topk import log_probabilities_at
 from fastdistil.ops.topk import topk_rows, topk_total
@@ -27,6 +27,7 @@ def student_topk_logit_loss(
     teacher_temperature: float | None = None,
     scale_by_t2: bool = True,
     weight: Tensor | None = None,
+    shift: bool = False,
     reduction: str = "mean",
     num_items: float | Tensor | None = None,
     backend: str = "auto",
@@ -54,6 +55,7 @@ def student_topk_logit_loss(
         temperature: T_s > 0; teacher_temperature: T_t > 0, by default the same.
         scale_by_t2: multiply by T_s * T_t.
         weight: (...,) one number or bool per row; a row of weight 0 contributes exactly 0, whatever it holds.
+        shift: as in fastdistil.logit_loss: the weights are those of tokens, row i predicts token i + 1.
         reduction: "mean" is sum(w * loss) / sum(w), "sum" is sum(w * loss), "none" is w * loss, per row.
         num_items: replaces sum(w) in "mean": a number or a tensor of one entry.
         backend: "auto", "reference", "cpu" or "triton"; see fastdistil.backends().
@@ -102,19 +104,18 @@ def student_topk_logit_loss(
 
     columns = student.detach().topk(k, dim=-1).indices
     if tail == "renormalize":
-        if weight is not None:
-            _check.row_weight(_NAME, weight, rows, device, torch.float32)
+        _terms.row_weights(_NAME, weight, shift, rows, device, torch.float32)
         _check.given_items(_NAME, reduction, num_items, device, torch.float32)
         return logit_loss(
             student.gather(-1, columns), teacher.gather(-1, columns), divergence=divergence, beta=beta,
-            temperature=t_s, teacher_temperature=t_t, scale_by_t2=scale_by_t2, weight=weight, reduction=reduction,
-            num_items=num_items, backend=backend,
+            temperature=t_s, teacher_temperature=t_t, scale_by_t2=scale_by_t2, weight=weight, shift=shift,
+            reduction=reduction, num_items=num_items, backend=backend,
         )  # fmt: skip
     if teacher.dtype == torch.float64:  # the kernels know the student's dtype alone
         student = student.double()
     values, rest = log_probabilities_at(matrix(teacher), columns.reshape(-1, k), t_t)
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
-    w = None if weight is None else _check.row_weight(_NAME, weight, rows, device, dtype)
+    w = _terms.row_weights(_NAME, weight, shift, rows, device, dtype)
     scale = _check.row_scale(_NAME, rows.numel(), w, reduction, num_items, device, dtype)
     constants = [float(x) for x in (index, mixture, TOPK_TAILS.index(tail), t_s, factor, 1.0, 0.0)]
     arguments = (

@@ -28,6 +28,7 @@ def topk_logit_loss(
     temperature: float = 1.0,
     scale_by_t2: bool = True,
     weight: Tensor | None = None,
+    shift: bool = False,
     labels: Tensor | Literal["teacher"] | None = None,
     label_weight: float | None = None,
     label_num_items: float | Tensor | None = None,
@@ -72,6 +73,7 @@ def topk_logit_loss(
         temperature: T > 0, of the student's logits alone.
         scale_by_t2: multiply by T^2 (Hinton et al. 2015).
         weight: (...,) one number or bool per row; a row of weight 0 contributes exactly 0 and is not read.
+        shift: as in fastdistil.logit_loss: weight and labels are those of tokens, row i predicts token i + 1.
         labels, label_weight, label_num_items, ignore_index: a second term, the cross entropy with (...,) int64 labels,
             as in logit_loss. "teacher": the column of the largest value among the mapped ones, the first of several; a
             row without one has a cross entropy of 0.
@@ -123,9 +125,9 @@ def topk_logit_loss(
 
     rows = student.shape[:-1]
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
-    w = None if weight is None else _check.row_weight(_NAME, weight, rows, student.device, dtype)
+    w = _terms.row_weights(_NAME, weight, shift, rows, student.device, dtype)
     label, counted, alpha = _terms.labels(
-        _NAME, labels, label_weight, ignore_index, w, rows, student.shape[-1], student.device, label_num_items
+        _NAME, labels, label_weight, ignore_index, w, rows, student.shape[-1], student.device, label_num_items, shift
     )
     partners = None if vocab_map is None else partners_of(_NAME, vocab_map, student.shape[-1], student.device)
     scale, label_scale = _terms.scales(

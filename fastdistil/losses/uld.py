@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdistil.losses import _check
+from fastdistil.losses import _check, _terms
 from fastdistil.losses.logit import matrix
 from fastdistil.ops.uld import uld_rows, uld_total
 
@@ -21,6 +21,7 @@ def uld_loss(
     student_factor: Tensor | None = None,
     teacher_factor: Tensor | None = None,
     weight: Tensor | None = None,
+    shift: bool = False,
     reduction: str = "mean",
     num_items: float | Tensor | None = None,
     backend: str = "auto",
@@ -46,6 +47,7 @@ def uld_loss(
             stands for several tokens has the probability of the others as its factor (TRL's GOLD).
         teacher_factor: (...,) likewise of q, a constant.
         weight: (...,) one number or bool per row; a row of weight 0 contributes exactly 0, whatever it holds.
+        shift: as in fastdistil.logit_loss: the weights are those of tokens, row i predicts token i + 1.
         reduction: "mean" is sum(w * loss) / sum(w), "sum" is sum(w * loss), "none" is w * loss, per row.
         num_items: replaces sum(w) in "mean": a number or a tensor of one entry.
         backend: "auto" or "reference": the sorts are torch's on every device.
@@ -82,7 +84,7 @@ def uld_loss(
     factors = factors_of(_NAME, student_factor, teacher_factor, rows, device)
     wide = any(x is not None and x.dtype == torch.float64 for x in (student, teacher, *factors))
     dtype = torch.float64 if wide else torch.float32
-    w = None if weight is None else _check.row_weight(_NAME, weight, rows, device, dtype)
+    w = _terms.row_weights(_NAME, weight, shift, rows, device, dtype)
     scale = _check.row_scale(_NAME, rows.numel(), w, reduction, num_items, device, dtype)
     arguments = (matrix(student), matrix(teacher), *factors, scale, temperatures, backend)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (student, factors[0])]

@@ -4,11 +4,13 @@ and torch.library.opcheck of every op that a call reaches."""
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import pytest
 import torch
-from contract import LOSSES, Loss, Options, outcome, runs
+from conftest import DEVICE
+from contract import LOSSES, ROWS, Loss, Options, outcome, runs
 from judge import Outcome, judge_exact
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -93,6 +95,46 @@ def test_backward_twice(loss: Loss, options: Options, backend: str, dtype: torch
         judge_exact(Outcome(0.37 * value.detach(), third), exact, dtype)
         with pytest.raises(RuntimeError, match="_loss: its gradient cannot be differentiated again"):
             torch.autograd.grad(value.sum(), wanted, create_graph=True)
+
+
+@pytest.mark.parametrize(("loss", "options"), CASES)
+def test_shift_is_a_slice(loss: Loss, options: Options) -> None:
+    """shift=True on (2, 3, ...) is what two rows of each, with the weights and labels of the tokens behind, are without."""
+    if "shift" not in signature(loss.function).parameters:
+        assert not any("labels" in x for x in loss.options.values())
+        return
+    inputs, constants = loss.draw(F32)
+    weight = torch.arange(1.0, ROWS + 1, device=DEVICE).reshape(2, -1)
+    names = {name for name in loss.by_row if name != "labels"}
+    wholes, sliced = (
+        [
+            {n: cut(x.reshape(2, -1, *x.shape[1:])) if n in names else x for n, x in y.items()}
+            for y in (inputs, constants)
+        ]
+        for cut in (lambda x: x, lambda x: x[:, :-1])
+    )
+    if "labels" in constants:
+        labels = constants["labels"].reshape(2, -1)
+        wholes[1]["labels"], sliced[1]["labels"] = labels, labels[:, 1:]
+    backend = next(x for x in ("cpu", "reference") if x in runs(loss))
+    for reduction in ("mean", "none"):
+        for given in (weight, None):
+            more = options | {"reduction": reduction, "backend": backend}
+            found = outcome(loss, *wholes, **more, weight=given, shift=True)
+            wanted = outcome(loss, *sliced, **more, weight=None if given is None else given[:, 1:])
+            if reduction == "none":
+                assert not found.value[:, -1].any()
+                found.value = found.value[:, :-1]
+            grown = [
+                torch.nn.functional.pad(g, (0, 0) * (g.ndim - 2) + (0, 1)) if name in names else g
+                for name, g in zip(inputs, wanted.gradients, strict=True)
+            ]
+            judge_exact(found, Outcome(wanted.value, tuple(grown)), F32)
+    bad = {name: x[0, 0] if name in names else x for y in wholes for name, x in y.items()}
+    with pytest.raises(ValueError, match="shift came with a single row"):
+        loss.function(**bad, **options, shift=True)
+    with pytest.raises(TypeError, match="shift is int, expected a bool"):
+        loss.function(**wholes[0], **wholes[1], **options, shift=1)
 
 
 def _misaligned(x: Tensor) -> Tensor:
