@@ -1,6 +1,6 @@
-"""Distillation in a LightningModule: python examples/lightning_module.py [steps]
+"""Distillation in a LightningModule, on any number of processes: python examples/lightning_module.py [steps]
 
-Needs the integrations extra. Nothing is loaded: both models are small and random, and so are the tokens.
+Needs the integrations extra. Both models are small and random, and so are the tokens.
 """
 
 from __future__ import annotations
@@ -36,22 +36,20 @@ class Distillation(lightning.LightningModule):
         teacher = self.frozen[0].to(self.device)
         with torch.no_grad():
             targets = teacher.model(**batch).last_hidden_state
+        tokens = self.all_gather(batch["attention_mask"].sum().float()).mean()  # as gradients: a mean over processes
+        heads = self.student.lm_head.weight, teacher.lm_head.weight
         return fd.linear_logit_loss(
-            self.student.model(**batch).last_hidden_state,
-            self.student.lm_head.weight,
-            targets,
-            teacher.lm_head.weight,
-            weight=batch["attention_mask"],
-            temperature=temperature,
-        )
+            self.student.model(**batch).last_hidden_state, heads[0], targets, heads[1],
+            weight=batch["attention_mask"], num_items=tokens, temperature=temperature,
+        )  # fmt: skip
 
     def training_step(self, batch: dict[str, torch.Tensor], _: int) -> torch.Tensor:
         loss = self.loss(batch, self.temperature)
-        self.log("distillation", loss.detach())
+        self.log("distillation", loss.detach(), sync_dist=True)
         return loss
 
     def validation_step(self, batch: dict[str, torch.Tensor], _: int) -> None:
-        self.log("divergence", self.loss(batch, 1.0))
+        self.log("divergence", self.loss(batch, 1.0), sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         return torch.optim.AdamW(self.student.parameters(), lr=3e-3)

@@ -214,7 +214,7 @@ def _gradients(module: nn.Module, counted: Any, group: list[Batch], accelerator:
     summed = torch.stack([torch.stack([x.to(device, torch.float64) for x in row]) for row in rows]).sum(0)
     *totals, tokens = accelerator.reduce(summed)
     items = {name: total.clamp(min=1).float() for name, total in zip(counts[0], totals, strict=True)}
-    logged = {name: torch.zeros((), device=device) for name in items}
+    logged = {name: torch.zeros((), dtype=torch.float64, device=device) for name in items}
     for index, batch in enumerate(group):
         last = index == len(group) - 1
         with nullcontext() if last else accelerator.no_sync(module):  # processes exchange gradients once a step

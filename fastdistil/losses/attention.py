@@ -213,7 +213,7 @@ def _check_cu_seqlens(cu_seqlens: Tensor, student_q: Tensor) -> None:
     _check.no_dtensor(_NAME, "cu_seqlens", cu_seqlens)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{_NAME}: cu_seqlens has dtype {cu_seqlens.dtype}, expected int32 or int64")
-    if cu_seqlens.ndim != 1 or len(cu_seqlens) == 0:
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] == 0:
         raise ValueError(f"{_NAME}: cu_seqlens has shape {tuple(cu_seqlens.shape)}, expected (n + 1,)")
     _check.same_device(_NAME, "cu_seqlens", cu_seqlens, "student_q", student_q.device)
     if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():

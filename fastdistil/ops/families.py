@@ -112,7 +112,7 @@ def family(
     def fake(first: Tensor, arguments: Sequence[Any], *given: Any) -> Any:
         scale, each = arguments[row_scale], None
         if statistics is not None:
-            each = scale.new_empty(len(scale) if arguments[statistics] else 0, ROW_STATISTICS)
+            each = scale.new_empty(scale.shape[0] if arguments[statistics] else 0, ROW_STATISTICS)
         return answer(first, each, *(state.fake(*arguments[: count + more]) if state else ()), *given)
 
     def fake_rows(*arguments: Any) -> Any:
@@ -174,7 +174,7 @@ def family(
         flags = [x for i in wanting for x in (ctx.needs_input_grad[i] if i in lists else (ctx.needs_input_grad[i],))]
         if drows is None or not any(flags):
             return placed(ctx, [None] * len(flags), 0)
-        if left and len(left[0]):
+        if left and left[0].shape[0]:
             return placed(ctx, [back(*inputs, *ctx.options, *left, drows)], 0)
         for i in scales:
             if inputs[i] is not None:
@@ -204,9 +204,9 @@ def family(
             gradients, ctx.kept = ctx.kept, None
             return placed(ctx, [g if want else None for g, want in zip(gradients, ctx.wanted, strict=True)], 2)
         inputs, left = saved(ctx)
-        if state is not None and len(left[0]) and not _traced(dtotal):
+        if state is not None and left[0].shape[0] and not _traced(dtotal):
             gradients, ctx.kept = ctx.kept, None
-            dloss = dtotal.expand(len(left[0]))
+            dloss = dtotal.expand(left[0].shape[0])
             if gradients is None:
                 return placed(ctx, [back(*inputs, *ctx.options, *left, dloss)], 2)
             state.back(inputs, ctx.options, left, gradients[0], dloss.contiguous(), True)

@@ -108,7 +108,7 @@ def _fake_state(
     constants: list[float], statistics: Any, backend: Any, group: str,
 ) -> tuple[Tensor]:  # fmt: skip
     there = label_scale is None and _reads_in_place(student, teacher, vocab_map, constants, group)
-    return (row_scale.new_empty(len(row_scale) if there else 0, STATS),)
+    return (row_scale.new_empty(row_scale.shape[0] if there else 0, STATS),)
 
 
 def _back(

@@ -31,4 +31,4 @@ def log_probabilities_at(teacher: Tensor, columns: Tensor, temperature: float) -
 @log_probabilities_at.register_fake
 def _(teacher: Tensor, columns: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     wide = torch.float64
-    return columns.new_empty(columns.shape, dtype=wide), columns.new_empty(len(columns), dtype=wide)
+    return columns.new_empty(columns.shape, dtype=wide), columns.new_empty(columns.shape[0], dtype=wide)

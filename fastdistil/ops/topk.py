@@ -88,7 +88,7 @@ def _fake_state(
     vocab_map: Any,
     *rest: Any,
 ) -> tuple[Tensor, Tensor]:
-    return _new_state(values, len(values) if labels is None and vocab_map is None else 0)
+    return _new_state(values, values.shape[0] if labels is None and vocab_map is None else 0)
 
 
 def _back(

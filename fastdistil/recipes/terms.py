@@ -201,7 +201,8 @@ class LabelTerm(Term):
     def loss(self, batch: Batch, student: Outputs, teacher: Outputs, rule: MapRule | None, divisor: Tensor) -> Tensor:
         assert student.logits is not None
         keep = batch[self.weight].bool()
-        chosen, labels = student.logits[keep].float(), batch["labels"][keep]
+        chosen, labels = student.logits[keep], batch["labels"][keep]
+        chosen = chosen if chosen.dtype == torch.float64 else chosen.float()
         return nn.functional.cross_entropy(chosen, labels, reduction="sum") / divisor
 
 

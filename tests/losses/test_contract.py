@@ -212,6 +212,7 @@ def test_opcheck(loss: Loss, options: Options) -> None:
 
 @pytest.mark.parametrize(("loss", "options"), CASES)
 def test_one_graph(loss: Loss, options: Options) -> None:
+    """And no other one for another number of rows or tokens."""
     inputs, constants = loss.draw(F32)
 
     def both(**tensors: Any) -> Tensor:
@@ -219,9 +220,12 @@ def test_one_graph(loss: Loss, options: Options) -> None:
         return rows.mean() + loss.function(**tensors, num_items=torch.tensor(3.0, device=rows.device))
 
     torch._dynamo.reset()
-    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
-    expected = outcome(loss, inputs, constants, both, **options, **loss.dropped())
-    judge_exact(outcome(loss, inputs, constants, compiled, **options, **loss.dropped()), expected, F32)
+    compiled = torch.compile(both, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for count in (7, 9):  # 5, 6 and 11 are sizes of something else, with which torch would take them for one
+            mine, more = loss.resized(inputs, count), loss.resized(constants | loss.dropped(), count)
+            expected = outcome(loss, mine, more, both, **options)
+            judge_exact(outcome(loss, mine, more, compiled, **options), expected, F32)
 
 
 BAD = [

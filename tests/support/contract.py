@@ -57,6 +57,16 @@ class Loss:
     def dropped(self) -> Options:
         return {"mask": MASK.to(DEVICE)} if self.mask else {"weight": WEIGHT.to(DEVICE)}
 
+    def resized(self, tensors: Options, count: int) -> Options:
+        """`tensors` with `count` rows or tokens where they had ROWS, or MASK's, the first of which come again."""
+
+        def resize(x: Tensor, dim: int) -> Tensor:
+            return x.index_select(dim, torch.arange(count, device=x.device) % x.shape[dim])
+
+        by_row = (*self.by_row, "weight")
+        found = {name: resize(x, -2 if self.mask else 0) if name in by_row else x for name, x in tensors.items()}
+        return found | {"mask": resize(tensors["mask"], 1)} if "mask" in tensors else found
+
     def spoiled(self, tensors: Tensors) -> Tensors:
         """Rows that do not count hold NaN, or columns that are nowhere."""
 
