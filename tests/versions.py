@@ -17,19 +17,37 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import venv
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "build/versions"
 PAGE = ROOT / "docs/versions.md"
 RECORDS = ROOT / "tests/data/versions.jsonl"
 
-TOOLS = ("pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "mpmath", "rich", "typer", "matplotlib", "tqdm")
-TOOLS += ("safetensors", "datasets", "scikit-build-core", "pybind11", "ninja", "pyyaml", "seqeval", "tensorboard")
-TOOLS += ("peft", "sentence-transformers")
 SHOWN = ("torch", "triton", "numpy", "transformers", "tokenizers", "accelerate")
+SHOWN += ("trl", "sentence-transformers", "peft", "lightning")
+
+
+def _names(project: dict[str, Any], requirements: list[str]) -> set[str]:
+    """The packages of requirements, those of our own extras in the place of these, without their versions."""
+    found = set[str]()
+    for requirement in requirements:
+        name, extras = re.findall(r"^([\w.-]+)(?:\[([\w,-]+)\])?", requirement)[0]
+        if name == project["name"]:
+            for extra in extras.split(","):
+                found |= _names(project, project["optional-dependencies"][extra])
+        else:
+            found.add(name)
+    return found
+
+
+_PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+# What the tests need besides: whatever pyproject.toml says of them, in the newest version that goes with the rest.
+TOOLS = sorted(_names(_PROJECT, [*_PROJECT["dependencies"], "fastdistil[test]"]) - {*SHOWN[:6]})
 NVIDIA = ("sm_80", "sm_89", "sm_90a", "sm_100a", "sm_120a")
 AMD = ("gfx942", "gfx950")
 MODELS = ("models", "capture", "capture_anywhere", "capture_compile", "recipes_layers", "train", "demo", "demo_teacher")
@@ -73,6 +91,21 @@ ENVIRONMENTS = {
         _files(*MODELS),
         "capture, vocabularies, recipes, training and the demo",
     ),
+    "integrations-oldest": Environment(
+        (
+            "torch==2.13.0",
+            "triton==3.6.0",
+            "numpy<2.4",
+            "transformers==5.17.0",
+            "accelerate<2",
+            "trl==1.16.0",
+            "sentence-transformers==6.2.0",
+            "peft==0.21.0",
+            "lightning==2.6.0",
+        ),
+        ("tests/integrations", "tests/project/test_docs.py"),
+        "other people's trainers, and the documentation",
+    ),
 }
 
 
@@ -85,7 +118,9 @@ def install(name: str) -> None:
     if not python(name).exists():
         venv.create(FOLDER / name, with_pip=True)
     packages = ENVIRONMENTS[name].packages
-    subprocess.run([python(name), "-m", "pip", "install", "-q", *packages, *TOOLS], check=True)
+    own = {re.split("[=<>]", package)[0] for package in packages}
+    tools = [tool for tool in TOOLS if tool not in own]
+    subprocess.run([python(name), "-m", "pip", "install", "-q", *packages, *tools], check=True)
     ours, theirs = (Path(x) for x in (sysconfig.get_paths()["purelib"], _site(name)))
     found = [path for path in ours.iterdir() if re.match(r"fastdistil|_(editable_skbc_)?fastdistil", path.name)]
     if not found:

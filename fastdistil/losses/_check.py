@@ -19,6 +19,7 @@ def float_tensor(function: str, name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{function}: {name} is {type(value).__name__}, expected a torch.Tensor")
     no_dtensor(function, name, value)
+    no_zero3(function, name, value)
     if value.dtype not in FLOATS:
         raise TypeError(f"{function}: {name} has dtype {value.dtype}, expected float32, bfloat16, float16 or float64")
     return usable(value)
@@ -33,6 +34,17 @@ def no_dtensor(function: str, name: str, value: Tensor) -> None:
         f"{function}: {name} is a DTensor placed as {placements}, expected a plain tensor: {name}.full_tensor() where "
         "all ranks have the same rows (tensor and sequence parallelism); of a parameter under fully_shard, whose ranks "
         f"have rows of their own, {name}.full_tensor(grad_placements=[Partial('avg')])"
+    )
+
+
+def no_zero3(function: str, name: str, value: object) -> None:
+    """DeepSpeed leaves parameters that it has split without memory, and gives them attributes of its own."""
+    if not hasattr(value, "ds_id") or getattr(getattr(value, "ds_status", None), "name", "") == "AVAILABLE":
+        return
+    raise ValueError(
+        f"{function}: {name} is split by DeepSpeed's ZeRO-3 (shape {tuple(getattr(value, 'shape', ()))} of "
+        f"{tuple(getattr(value, 'ds_shape', ()))} here), expected a whole parameter: call the loss and its backward "
+        "inside of deepspeed.zero.GatheredParameters, or train with ZeRO-2 or FSDP2 (fully_shard)"
     )
 
 

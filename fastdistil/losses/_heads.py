@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastdistil.losses._check import no_zero3
 from fastdistil.ops.shards import Shard, Whole, gather
 
 if TYPE_CHECKING:
@@ -134,12 +135,7 @@ def _is_distributed(x: object) -> bool:
 
 
 def _refuse_other_shards(function: str, name: str, x: Any) -> None:
-    if hasattr(x, "ds_id") and getattr(getattr(x, "ds_status", None), "name", "") != "AVAILABLE":
-        raise ValueError(
-            f"{function}: {name} is split by DeepSpeed's ZeRO-3 (shape {tuple(x.shape)} of "
-            f"{tuple(getattr(x, 'ds_shape', ()))} here), expected a whole head: call the loss and its backward "
-            "inside of deepspeed.zero.GatheredParameters, or train with ZeRO-2 or FSDP2 (fully_shard)"
-        )
+    no_zero3(function, name, x)
     if getattr(x, "_fsdp_flattened", False) and x.ndim != 2 and name.endswith("weight"):
         raise ValueError(
             f"{function}: {name} has shape {tuple(x.shape)}, a part of a flat parameter of FullyShardedDataParallel "

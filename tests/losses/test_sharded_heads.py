@@ -84,6 +84,18 @@ def test_parameters_that_zero3_has_split_are_refused(status: str) -> None:
         fd.linear_topk_logit_loss(states, head, states.log_softmax(-1), torch.arange(4).expand(2, 4))
     with pytest.raises(ValueError, match="teacher_weight is split by DeepSpeed's ZeRO-3"):
         fd.linear_logit_loss(states, whole, states, head)
+    projection = fd.VocabProjection.of(torch.eye(5).to_sparse())
+    for name, call in {
+        "linear_uld_loss: student_weight": lambda: fd.linear_uld_loss(states, head, states, whole),
+        "linear_uld_loss: teacher_weight": lambda: fd.linear_uld_loss(states, whole, states, head),
+        "linear_projected_logit_loss: student_weight": lambda: fd.linear_projected_logit_loss(
+            states, head, states, whole, projection
+        ),
+        "hidden_loss: projection": lambda: fd.hidden_loss(states, torch.ones(2, 5), projection=head),
+        "hidden_loss: bias": lambda: fd.hidden_loss(states, torch.ones(2, 5), projection=whole, bias=head),
+    }.items():
+        with pytest.raises(ValueError, match=f"{name} is split by DeepSpeed's ZeRO-3"):
+            call()
     gathered = torch.nn.Parameter(whole)
     gathered.ds_id, gathered.ds_status = 3, SimpleNamespace(name="AVAILABLE")  # type: ignore[attr-defined]
     assert fd.linear_logit_loss(states, gathered, states, whole) == 0

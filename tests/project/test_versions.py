@@ -13,12 +13,15 @@ ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
-@pytest.mark.parametrize("package", ["torch", "triton", "transformers"])
+@pytest.mark.parametrize(
+    "package", ["torch", "triton", "transformers", "trl", "sentence-transformers", "peft", "lightning"]
+)
 def test_lower_bounds_were_run(package: str) -> None:
     accepted = [
         *PROJECT["dependencies"],
         *PROJECT["optional-dependencies"]["triton"],
         *PROJECT["optional-dependencies"]["train"],
+        *PROJECT["optional-dependencies"]["integrations"],
     ]
     (lowest,) = re.findall(rf"^{package}>=([\d.]+)$", "\n".join(accepted), re.MULTILINE)
     run = re.findall(
@@ -30,13 +33,18 @@ def test_lower_bounds_were_run(package: str) -> None:
     assert oldest[:2] == tuple(map(int, lowest.split(".")))
 
 
+def test_every_environment_gets_what_the_tests_import() -> None:
+    assert {"pytest", "mpmath", "trl", "sentence-transformers", "peft", "lightning", "rich"} <= {*versions.TOOLS}
+    assert not {"fastdistil", *versions.SHOWN[:6]} & {*versions.TOOLS}
+
+
 def test_table_names_what_failed() -> None:
     green = versions.Record("a", "2026-11-29", {"torch": "2.13.0"}, "every test", "9 passed", {"sm_80": "1 passed"})
     bad = versions.Record(
         "b", "2026-11-29", {}, "some", "1 failed, 2 passed", {"sm_80": "1 failed", "gfx942": "1 passed"}
     )
     _, _, first, second = versions.table([green, bad]).splitlines()
-    assert first == "| a | 2.13.0 | – | – | – | – | – | every test | 9 passed | sm_80 | 2026-11-29 |"
+    assert first == "| a | 2.13.0 |" + 9 * " – |" + " every test | 9 passed | sm_80 | 2026-11-29 |"
     assert second.endswith("| some | 1 failed, 2 passed | gfx942, **not sm_80** | 2026-11-29 |")
 
 
