@@ -132,10 +132,46 @@ def _linear_cross_entropy(case: Case, device: torch.device) -> Loss:
     return loss
 
 
+# TRL's beta: 0 and 1 are the two KLs.
+_TRL_BETA = {"forward_kl": 0.0, "jsd": 0.5, "reverse_kl": 1.0}
+
+
+def _trl(case: Case, device: torch.device) -> Loss:
+    op, temperature = case.op, float(case.options["temperature"])
+    beta = _TRL_BETA.get(case.options.get("divergence", ""))
+    if op not in ("logits", "linear") or beta is None:
+        raise Unavailable("trl has no such loss")
+    if op == "logits":
+        function = _module("trl.experimental.gkd", "trl").GKDTrainer.generalized_jsd_loss
+
+        def logits(x: Tensors) -> Tensor:
+            found: Tensor = function(
+                x["student"][None],
+                x["teacher"][None],
+                beta=beta,
+                temperature=temperature,
+                num_items_in_batch=len(x["student"]),
+            )
+            return found * temperature**2
+
+        return logits
+    chunked = _module("trl.trainer.distillation_trainer", "trl")._chunked_divergence_loss
+
+    def heads(x: Tensors) -> Tensor:
+        hidden, teacher = x["student_hidden"], x["teacher_hidden"]
+        mask = torch.ones(1, len(hidden), dtype=torch.long, device=device)
+        weights = x["student_weight"], x["teacher_weight"]
+        found: Tensor = chunked(hidden[None], teacher[None], *weights, mask, beta, temperature=temperature)[0]
+        return found * temperature**2
+
+    return heads
+
+
 PEERS: dict[str, Callable[[Case, torch.device], Loss]] = {
     "liger_kl": _liger_kl,
     "liger_jsd": _liger_jsd,
     "orda": _orda,
     "fla_kl": _fla,
     "linear_cross_entropy": _linear_cross_entropy,
+    "trl": _trl,
 }

@@ -1,9 +1,10 @@
 """The teacher on a process (and device) of its own, which sends its hidden states to those that train the student.
 
-torchrun --nproc-per-node 3 examples/teacher_rank.py   # two processes of the student, the last one of the teacher
-python examples/teacher_rank.py                        # one process of both: the same losses
+torchrun --nproc-per-node 3 examples/teacher_rank.py --out run.pt   # the last of the processes has the teacher
+python examples/teacher_rank.py                                     # one process of both: the same losses
 
-Its head crosses once, its states (rows, D) for each batch, one batch ahead: never logits. Small random models and data.
+The head crosses once, then states (rows, D) for each batch: never logits. Small random models and data. A process that
+ends takes the others with it, within a minute, and the same call again goes on from the file `--out`.
 """
 
 import argparse
@@ -17,6 +18,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import fastdistil as fd
 
 VOCABULARY, ROWS, LENGTH, WIDTH = 300, 4, 12, 48
+BATCHES = torch.randint(
+    3, VOCABULARY, (4, ROWS, LENGTH), generator=torch.Generator().manual_seed(0)
+)  # on every process
 
 
 def language_model(layers: int, width: int) -> LlamaForCausalLM:
@@ -24,44 +28,39 @@ def language_model(layers: int, width: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, hidden_size=width, **sizes))
 
 
-def batch(step: int) -> torch.Tensor:  # ids (ROWS, LENGTH), the same on every process: a function of the step's number
-    return torch.randint(3, VOCABULARY, (ROWS, LENGTH), generator=torch.Generator().manual_seed(step % 4))
-
-
-def teach(teacher: LlamaForCausalLM, steps: int, students: int) -> None:
-    """Sends each student the states of its rows, one step ahead of it."""
-    sent = []
-    for step in range(steps):
-        with torch.no_grad():
-            parts = teacher.model(batch(step)).last_hidden_state.chunk(students)
-        for work in sent:  # of the step before
-            work.wait()
-        sent = [dist.isend(part.contiguous(), dst=rank) for rank, part in enumerate(parts)]
-    for work in sent:
-        work.wait()
+@torch.no_grad()
+def teach(teacher: LlamaForCausalLM, numbers: range, students: int) -> None:
+    """Sends each student the states of its rows, which are made while it is at the step before."""
+    for step in numbers:
+        for rank, part in enumerate(teacher.model(BATCHES[step % 4]).last_hidden_state.chunk(students)):
+            dist.send(part.contiguous(), dst=rank)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=60)
-    steps = parser.parse_args().steps
+    parser.add_argument("--out", default="", help="a file, after every step; one that is there is continued")
+    args = parser.parse_args()
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60), **alone)  # a dead process ends the others after it
+    dist.init_process_group("gloo", timeout=timedelta(seconds=50), **alone)  # what a silent process is waited for
     rank, last = dist.get_rank(), dist.get_world_size() - 1
     students, items = max(1, last), ROWS * LENGTH  # of all processes: their gradients add up to those of the batch
     group = dist.new_group(list(range(students)))
     torch.manual_seed(0)  # a real student's process would never hold more of the teacher than its head
     teacher, student = language_model(2, WIDTH).eval().requires_grad_(False), language_model(1, 32)
-    dist.broadcast(head := teacher.lm_head.weight.detach(), src=last)
-    if last and rank == last:
-        return teach(teacher, steps, students)
     optimizer, losses = torch.optim.AdamW(student.parameters(), lr=3e-3), []
-    for step in range(steps):
-        ids = batch(step).chunk(students)[rank]
+    if os.path.exists(args.out):
+        weights, moments, losses = torch.load(args.out)
+        student.load_state_dict(weights)
+        optimizer.load_state_dict(moments)
+    dist.broadcast(head := teacher.lm_head.weight.detach(), src=last)  # all have read the file
+    if last and rank == last:
+        return teach(teacher, range(len(losses), args.steps), students)
+    for step in range(len(losses), args.steps):
+        ids = BATCHES[step % 4].chunk(students)[rank]
+        states = torch.empty(*ids.shape, WIDTH) if last else teacher.model(ids).last_hidden_state
         if last:
-            dist.recv(states := torch.empty(*ids.shape, WIDTH), src=last)
-        else:
-            states = teacher.model(ids).last_hidden_state
+            dist.recv(states, src=last)
         hidden = student.model(ids).last_hidden_state
         loss = fd.linear_logit_loss(hidden, student.lm_head.weight, states, head, temperature=2.0, num_items=items)
         loss.backward()
@@ -70,6 +69,9 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(total.item())
+        if rank == 0 and args.out:  # in one move: a process may end in the middle of writing
+            torch.save((student.state_dict(), optimizer.state_dict(), losses), args.out + ".new")
+            os.replace(args.out + ".new", args.out)
     if rank == 0:
         print({"first": losses[0], "last": losses[-1]})
     dist.destroy_process_group()

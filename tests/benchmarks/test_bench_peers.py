@@ -17,6 +17,8 @@ PEER_CASES = [(name, op, kind) for op, kinds, names in (
     ("logits", ("jsd",), ("liger_jsd",)),
     ("linear", ("forward_kl",), ("liger_jsd", "orda", "fla_kl", "linear_cross_entropy")),
     ("linear", ("jsd",), ("liger_jsd", "orda")),
+    ("logits", ("forward_kl", "jsd", "reverse_kl"), ("trl",)),
+    ("linear", ("forward_kl", "jsd", "reverse_kl"), ("trl",)),
 ) for kind in kinds for name in names]  # fmt: skip
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import ast
 import os
 import runpy
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 
 # How much of the first loss is left after 30 steps, at most.
@@ -65,3 +68,41 @@ def test_processes_agree_with_one(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     assert ast.literal_eval(done.stdout.strip().splitlines()[-1]) == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_a_killed_process_ends_the_others_and_the_run_goes_on(
+    victim: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of two students and a teacher (2), without a launcher that would look after them: within a minute, with an error."""
+    out, steps = tmp_path / "run.pt", 200
+
+    def start() -> list[subprocess.Popen[str]]:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = str(free.getsockname()[1])
+        more = {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "3", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        call = [sys.executable, str(FOLDER / "teacher_rank.py"), "--steps", str(steps), "--out", str(out)]
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return [subprocess.Popen(call, env=os.environ | more | {"RANK": str(rank)}, **pipes) for rank in range(3)]
+
+    started = start()
+    try:
+        while not out.exists():
+            assert all(process.poll() is None for process in started)
+            time.sleep(0.02)
+        started[victim].kill()
+        others = [process for process in started if process is not started[victim]]
+        for process, (_, told) in [(x, x.communicate(timeout=60)) for x in others]:
+            assert process.returncode == 1 and "RuntimeError" in told and "onnection" in told, told[-2000:]
+        assert 0 < len(torch.load(out)[2]) < steps
+        continued = start()
+        started += continued
+        shown = [process.communicate(timeout=300) for process in continued]
+        assert not any(process.returncode for process in continued), shown
+    finally:
+        for process in started:
+            process.kill()
+    alone = last_line("teacher_rank.py", steps, monkeypatch, capsys)
+    assert ast.literal_eval(shown[0][0].strip().splitlines()[-1]) == pytest.approx(alone, rel=1e-4)

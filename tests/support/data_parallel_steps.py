@@ -86,14 +86,13 @@ class Loss(nn.Module):
         self.teacher[0]._apply(function, recurse)
         return super()._apply(function, recurse)
 
-    def forward(self, batch: Batch, items: Tensor, student: Any = None) -> Tensor:
-        """items: how many words, labelled words and tokens the whole step has."""
+    def forward(self, batch: Batch, items: Tensor) -> Tensor:
+        """items: how many words and labelled words each process has in the whole step, as a mean."""
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        student = self.student if student is None else student
         with torch.no_grad(), fd.capture(self.teacher[0], hidden_states=[2]) as theirs:
             target = self.teacher[0](**inputs).logits
-        with fd.capture(student, hidden_states=[1]) as mine:
-            logits = student(**inputs).logits
+        with fd.capture(self.student, hidden_states=[1]) as mine:
+            logits = self.student(**inputs).logits
         loss = fd.logit_loss(
             logits, target, temperature=2.0, weight=batch["words"], num_items=items[0],
             labels=batch["labels"], label_weight=0.4, label_num_items=items[1],
@@ -167,22 +166,21 @@ def plain(dtype: torch.dtype) -> Run:
 
 
 def accelerated(dtype: torch.dtype) -> Run:
-    """accelerate by hand: the student is wrapped, the loss is outside of it. A projection of the loss's own does not
-    go through the wrapper: it is prepared, too."""
+    """accelerate by hand."""
     AcceleratorState._reset_state(False)
     accelerator, module, losses = Accelerator(), Loss().to(dtype), []
     optimizer = recorded = Recorded(module)
     model, optimizer = accelerator.prepare(module, optimizer)
     for step in range(STEPS):
         group = list(batches(step, RANK))
-        items = accelerator.reduce(torch.stack([counts(x) for x in group]).sum(0))
+        items = accelerator.reduce(torch.stack([counts(x) for x in group]).sum(0), "mean")
         losses.append(torch.zeros((), dtype=dtype))
         for number, batch in enumerate(group):
             with nullcontext() if number == len(group) - 1 else accelerator.no_sync(model):
                 loss = model(batch, items)
-                accelerator.backward(loss * accelerator.num_processes)
+                accelerator.backward(loss)
             losses[-1] += loss.detach()
-        losses[-1] = accelerator.reduce(losses[-1])
+        losses[-1] = accelerator.reduce(losses[-1], "mean")
         optimizer.step()
         optimizer.zero_grad()
     return losses, recorded.gradients
@@ -318,9 +316,18 @@ def same(what: str, dtype: torch.dtype, found: Run, expected: Run) -> None:
             assert apart <= SAME_STEP[dtype], f"{what}, {dtype}, {kind} of step {step}: {apart:.2e}"
 
 
+def around_the_wrapper() -> None:
+    """What docs/trainers/data-parallel.md warns of: the processes' gradients stay their own, without an error."""
+    inner = nn.Linear(3, 2)
+    nn.parallel.DistributedDataParallel(inner)
+    inner(torch.full((1, 3), RANK + 1.0)).sum().backward()
+    assert torch.equal(inner.weight.grad, torch.full((2, 3), RANK + 1.0))
+
+
 def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    around_the_wrapper()
     for dtype in SAME_STEP:
         wanted = alone(dtype, Loss)
         for run in (plain, accelerated, grouped):
