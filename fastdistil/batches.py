@@ -63,14 +63,24 @@ class Shuffled:
     """
 
     def __init__(self, data: Sequence[Example], collate: Callable[..., Batch], batch_size: int, seed: int) -> None:
+        if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
+            ways = {"DataLoader": "its dataset and its collate_fn", "generator": "list(data)"}
+            way = f" ({ways[type(data).__name__]})" if type(data).__name__ in ways else ""
+            raise TypeError(
+                f"train: data is {type(data).__name__}, expected a sequence of examples{way}, or data with a method "
+                "batch(k)"
+            )
         if len(data) == 0:
-            raise ValueError("train: data is empty")
+            raise ValueError("train: data is empty, expected at least one example")
         self.data, self.collate, self.batch_size, self.seed = data, collate, batch_size, seed
         self._draws = _takes_generator(collate)
 
     def batch(self, k: int) -> Batch:
         rows = [self.data[i] for i in batch_indices(self.seed, len(self.data), self.batch_size, k)]
-        return self.collate(rows, generator=generator_of(self.seed, k)) if self._draws else self.collate(rows)
+        found = self.collate(rows, generator=generator_of(self.seed, k)) if self._draws else self.collate(rows)
+        if not isinstance(found, Mapping):
+            raise TypeError(f"train: collate returned a {type(found).__name__}, expected a mapping of names to tensors")
+        return found
 
     def __len__(self) -> int:
         return len(self.data)
@@ -107,7 +117,7 @@ def stream(data: Any, collate: Callable[..., Batch] | None, batch_size: int, see
                 f"train: data is {type(data).__name__}, which makes its own batches, expected collate=None"
             )
         if len(data) == 0:
-            raise ValueError("train: data is empty")
+            raise ValueError("train: data is empty, expected at least one example")
         return data
     if collate is None:
         raise ValueError(

@@ -114,6 +114,16 @@ def demo(
         _needs("demo", "fastdistil.demo.run").run_demo(out=out or Path("runs/demo"), **options)
 
 
+def _option_of(config: Configuration, message: str) -> str:
+    """The option whose file or name a message begins with."""
+    for name, value in config.plain().items():
+        for given in value if isinstance(value, list) else [value]:
+            forms = (given, given.partition("=")[2]) if isinstance(given, str) else ()  # en=FILE names a language
+            if any(form and message.startswith(f"{form}:") for form in forms):
+                return f"--{name.replace('_', '-')}: "
+    return ""
+
+
 def _system(module: str) -> Callable[[Configuration], None]:
     """What runs a configuration: `run` of a module of fastdistil.systems. What is wrong with options or data is one
     line, not a traceback."""
@@ -125,7 +135,7 @@ def _system(module: str) -> Callable[[Configuration], None]:
         except (ValueError, TypeError, OSError) as error:
             if os.environ.get("FASTDISTIL_TRACEBACK"):
                 raise
-            raise _fail(f"{error}") from error
+            raise _fail(f"{_option_of(config, str(error))}{error}") from error
         except KeyboardInterrupt as interrupt:
             typer.echo(f"{interrupt or 'interrupted'}; the same command with --resume continues", err=True)
             raise typer.Exit(130) from interrupt

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,6 +40,7 @@ from fastdistil.batches import (
 from fastdistil.callbacks import Callbacks, Due
 from fastdistil.checkpoints import Checkpoints
 from fastdistil.launch import check_fsdp
+from fastdistil.losses._check import number
 from fastdistil.progress import Progress, interrupts
 from fastdistil.validation import Evaluate, Validation
 
@@ -98,8 +100,17 @@ class Options:
     def __post_init__(self) -> None:
         for field in ("steps", "batch_size", "accumulate", "save_every", "log_every", "evaluate_every", "patience"):
             value = getattr(self, field)
-            if value is not None and value < 1:
+            if value is None and field in ("evaluate_every", "patience"):
+                continue
+            _check_whole(field, value)
+            if value < 1:
                 raise ValueError(f"Options: {field} is {value}, expected at least 1")
+        _check_whole("warmup", self.warmup)
+        for field in ("warmup", "lr", "weight_decay"):
+            if not number("Options", field, getattr(self, field)) >= 0:
+                raise ValueError(f"Options: {field} is {getattr(self, field)}, expected at least 0")
+        if self.precision not in ("no", "bf16", "fp16", "fp8"):
+            raise ValueError(f"Options: precision is {self.precision!r}, expected 'no', 'bf16', 'fp16' or 'fp8'")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise ValueError(f"Options: max_grad_norm is {self.max_grad_norm}, expected more than 0, or None for none")
         if self.schedule not in ("cosine", "linear", "constant"):
@@ -121,6 +132,12 @@ class Options:
         done = (step - self.warmup) / max(1, self.steps - self.warmup)
         left = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[self.schedule]
         return left if self.final_lr == 0 else left + (1 - left) * self.final_lr / self.lr
+
+
+def _check_whole(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        way = " of steps (round(share * steps))" if name == "warmup" else ""
+        raise TypeError(f"Options: {name} is {value!r}, expected a whole number{way}")
 
 
 # What does not change a run's result, or only where it is evaluated.
@@ -235,6 +252,21 @@ def _agree(accelerator: Accelerator, *flags: bool) -> list[bool]:
     return [bool(x) for x in accelerator.reduce(found).tolist()]
 
 
+def _check_arguments(objective: object, options: object, optimizer: object) -> None:
+    if not isinstance(options, Options):
+        raise TypeError(f"train: options is {type(options).__name__}, expected fastdistil.train.Options")
+    if not isinstance(objective, nn.Module) or not callable(getattr(objective, "counts", None)):
+        raise TypeError(
+            f"train: objective is {type(objective).__name__}, expected a module with a method counts(batch), such as "
+            "fastdistil.recipes.terms.Distillation(model, terms, teacher)"
+        )
+    if not callable(optimizer):
+        raise TypeError(
+            f"train: optimizer is {type(optimizer).__name__}, expected a function that makes one, such as "
+            "lambda module, options: torch.optim.AdamW(module.parameters(), lr=options.lr)"
+        )
+
+
 def _check_evaluation(options: Options, evaluate: Evaluate | None) -> None:
     for name in ("evaluate_every", "metric", "patience"):
         if evaluate is None and getattr(options, name) is not None:
@@ -248,7 +280,7 @@ def train(
     options: Options,
     *,
     optimizer: OptimizerFactory = adamw,
-    out: Path | None = None,
+    out: str | Path | None = None,
     name: str = "train",
     evaluate: Evaluate | None = None,
     callbacks: Sequence[Any] = (),
@@ -280,6 +312,9 @@ def train(
     Ctrl-C, once the current step is saved. Warns of parameters that require grad and get none in the first step, and of
     a student whose best figure is 0.
     """
+    _check_arguments(objective, options, optimizer)
+    if out is not None and (out := Path(out)).is_file():
+        raise ValueError(f"train: out is {str(out)!r}, a file, expected a folder")
     batches = stream(data, collate, options.batch_size, options.seed)
     if not any(p.requires_grad for p in objective.parameters()):
         raise ValueError("train: objective has no parameter that requires grad")

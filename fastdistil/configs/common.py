@@ -11,6 +11,8 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from fastdistil.suggest import meant
+
 C = TypeVar("C", bound="Configuration")
 
 
@@ -110,7 +112,8 @@ def _converted(owner: str, name: str, kind: Any, value: Any) -> Any:
         return value
     if origin is tuple:
         if isinstance(value, (str, Path)) or not isinstance(value, (list, tuple)):
-            raise TypeError(f"{owner}: {name} is {value!r}, expected a list")
+            way = f" ([{value}] for one)" if isinstance(value, (str, Path)) else ""
+            raise TypeError(f"{owner}: {name} is {value!r}, expected a list{way}")
         return tuple(_converted(owner, name, arguments[0], x) for x in value)
     if kind is Path and isinstance(value, (str, os.PathLike)):
         return Path(value)
@@ -139,7 +142,10 @@ def build(cls: type[C], values: Mapping[str, Any], where: str = "") -> C:
     place = f"{where}: " if where else ""
     unknown = sorted(set(values) - set(known))
     if unknown:
-        raise ValueError(f"{place}{', '.join(unknown)}: no option of {cls.__name__}, which has {', '.join(known)}")
+        near = "".join(meant(name, known) for name in unknown)
+        raise ValueError(
+            f"{place}{', '.join(unknown)}: no option of {cls.__name__}, which has {', '.join(known)}{near}"
+        )
     missing = [
         f.name for f in known.values() if f.name not in values and f.default is MISSING and f.default_factory is MISSING
     ]
@@ -165,13 +171,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
             raise ValueError(f"config: {path} is no file and none of those shipped ({', '.join(shipped())})")
         path = shipped()[str(path)]
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+        text = path.read_text(encoding="utf-8")
+        found, top = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read as YAML: {error}") from error
     if found is None:
         return {}
     if not isinstance(found, dict):
         raise ValueError(f"{path}: holds {type(found).__name__}, expected options by name")
+    names = [str(key.value).replace("-", "_") for key, _ in top.value]  # of two alike, YAML's reader takes the last
+    if again := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"{path}: has {again} twice, expected each option once")
     return {str(name).replace("-", "_"): value for name, value in found.items()}
 
 

@@ -142,6 +142,8 @@ def read(
     """
     if task not in ("tokens", "text"):
         raise ValueError(f"read: task is {task!r}, expected 'tokens' or 'text'")
+    if isinstance(paths, (str, Path)):
+        raise TypeError(f"read: paths is {type(paths).__name__}, expected a list of files ([{str(paths)!r}] for one)")
     parts, reports = [], list[Report]()
     for given in paths:
         language, path = named(given)

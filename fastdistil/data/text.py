@@ -49,6 +49,8 @@ Ids = NDArray[np.int32]
 def sources(texts: Sequence[str | os.PathLike[str]]) -> dict[str, list[str]]:
     """{language: files or names} in the order given, from `fr=FILE` or FILE. Raises ValueError for an empty list."""
     found: dict[str, list[str]] = {}
+    if isinstance(texts, (str, os.PathLike)):
+        raise TypeError(f"text: is {type(texts).__name__}, expected a list of files ([{str(texts)!r}] for one)")
     for text in map(str, texts):
         language, equals, path = text.partition("=")
         if not equals or Path(text).exists():
@@ -110,8 +112,8 @@ def _text_column(found: Any, text: str, column: str | None) -> Any:
         column = "text" if "text" in strings else strings[0] if len(strings) == 1 else None
     if column not in strings:
         raise ValueError(
-            f"text: {text} has the columns {found.column_names}, of which {strings} hold strings: expected one of "
-            "these as the text's column"
+            f"text: {text} has the columns {found.column_names}, of which {strings} hold strings: column is "
+            f"{column!r}, expected one of these"
         )
     return found.select_columns([column]).rename_columns({} if column == "text" else {column: "text"})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -48,7 +49,8 @@ def _made(said: Any, argument: str) -> Term:
     try:
         return _TERMS[name](**options)
     except TypeError as error:
-        raise ValueError(f"{_NAME}: {argument} holds {dict(said)}: {error}") from None
+        known = ", ".join(inspect.signature(_TERMS[name]).parameters)
+        raise ValueError(f"{_NAME}: {argument} holds {dict(said)}: {error}, expected some of {known}") from None
 
 
 def check_model(model: object, argument: str) -> Any:

@@ -164,6 +164,9 @@ class TrainerObjective(Distillation):
                 found.append(term.entry or f"a teacher for {term.name}")
         return found
 
+    def _check_batch(self, batch: Mapping[str, Any]) -> None:
+        """The trainer has asked for what is `missing`."""
+
     def counts(self, batch: Mapping[str, Any], rows: int | None = None) -> dict[str, Tensor]:
         return dict(super().counts(self.batch(batch, rows)))
 

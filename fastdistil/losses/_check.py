@@ -17,12 +17,26 @@ REDUCTIONS = ("mean", "sum", "none")
 def float_tensor(function: str, name: str, value: object) -> Tensor:
     """`value` as a tensor of a supported floating dtype."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{function}: {name} is {type(value).__name__}, expected a torch.Tensor")
+        raise no_tensor(function, name, value)
     no_dtensor(function, name, value)
     no_zero3(function, name, value)
     if value.dtype not in FLOATS:
         raise TypeError(f"{function}: {name} has dtype {value.dtype}, expected float32, bfloat16, float16 or float64")
     return usable(value)
+
+
+def no_tensor(function: str, name: str, value: object, wanted: str = "a torch.Tensor") -> TypeError:
+    """With what makes a tensor of that which is mostly given in the place of one."""
+    way = ""
+    if type(value).__module__.partition(".")[0] == "numpy":
+        way = f" (torch.from_numpy({name}) is one)"
+    elif isinstance(value, (list, tuple, int, float)):
+        way = f" (torch.tensor({name}) is one)"
+    elif isinstance(value, torch.nn.Module):
+        way = f" ({name}.weight is the one of a linear layer)"
+    elif hasattr(value, "logits"):
+        way = f" ({name}.logits of a model's output)"
+    return TypeError(f"{function}: {name} is {type(value).__name__}, expected {wanted}{way}")
 
 
 def no_dtensor(function: str, name: str, value: Tensor) -> None:
@@ -88,6 +102,10 @@ def one_dtype(*tensors: Tensor) -> list[Tensor]:
     return [x.to(wide) for x in tensors]
 
 
+def way_to_integers(name: str, value: Tensor) -> str:
+    return f" ({name}.long() has that)" if value.dtype in (*FLOATS, torch.bool, torch.uint8, torch.int8) else ""
+
+
 def constant(function: str, name: str, value: Tensor) -> None:
     """The teacher's side never gets a gradient."""
     if value.requires_grad:
@@ -102,9 +120,16 @@ def same_device(function: str, name: str, value: Tensor, other: str, device: tor
         raise ValueError(f"{function}: {name} is on {value.device}, expected {device} to match {other}")
 
 
-def same_shape(function: str, name: str, value: Tensor, other: str, shape: torch.Size) -> None:
+def same_shape(function: str, name: str, value: Tensor, other: str, shape: torch.Size, columns: str = "") -> None:
+    """columns: the way out where the last dimension alone is another one."""
     if value.shape != shape:
-        raise ValueError(f"{function}: {name} has shape {tuple(value.shape)}, expected {tuple(shape)} to match {other}")
+        way = f" ({columns})" if columns and value.shape[:-1] == shape[:-1] and shape else ""
+        raise ValueError(
+            f"{function}: {name} has shape {tuple(value.shape)}, expected {tuple(shape)} to match {other}{way}"
+        )
+
+
+OTHER_VOCABULARY = "for two vocabularies pass a vocab_map, or see projected_logit_loss and uld_loss"
 
 
 def one_of(function: str, name: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -115,7 +140,8 @@ def one_of(function: str, name: str, value: object, allowed: tuple[str, ...]) ->
 def number(function: str, name: str, value: object) -> float:
     """A finite Python number (a bool or a tensor is neither)."""
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{function}: {name} is {type(value).__name__}, expected a number")
+        way = f" ({name}.item() is one)" if isinstance(value, Tensor) else ""
+        raise TypeError(f"{function}: {name} is {type(value).__name__}, expected a number{way}")
     result = float(value)
     if not abs(result) < math.inf:  # not isfinite, which torch.compile cannot trace where the number changes
         raise ValueError(f"{function}: {name} is {result}, expected a finite number")
@@ -132,7 +158,7 @@ def positive(function: str, name: str, value: object) -> float:
 def row_weight(function: str, weight: object, shape: torch.Size, device: torch.device, dtype: torch.dtype) -> Tensor:
     """`weight` (one entry a row; bool or number) as a flat tensor of `dtype` (float32 or float64)."""
     if not isinstance(weight, Tensor):
-        raise TypeError(f"{function}: weight is {type(weight).__name__}, expected a torch.Tensor")
+        raise no_tensor(function, "weight", weight)
     no_dtensor(function, "weight", weight)
     if weight.dtype.is_complex:
         raise TypeError(f"{function}: weight has dtype {weight.dtype}, expected bool, integer or floating")
@@ -161,7 +187,10 @@ def given_items(
             raise ValueError(f"{function}: {name} is {found}, expected at least 0")
         return math.nan if found == 0 else found
     if num_items.numel() != 1:
-        raise ValueError(f"{function}: {name} has shape {tuple(num_items.shape)}, expected one number")
+        raise ValueError(
+            f"{function}: {name} has shape {tuple(num_items.shape)}, expected one number ({name}.sum(), where these "
+            "are the parts of a batch)"
+        )
     same_device(function, name, num_items, "the rows", device)
     return num_items.detach().reshape(()).to(dtype)
 

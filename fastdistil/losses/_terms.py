@@ -184,11 +184,26 @@ def caps(
 
 def _integers(function: str, name: str, value: object, shape: torch.Size, device: torch.device) -> Tensor:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{function}: {name} is {type(value).__name__}, expected a torch.Tensor")
+        raise _check.no_tensor(function, name, value)
     _check.no_dtensor(function, name, value)
     if value.dtype not in (torch.int64, torch.int32, torch.int16):
-        raise TypeError(f"{function}: {name} has dtype {value.dtype}, expected int64")
+        way = _check.way_to_integers(name, value)
+        raise TypeError(f"{function}: {name} has dtype {value.dtype}, expected int64{way}")
     if value.shape != shape:
-        raise ValueError(f"{function}: {name} has shape {tuple(value.shape)}, expected {tuple(shape)}")
+        came, way = tuple(value.shape), _way_to_shape(name, value.shape, shape)
+        raise ValueError(f"{function}: {name} has shape {came}, expected {tuple(shape)}{way}")
     _check.same_device(function, name, value, "the logits", device)
     return _check.usable(value).to(torch.int64)
+
+
+def _way_to_shape(name: str, came: torch.Size, wanted: torch.Size) -> str:
+    """What is mostly meant by integers of another shape than the rows'."""
+    if name != "labels":
+        return ""
+    if came[:-1] == wanted and came:
+        return " (labels.argmax(-1), where they are one-hot)"
+    if came.numel() == wanted.numel():
+        return f" (labels.reshape{tuple(wanted)} has it)"
+    if came[:-1] == wanted[:-1] and came and wanted and abs(came[-1] - wanted[-1]) == 1:
+        return " (of a causal model, logits[:, :-1] and labels[:, 1:] belong together)"
+    return ""

@@ -196,7 +196,7 @@ def _check_keys(name: str, queries: Tensor, keys: Tensor) -> None:
 
 def _check_mask(function: str, mask: Tensor, student_q: Tensor) -> None:
     if not isinstance(mask, Tensor):
-        raise TypeError(f"{function}: mask is {type(mask).__name__}, expected a torch.Tensor")
+        raise _check.no_tensor(function, "mask", mask)
     _check.no_dtensor(function, "mask", mask)
     if mask.dtype != torch.bool:
         raise TypeError(f"{function}: mask has dtype {mask.dtype}, expected bool, True = real token (mask.bool())")
@@ -209,10 +209,11 @@ def _check_mask(function: str, mask: Tensor, student_q: Tensor) -> None:
 def _check_cu_seqlens(cu_seqlens: Tensor, student_q: Tensor) -> None:
     """Its values are looked at on a CPU alone: a GPU would have to be waited for."""
     if not isinstance(cu_seqlens, Tensor):
-        raise TypeError(f"{_NAME}: cu_seqlens is {type(cu_seqlens).__name__}, expected a torch.Tensor")
+        raise _check.no_tensor(_NAME, "cu_seqlens", cu_seqlens)
     _check.no_dtensor(_NAME, "cu_seqlens", cu_seqlens)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{_NAME}: cu_seqlens has dtype {cu_seqlens.dtype}, expected int32 or int64")
+        way = _check.way_to_integers("cu_seqlens", cu_seqlens)
+        raise TypeError(f"{_NAME}: cu_seqlens has dtype {cu_seqlens.dtype}, expected int32 or int64{way}")
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] == 0:
         raise ValueError(f"{_NAME}: cu_seqlens has shape {tuple(cu_seqlens.shape)}, expected (n + 1,)")
     _check.same_device(_NAME, "cu_seqlens", cu_seqlens, "student_q", student_q.device)

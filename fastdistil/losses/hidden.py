@@ -214,7 +214,7 @@ def _layers(name: str, value: object, count: int | None = None) -> list[Tensor]:
     elif isinstance(value, Sequence) and not isinstance(value, str):
         found = list(value)
     else:
-        raise TypeError(f"{_NAME}: {name} is {type(value).__name__}, expected a torch.Tensor or a list of them")
+        raise _check.no_tensor(_NAME, name, value, "a torch.Tensor or a list of them")
     if not found:
         raise ValueError(f"{_NAME}: {name} is an empty list, expected at least one layer")
     if count is not None and len(found) != count:
@@ -252,7 +252,9 @@ def _check_layer(student: Tensor, teacher: Tensor, projection: Tensor | None, bi
     if projection is None:
         if bias is not None:
             raise ValueError(f"{_NAME}: bias came without a projection, expected both or neither")
-        _check.same_shape(_NAME, "teacher", teacher, "student", student.shape)
+        _check.same_shape(
+            _NAME, "teacher", teacher, "student", student.shape, "for two widths pass a projection (D_t, D_s)"
+        )
         return
     size_s, size_t = student.shape[-1], teacher.shape[-1]
     if teacher.shape[:-1] != student.shape[:-1]:

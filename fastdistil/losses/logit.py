@@ -216,7 +216,7 @@ def _check_pair(student: Tensor, teacher: Tensor, mapped: bool) -> tuple[int, in
     if student.dim() == 0 or student.shape[-1] == 0:
         raise ValueError(f"{_NAME}: student_logits has shape {tuple(student.shape)}, expected (..., V) with V >= 1")
     if not mapped:
-        _check.same_shape(_NAME, "teacher_logits", teacher, "student_logits", student.shape)
+        _check.same_shape(_NAME, "teacher_logits", teacher, "student_logits", student.shape, _check.OTHER_VOCABULARY)
     elif teacher.shape[:-1] != student.shape[:-1] or teacher.dim() == 0 or teacher.shape[-1] == 0:
         wanted = ", ".join(map(str, (*student.shape[:-1], "V_t")))
         raise ValueError(

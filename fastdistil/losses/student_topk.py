@@ -86,7 +86,9 @@ def student_topk_logit_loss(
         raise ValueError(
             f"{_NAME}: student_logits has shape {tuple(student.shape)}, expected (..., V) with 1 <= V < 2^31"
         )
-    _check.same_shape(_NAME, "teacher_logits", teacher, "student_logits", student.shape)
+    _check.same_shape(
+        _NAME, "teacher_logits", teacher, "student_logits", student.shape, "for two vocabularies see uld_loss"
+    )
     _check.same_device(_NAME, "teacher_logits", teacher, "student_logits", student.device)
     _check.constant(_NAME, "teacher_logits", teacher)
     if isinstance(k, bool) or not isinstance(k, int):

@@ -162,10 +162,11 @@ def check_teacher(function: str, student: Tensor, width: int, values: Tensor, in
             f"{function}: teacher_values has shape {tuple(values.shape)}, expected ({rows}K) with 1 <= K <= {width}"
         )
     if not isinstance(indices, Tensor):
-        raise TypeError(f"{function}: teacher_indices is {type(indices).__name__}, expected a torch.Tensor")
+        raise _check.no_tensor(function, "teacher_indices", indices)
     _check.no_dtensor(function, "teacher_indices", indices)
     if indices.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{function}: teacher_indices has dtype {indices.dtype}, expected int32 or int64")
+        way = _check.way_to_integers("teacher_indices", indices)
+        raise TypeError(f"{function}: teacher_indices has dtype {indices.dtype}, expected int32 or int64{way}")
     _check.same_shape(function, "teacher_indices", indices, "teacher_values", values.shape)
     _check.same_device(function, "teacher_values", values, "the student", student.device)
     _check.same_device(function, "teacher_indices", indices, "the student", student.device)
@@ -177,7 +178,7 @@ def tail_of(function: str, value: object, tail: str, values: Tensor) -> Tensor |
     if value is None:
         return None
     if not isinstance(value, Tensor):
-        raise TypeError(f"{function}: teacher_tail is {type(value).__name__}, expected a torch.Tensor")
+        raise _check.no_tensor(function, "teacher_tail", value)
     _check.no_dtensor(function, "teacher_tail", value)
     if tail == "renormalize":
         raise ValueError(

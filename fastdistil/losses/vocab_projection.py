@@ -50,7 +50,7 @@ class VocabProjection(NamedTuple):
             TypeError, ValueError: naming what came and what was wanted.
         """
         if not isinstance(matrix, Tensor):
-            raise TypeError(f"{_NAME}: matrix is {type(matrix).__name__}, expected a torch.Tensor")
+            raise _check.no_tensor(_NAME, "matrix", matrix)
         if matrix.layout not in (torch.sparse_coo, torch.sparse_csr):
             raise ValueError(
                 f"{_NAME}: matrix has layout {matrix.layout}, expected torch.sparse_coo or torch.sparse_csr "

@@ -98,6 +98,13 @@ class AttentionRecord:
         return scores.masked_fill(~visible, -torch.inf).softmax(-1).masked_fill(~visible, 0.0)
 
 
+class Layers(dict[int, Tensor]):
+    """Tensors by layer, of which a missing one says which there are."""
+
+    def __missing__(self, layer: object) -> Tensor:
+        raise KeyError(f"capture: layer {layer} was not captured, expected one of {sorted(self)} of this part")
+
+
 class Records(Mapping[int, AttentionRecord]):
     """Records by layer, made when one is asked for; RuntimeError for a map that cannot be rebuilt."""
 
@@ -105,6 +112,11 @@ class Records(Mapping[int, AttentionRecord]):
         self._model, self._calls = model, calls
 
     def __getitem__(self, layer: int) -> AttentionRecord:
+        if layer not in self._calls:
+            raise KeyError(
+                f"capture: attention has no layer {layer}, expected one of {sorted(self._calls)}, whose queries, keys "
+                "or values were captured"
+            )
         return _record(self._calls[layer], f"capture: the attention map of layer {layer} of {self._model}")
 
     def __contains__(self, layer: object) -> bool:

@@ -36,6 +36,7 @@ from transformers import (
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput, TokenClassifierOutput
 
+from fastdistil.models._check import labels_and_padding, vocabulary_rows
 from fastdistil.models.capture import base_model
 from fastdistil.models.student import svd_basis
 
@@ -298,11 +299,14 @@ def bilstm_student(
     """
     if task not in _TASKS:
         raise ValueError(f"bilstm_student: task is {task!r}, expected one of {sorted(_TASKS)}")
-    base: Any = base_model(teacher, "bilstm_student")
-    table = base.get_input_embeddings().weight.detach()[rows.to(base.device)].cpu()  # (V_s, D)
-    if embedding_size > table.shape[1]:
+    base: Any = base_model(teacher, "bilstm_student", "teacher")
+    words = base.get_input_embeddings().weight.detach()
+    rows = vocabulary_rows("bilstm_student", rows, len(words))
+    labels = labels_and_padding("bilstm_student", labels, pad_token_id, len(rows))
+    table = words[rows.to(base.device)].cpu()  # (V_s, D)
+    if not 1 <= embedding_size <= table.shape[1]:
         raise ValueError(
-            f"bilstm_student: embedding_size is {embedding_size}, expected at most {table.shape[1]}, the width of the "
+            f"bilstm_student: embedding_size is {embedding_size}, expected 1 to {table.shape[1]}, the width of the "
             "teacher's word embeddings"
         )
     config = BiLstmConfig(

@@ -12,12 +12,12 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from fastdistil.models import listeners
-from fastdistil.models.attention import AttentionRecord, Call, Records
+from fastdistil.models.attention import AttentionRecord, Call, Layers, Records
 
 
 @dataclass
@@ -31,10 +31,10 @@ class Captured:
     sinks, FlashAttention, FlexAttention) asking for it is a RuntimeError that says why. Asking reads the mask, which on
     a GPU waits for it."""
 
-    hidden_states: dict[int, Tensor] = field(default_factory=dict)
-    queries: dict[int, Tensor] = field(default_factory=dict)
-    keys: dict[int, Tensor] = field(default_factory=dict)
-    values: dict[int, Tensor] = field(default_factory=dict)
+    hidden_states: dict[int, Tensor] = field(default_factory=Layers)
+    queries: dict[int, Tensor] = field(default_factory=Layers)
+    keys: dict[int, Tensor] = field(default_factory=Layers)
+    values: dict[int, Tensor] = field(default_factory=Layers)
     model: str = field(default="", repr=False)
     calls: dict[int, Call] = field(default_factory=dict, repr=False)
 
@@ -106,22 +106,23 @@ def capture(
         yield captured
 
 
-def base_model(model: nn.Module, function: str) -> nn.Module:
+def base_model(model: nn.Module, function: str, argument: str = "model") -> nn.Module:
     """The transformers model without head, inside of whatever wraps it: torch.compile, data parallelism, PEFT,
     sentence-transformers, a module of one's own."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"{function}: model is {type(model).__name__}, expected a transformers model")
+        way = " (AutoModel.from_pretrained(...) loads one by its name)" if isinstance(model, str) else ""
+        raise TypeError(f"{function}: {argument} is {type(model).__name__}, expected a transformers model{way}")
     found = list({id(x): x for x in transformers_models(model)}.values())  # PEFT's wrapper holds one twice
     if not found:
         raise ValueError(
-            f"{function}: model is {type(model).__name__}, expected a transformers model, "
+            f"{function}: {argument} is {type(model).__name__}, expected a transformers model, "
             "whose config names its attention"
         )
     if len(found) > 1:
         names = ", ".join(type(x).__name__ for x in found)
         raise ValueError(
-            f"{function}: model is {type(model).__name__}, which holds {len(found)} transformers models ({names}), "
-            "expected one: pass the one that is meant"
+            f"{function}: {argument} is {type(model).__name__}, which holds {len(found)} transformers models "
+            f"({names}), expected one: pass the one that is meant"
         )
     return cast("nn.Module", getattr(found[0], "base_model", found[0]))
 
@@ -142,7 +143,13 @@ def _pretrained() -> type:
     return type(None) if module is None else cast("type", module.PreTrainedModel)
 
 
-def block_list(base: nn.Module, function: str) -> nn.ModuleList:
+def depth_of(model: nn.Module, function: str, argument: str) -> int:
+    """How many blocks a transformers model says to have."""
+    config: Any = base_model(model, function, argument).config
+    return int(config.num_hidden_layers)
+
+
+def block_list(base: nn.Module, function: str, argument: str = "model") -> nn.ModuleList:
     """The one list of the model's blocks."""
     count = getattr(base.config, "num_hidden_layers", None)
     lists = [x for x in base.modules() if isinstance(x, nn.ModuleList) and len(x) == count]
@@ -150,7 +157,7 @@ def block_list(base: nn.Module, function: str) -> nn.ModuleList:
     found = [x for x in lists if id(x) not in inside and len({type(block) for block in x}) == 1]
     if len(found) != 1:
         raise ValueError(
-            f"{function}: model is {type(base).__name__}, which has {len(found)} lists of {count} blocks, "
+            f"{function}: {argument} is {type(base).__name__}, which has {len(found)} lists of {count} blocks, "
             "expected one; of an encoder-decoder or a composite model pass the part, such as model.encoder"
         )
     return found[0]
@@ -158,7 +165,8 @@ def block_list(base: nn.Module, function: str) -> nn.ModuleList:
 
 def _layers(name: str, value: Iterable[int], first: int, last: int, base: nn.Module) -> list[int]:
     if isinstance(value, (str, Tensor)) or not isinstance(value, Iterable):
-        raise TypeError(f"capture: {name} is {type(value).__name__}, expected a list of layers")
+        way = f" ([{value}] for one)" if isinstance(value, int) else ""
+        raise TypeError(f"capture: {name} is {type(value).__name__}, expected a list of layers{way}")
     layers = list(value)
     for layer in layers:
         if isinstance(layer, bool) or not isinstance(layer, int):

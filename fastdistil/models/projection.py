@@ -106,7 +106,10 @@ class _Pieces:
 
     def __init__(self, side: str, tokenizer: PreTrainedTokenizerFast) -> None:
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
-            raise TypeError(f"{_NAME}: {side} is a {type(tokenizer).__name__}, expected a PreTrainedTokenizerFast")
+            raise TypeError(
+                f"{_NAME}: {side} is a {type(tokenizer).__name__}, expected a PreTrainedTokenizerFast "
+                "(AutoTokenizer.from_pretrained(...) loads one by its name)"
+            )
         self.side, self.model = side, tokenizer.backend_tokenizer.model
         document: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
         model = document["model"]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, BertForTokenClassification
 
+from fastdistil.models._check import labels_and_padding, vocabulary_rows
 from fastdistil.models.block_config import check_rebuilds, configurations, cut_config
 from fastdistil.models.capture import base_model, block_list
 
@@ -58,7 +59,7 @@ def _first_position(embeddings: nn.Module) -> int:
 
 def _embeddings(teacher: nn.Module) -> Any:
     """The module of a BERT-like teacher's three tables. Raises TypeError where it has not all of them."""
-    base = base_model(teacher, "compact_student")
+    base = base_model(teacher, "compact_student", "teacher")
     found: Any = getattr(base, "embeddings", None)
     for table in ("word_embeddings", "position_embeddings", "token_type_embeddings"):
         if not isinstance(getattr(found, table, None), nn.Embedding):
@@ -100,12 +101,17 @@ def compact_student(
     teacher_embeddings = _embeddings(teacher)
     positions = teacher_embeddings.position_embeddings.weight[_first_position(teacher_embeddings) :]
     types = teacher_embeddings.token_type_embeddings.weight
-    table = teacher_embeddings.word_embeddings.weight.detach()[rows]  # (V_s, D_t)
+    words = teacher_embeddings.word_embeddings.weight.detach()
+    rows = vocabulary_rows("compact_student", rows, len(words))
+    labels = labels_and_padding("compact_student", labels, pad_token_id, len(rows))
+    table = words[rows]  # (V_s, D_t)
     if not 1 <= hidden_size <= table.shape[1]:
         raise ValueError(
             f"compact_student: hidden_size is {hidden_size}, expected 1 to {table.shape[1]}, the width of the "
             "teacher's word embeddings"
         )
+    if heads < 1 or hidden_size % heads:
+        raise ValueError(f"compact_student: hidden_size is {hidden_size}, expected a multiple of heads = {heads}")
     mean, basis = svd_basis(table, hidden_size)
     config = BertConfig(
         vocab_size=len(rows),
@@ -139,10 +145,17 @@ def with_blocks(teacher: nn.Module, blocks: Iterable[int]) -> nn.Module:
     that comes twice, and for blocks that a configuration cannot name, such as ModernBERT's without the first one, which
     has no attention norm.
     """
-    base: Any = base_model(teacher, "with_blocks")
+    base: Any = base_model(teacher, "with_blocks", "teacher")
+    found = block_list(base, "with_blocks", "teacher")
+    if isinstance(blocks, str) or not isinstance(blocks, Iterable):
+        raise TypeError(
+            f"with_blocks: blocks is {type(blocks).__name__}, expected a list of blocks, counted from 0: range(2) are "
+            "the first two"
+        )
     chosen = list(blocks)
-    found = block_list(base, "with_blocks")
     for block in chosen:
+        if isinstance(block, bool) or not isinstance(block, int):
+            raise TypeError(f"with_blocks: blocks holds {block!r}, expected whole numbers")
         if not 0 <= block < len(found):
             raise ValueError(f"with_blocks: blocks holds {block}, expected 0 to {len(found) - 1}")
     if not chosen:

@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fastdistil.models._check import vocabulary_rows
 from fastdistil.models.block_config import configurations
 from fastdistil.sparse import SparseDelta
 
@@ -32,9 +33,7 @@ def trim_model_(model: Any, rows: Tensor) -> None:
     """
     table = model.get_input_embeddings()
     size = int(table.weight.shape[0])
-    if rows.ndim != 1 or not len(rows) or int(rows.min()) < 0 or int(rows.max()) >= size:
-        came = f"{int(rows.min())} to {int(rows.max())}" if rows.numel() else "none"
-        raise ValueError(f"trim_model_: rows are {came}, expected ids from 0 to {size - 1}, which the model has")
+    rows = vocabulary_rows("trim_model_", rows, size)
     new_id = {old: new for new, old in enumerate(rows.tolist())}
     _check_positions(model, table, new_id)
     made: dict[int, nn.Parameter] = {}

@@ -184,7 +184,8 @@ def trim_vocabulary(tokenizer: PreTrainedTokenizerFast, keep: Iterable[int]) -> 
     """
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise TypeError(
-            f"trim_vocabulary: tokenizer is a {type(tokenizer).__name__}, expected a PreTrainedTokenizerFast"
+            f"trim_vocabulary: tokenizer is a {type(tokenizer).__name__}, expected a PreTrainedTokenizerFast "
+            "(AutoTokenizer.from_pretrained(...) loads one by its name)"
         )
     document = json.loads(tokenizer.backend_tokenizer.to_str())
     model = document["model"]

@@ -122,5 +122,6 @@ def _refuse_mass(function: str, row: int, mass: float, tail: int, given: bool) -
         )
     raise ValueError(
         f"{function}: teacher_values has probabilities that sum to {mass:.4g} in row {row}, "
-        f"expected log-probabilities (at most 1 in all) with tail={TAILS[tail]!r}; tail='renormalize' takes any scores"
+        f"expected log-probabilities (at most 1 in all) with tail={TAILS[tail]!r}: of probabilities pass "
+        "teacher_values.log(); tail='renormalize' takes any scores"
     )

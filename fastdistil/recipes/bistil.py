@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastdistil.models.capture import depth_of
 from fastdistil.models.student import with_blocks, without_dropout
 from fastdistil.recipes.terms import Term, attention, hidden, logits
 from fastdistil.train import Options
@@ -27,7 +28,7 @@ def student(teacher: Any, reduction: int = 2) -> Any:
 
     Raises ValueError where `reduction` does not divide the teacher's number of blocks, and `with_blocks`' errors.
     """
-    count = teacher.config.num_hidden_layers
+    count = depth_of(teacher, "bistil.student", "teacher")
     if reduction < 1 or count % reduction:
         raise ValueError(
             f"bistil.student: reduction is {reduction}, expected a divisor of the teacher's {count} blocks"
@@ -39,8 +40,8 @@ def student(teacher: Any, reduction: int = 2) -> Any:
 
 def terms(student: Any, teacher: Any) -> list[Term]:
     """Attention maps of every student block, states of every student layer and the embeddings."""
-    blocks = student.config.num_hidden_layers
-    r = teacher.config.num_hidden_layers // blocks
+    blocks = depth_of(student, "bistil.terms", "student")
+    r = depth_of(teacher, "bistil.terms", "teacher") // blocks
     maps = [attention(l, l * r, scale=1 / blocks) for l in range(1, blocks + 1)]
     states = [hidden(l, l * r, scale=1 / (blocks + 1)) for l in range(blocks + 1)]
     return [*maps, *states]

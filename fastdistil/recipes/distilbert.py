@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastdistil.models.capture import depth_of
 from fastdistil.models.student import with_blocks
 from fastdistil.recipes.terms import Term, hidden, labels, logits
 
 
 def student(teacher: Any) -> Any:
     """Blocks 0, 2, 4, ... of the teacher with its embeddings and head."""
-    return with_blocks(teacher, range(0, teacher.config.num_hidden_layers, 2))
+    return with_blocks(teacher, range(0, depth_of(teacher, "distilbert.student", "teacher"), 2))
 
 
 def terms(temperature: float = 2.0) -> list[Term]:

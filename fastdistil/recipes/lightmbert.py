@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastdistil.models.capture import depth_of
 from fastdistil.models.student import with_blocks
 from fastdistil.recipes.terms import Term, attention, hidden
 from fastdistil.train import Options
@@ -20,7 +21,9 @@ from fastdistil.train import Options
 
 def student(teacher: Any, blocks: int | None = None) -> Any:
     """The teacher's bottom `blocks` (half of them by default) with its embeddings, the word embeddings frozen."""
-    count = teacher.config.num_hidden_layers
+    count = depth_of(teacher, "lightmbert.student", "teacher")
+    if blocks is not None and not 1 <= blocks <= count:
+        raise ValueError(f"lightmbert.student: blocks is {blocks}, expected 1 to {count}, as the teacher has")
     made: Any = with_blocks(teacher, range(count // 2 if blocks is None else blocks))
     made.get_input_embeddings().weight.requires_grad_(False)
     return made

@@ -48,7 +48,7 @@ def outputs_of(
     body = model if logits else without_head(model)
     with fd.capture(body, **layers) if layers else nullcontext(Captured()) as captured:
         out = body(**inputs)
-    return Outputs(captured, out.logits if logits else None)
+    return Outputs(captured, getattr(out, "logits", None) if logits else None)
 
 
 def without_head(model: nn.Module) -> nn.Module:

@@ -13,6 +13,7 @@ from torch import nn
 
 from fastdistil.batches import InOrder, kept_generators
 from fastdistil.recipes.terms import Distillation, Term
+from fastdistil.suggest import meant_part
 from fastdistil.train import Batch, Batches, Evaluate, OptimizerFactory, Options, adamw, train
 from fastdistil.validation import mean_losses
 
@@ -37,6 +38,11 @@ class Stage:
     fresh: tuple[str, ...] = ()
     held_out: Sequence[Any] | Iterable[Batch] | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("frozen", "trained", "fresh"):
+            if isinstance(value := getattr(self, name), str):
+                raise TypeError(f"Stage: {name} is a str, {value!r}, expected a tuple of parts of names: ({value!r},)")
+
 
 def set_trainable(student: nn.Module, frozen: Iterable[str], trained: Iterable[str] = ()) -> None:
     """requires_grad False for parameters whose name holds one of `frozen`, True for one of `trained`; others keep it.
@@ -50,7 +56,10 @@ def set_trainable(student: nn.Module, frozen: Iterable[str], trained: Iterable[s
         for part in parts:
             names = [name for name in parameters if part in name]
             if not names:
-                raise ValueError(f"set_trainable: {argument} holds {part!r}, which is part of no parameter's name")
+                raise ValueError(
+                    f"set_trainable: {argument} holds {part!r}, which is part of no parameter's name"
+                    + meant_part(part, parameters)
+                )
             for name in names:
                 before, other = wanted.setdefault(name, (value, part))
                 if before is not value:
@@ -71,9 +80,12 @@ def draw_anew(student: nn.Module, parts: Iterable[str], seed: int) -> None:
     with kept_generators():
         torch.manual_seed(seed)
         for part in parts:
-            owners = [name.rpartition(".")[0] for name, _ in student.named_parameters() if part in name]
+            names = [name for name, _ in student.named_parameters()]
+            owners = [name.rpartition(".")[0] for name in names if part in name]
             if not owners:
-                raise ValueError(f"draw_anew: fresh holds {part!r}, which is part of no parameter's name")
+                raise ValueError(
+                    f"draw_anew: fresh holds {part!r}, which is part of no parameter's name{meant_part(part, names)}"
+                )
             for owner in dict.fromkeys(owners):
                 module: Any = student.get_submodule(owner)
                 for held in (module, *module.parameters(recurse=False)):
@@ -131,7 +143,7 @@ def run_stages(
     *,
     teacher: nn.Module | None = None,
     optimizer: OptimizerFactory = adamw,
-    out: Path | None = None,
+    out: str | Path | None = None,
     name: str = "student",
     evaluate: Evaluate | None = None,
     callbacks: Sequence[Any] = (),
@@ -149,7 +161,7 @@ def run_stages(
     names = [stage.name for stage in stages]
     if len(set(names)) < len(names):
         raise ValueError(f"run_stages: stages have the names {names}, expected each once")
-    history = {}
+    history, folder = {}, None if out is None else Path(out)
     with _kept_trainable(student) as restore:
         for index, stage in enumerate(stages):
             restore()
@@ -162,7 +174,7 @@ def run_stages(
                 None if batched else collate,
                 stage.options,
                 optimizer=optimizer,
-                out=None if out is None else out / f"{index}-{stage.name}",
+                out=None if folder is None else folder / f"{index}-{stage.name}",
                 name=f"{name}: {stage.name}",
                 evaluate=_evaluation(stage, collate, evaluate),
                 callbacks=callbacks,

@@ -27,8 +27,12 @@ import torch
 from torch import Tensor, nn
 
 import fastdistil as fd
+from fastdistil.contracts.hidden import KINDS
+from fastdistil.contracts.logit import LOSSES
 from fastdistil.fingerprint import of_teacher
-from fastdistil.models.capture import base_model, transformers_models
+from fastdistil.losses._check import one_of
+from fastdistil.losses.logit import rule_of
+from fastdistil.models.capture import depth_of, transformers_models
 from fastdistil.recipes.maps import MapRule, map_rules, pairs_of
 from fastdistil.recipes.outputs import Outputs, inputs_of, outputs_of
 from fastdistil.train import Batch
@@ -51,6 +55,10 @@ class Term:
     weight: str
 
     def __post_init__(self) -> None:
+        for side in ("student", "teacher"):
+            layer = getattr(self, side)
+            if isinstance(layer, bool) or not isinstance(layer, int if side == "student" else (int, str)):
+                raise TypeError(f"terms: {side}_layer is {layer!r}, expected a whole number")
         if not 0 < self.scale < math.inf:
             raise ValueError(f"terms: {self.name} has scale {self.scale}, expected a finite number above 0")
 
@@ -200,9 +208,22 @@ class LabelTerm(Term):
 
     def loss(self, batch: Batch, student: Outputs, teacher: Outputs, rule: MapRule | None, divisor: Tensor) -> Tensor:
         assert student.logits is not None
-        keep = batch[self.weight].bool()
-        chosen, labels = student.logits[keep], batch["labels"][keep]
+        keep, every, classes = batch[self.weight].bool(), batch["labels"], student.logits.shape[-1]
+        for name, x in ((self.weight, keep), ("labels", every)):
+            if x.shape != student.logits.shape[:-1]:
+                raise ValueError(
+                    f"terms.labels: the batch's {name} has shape {tuple(x.shape)}, expected "
+                    f"{tuple(student.logits.shape[:-1])}, as the student's logits have rows"
+                )
+        chosen, labels = student.logits[keep], every[keep]
         chosen = chosen if chosen.dtype == torch.float64 else chosen.float()
+        if labels.device.type == "cpu":  # a GPU would have to wait
+            wrong = labels[((labels < 0) & (labels != -100)) | (labels >= classes)]
+            if len(wrong):
+                raise ValueError(
+                    f"terms.labels: the batch's labels hold {int(wrong[0])}, expected 0 to {classes - 1}, or -100 "
+                    "for none"
+                )
         return nn.functional.cross_entropy(chosen, labels, reduction="sum") / divisor
 
 
@@ -221,6 +242,7 @@ def hidden(
     states to the teacher's width and trains along; nn.Linear, and nn.Sequential(nn.Linear, nn.GELU()), run inside of
     the loss. It may be a part of the student. `weight` names the batch's entry that says which pieces count.
     """
+    one_of("terms.hidden", "kind", kind, KINDS)
     return HiddenTerm(student_layer, teacher_layer, scale, weight, kind, projection)
 
 
@@ -234,8 +256,8 @@ def attention(
     What attention_loss has no map for is refused: softcaps, biases and sinks before the first step, windows at the
     first batch that is longer. Needs a live teacher.
     """
-    if kind not in _MAPS:
-        raise ValueError(f"terms.attention: kind is {kind!r}, expected one of {_MAPS}")
+    one_of("terms.attention", "kind", kind, _MAPS)
+    one_of("terms.attention", "heads", heads, ("each", "mean"))
     return AttentionTerm(student_layer, teacher_layer, scale, "attention_mask", kind, heads)
 
 
@@ -244,8 +266,10 @@ def relation(
 ) -> Term:
     """MiniLMv2's relation of a block's "queries", "keys" or "values" among themselves, in `heads` relation heads: mean
     over tokens and relation heads of `relation_loss`. Needs a live teacher."""
-    if of not in _RELATIONS:
-        raise ValueError(f"terms.relation: of is {of!r}, expected one of {_RELATIONS}")
+    one_of("terms.relation", "of", of, _RELATIONS)
+    one_of("terms.relation", "kind", kind, _MAPS)
+    if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1:
+        raise ValueError(f"terms.relation: heads is {heads!r}, expected a whole number of at least 1")
     return RelationTerm(student_layer, teacher_layer, scale, "attention_mask", kind, of, heads)
 
 
@@ -260,6 +284,7 @@ def logits(
     """The logits of both models: mean over what `weight` names of `logit_loss`; but "mse" is half of the squared
     distance, ½‖z_s - z_t‖², as XtremeDistil has it. Soft cross entropy has the gradient of "forward_kl" and is larger
     by the teacher's entropy."""
+    rule_of("terms.logits", divergence, 0.5, temperature, None, scale_by_t2, LOSSES)
     if divergence == "mse" and temperature != 1:
         raise ValueError(f"terms.logits: temperature is {temperature} with divergence 'mse', expected 1")
     return LogitTerm(0, 0, scale, weight, divergence, temperature, scale_by_t2)
@@ -278,13 +303,26 @@ class Distillation(nn.Module):
     no transformers model is called with input_ids, attention_mask and output_hidden_states=True, and its output's
     hidden_states are the layers.
 
-    Raises ValueError for no terms, two of one name, and layers that a model does not have.
+    Raises ValueError for no terms, two of one name, and layers that a model does not have; for a batch without an entry
+    that a term reads, and for a model whose output has no logits that one reads.
     """
 
     def __init__(self, student: nn.Module, terms: Iterable[Term], teacher: nn.Module | None = None) -> None:
         super().__init__()
         self.student = student
-        depths = [None if x is None or not transformers_models(x) else _depth(x) for x in (student, teacher)]
+        if isinstance(terms, Term) or not isinstance(terms, Iterable):
+            raise TypeError(f"Distillation: terms is {type(terms).__name__}, expected a list of terms")
+        terms = list(terms)
+        for term in terms:
+            if not isinstance(term, Term):
+                raise TypeError(
+                    f"Distillation: terms holds {type(term).__name__}, expected what the functions of "
+                    "fastdistil.recipes.terms return, such as terms.logits()"
+                )
+        sides = (("student", student), ("teacher", teacher))
+        depths = [
+            None if x is None or not transformers_models(x) else depth_of(x, "Distillation", side) for side, x in sides
+        ]
         self.terms = tuple(_resolved(term, *depths) for term in terms)
         names = [term.name for term in self.terms]
         if not names or len(set(names)) < len(names):
@@ -319,7 +357,8 @@ class Distillation(nn.Module):
     def _run_student(self, batch: Batch) -> Outputs:
         logits = any(isinstance(term, (LogitTerm, LabelTerm)) for term in self.terms)
         layers = self._layers(self.terms, "student")
-        return outputs_of(self.student, layers, inputs_of(self.student, batch), logits)
+        found = outputs_of(self.student, layers, inputs_of(self.student, batch), logits)
+        return _with_logits("student", self.student, found, logits)
 
     def _run_teacher(self, batch: Batch) -> Outputs:
         live = [term for term in self.terms if not isinstance(term, LabelTerm) and term.entry not in batch]
@@ -333,7 +372,8 @@ class Distillation(nn.Module):
         with torch.no_grad():
             model = self._teacher[0].to(ids.device)
             inputs = inputs_of(model, {**batch, "input_ids": ids})
-            return outputs_of(model, self._layers(live, "teacher"), inputs, logits)
+            found = outputs_of(model, self._layers(live, "teacher"), inputs, logits)
+            return _with_logits("teacher", model, found, logits)
 
     def _map_rules(self, batch: Batch) -> dict[str, MapRule]:
         """How the maps are formed of which terms compare them: asked of both models once, on a few tokens."""
@@ -343,7 +383,21 @@ class Distillation(nn.Module):
             self._rules = map_rules(self.student, self._teacher[0], layers, batch) if chosen else {}
         return self._rules
 
+    def _check_batch(self, batch: Batch) -> None:
+        """That it has what both models and all terms read; the teacher's side is asked for where it is missing."""
+        needed = {"input_ids": "the models", "attention_mask": "the models"}
+        for term in self.terms:
+            needed.setdefault(term.weight, f"the term {term.name}")
+            if isinstance(term, LabelTerm):
+                needed.setdefault("labels", f"the term {term.name}")
+        if missing := [f"{name} (of {reader})" for name, reader in needed.items() if name not in batch]:
+            raise ValueError(
+                f"Distillation: the batch has {', '.join(batch)}, expected {', '.join(missing)} in it, too; a term's "
+                "argument weight names the entry that says what counts"
+            )
+
     def counts(self, batch: Batch) -> Mapping[str, Tensor]:
+        self._check_batch(batch)
         rules = self._map_rules(batch)
         return {term.name: term.items(batch, rules.get(term.name)) for term in self.terms}
 
@@ -354,9 +408,12 @@ class Distillation(nn.Module):
         return {"teacher": teacher, "terms": [_said(term) for term in self.terms]}
 
 
-def _depth(model: nn.Module) -> int:
-    config: Any = base_model(model, "Distillation").config
-    return int(config.num_hidden_layers)
+def _with_logits(side: str, model: nn.Module, found: Outputs, wanted: bool) -> Outputs:
+    if wanted and found.logits is None:
+        raise ValueError(
+            f"Distillation: {side} is {type(model).__name__}, whose output has no logits, expected a model with a head"
+        )
+    return found
 
 
 def _resolved(term: Term, student: int | None, teacher: int | None) -> Term:

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from fastdistil.models.capture import depth_of
 from fastdistil.recipes.terms import Term, attention, hidden, logits
 
 
@@ -23,7 +24,9 @@ def terms(student: Any, teacher: Any) -> list[Term]:
 
     Raises ValueError where the student's depth does not divide the teacher's.
     """
-    blocks, depth = student.config.num_hidden_layers, teacher.config.num_hidden_layers
+    blocks, depth = (
+        depth_of(model, "tinybert.terms", name) for model, name in ((student, "student"), (teacher, "teacher"))
+    )
     if depth % blocks:
         raise ValueError(f"tinybert.terms: student has {blocks} blocks, expected a divisor of the teacher's {depth}")
     r, widths = depth // blocks, (student.config.hidden_size, teacher.config.hidden_size)

@@ -41,10 +41,12 @@ def representation(
 def split(data: Sequence[Example], share: float = 0.1, seed: int = 0) -> tuple[list[Example], list[Example]]:
     """(what is trained on, what early stopping looks at): `share` of the training data, drawn; at least one of each.
 
-    Raises ValueError where `data` has fewer than two examples.
+    Raises ValueError where `data` has fewer than two examples, or `share` is not between 0 and 1.
     """
     if len(data) < 2:
         raise ValueError(f"xtremedistil.split: data has {len(data)} examples, expected at least 2")
+    if not 0 < share < 1:
+        raise ValueError(f"xtremedistil.split: share is {share}, expected more than 0 and less than 1")
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
     cut = min(len(data) - 1, max(1, round(share * len(data))))
     return [data[i] for i in sorted(order[cut:])], [data[i] for i in sorted(order[:cut])]

@@ -4,6 +4,7 @@ wanted."""
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastdistil.losses._check import FLOATS, number
 from fastdistil.sparse.names import Parameters, all_names
+from fastdistil.suggest import meant_part
 
 Named = nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 
@@ -28,6 +30,12 @@ def named_tensors(function: str, name: str, value: Named) -> Mapping[str, Tensor
     if isinstance(value, Mapping):
         return value
     found: dict[str, Tensor] = {}
+    if isinstance(value, (str, os.PathLike, Tensor)):
+        way = "" if isinstance(value, Tensor) else " (sparse.Checkpoint(path) is one of a safetensors file)"
+        raise TypeError(
+            f"{function}: {name} is {type(value).__name__}, expected a module, a mapping of names to tensors{way} or "
+            "pairs"
+        )
     try:
         pairs = list(value)
     except TypeError:
@@ -36,7 +44,10 @@ def named_tensors(function: str, name: str, value: Named) -> Mapping[str, Tensor
         ) from None
     for pair in pairs:
         if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
-            raise TypeError(f"{function}: {name} holds {type(pair).__name__}, expected pairs of a name and a tensor")
+            raise TypeError(
+                f"{function}: {name} holds {type(pair).__name__}, expected pairs of a name and a tensor (as "
+                "model.named_parameters() has)"
+            )
         if pair[0] in found:
             raise ValueError(f"{function}: {name} holds {pair[0]!r} twice")
         found[pair[0]] = pair[1]
@@ -79,7 +90,9 @@ def _parts(function: str, argument: str, value: str | Sequence[str], names: Sequ
     parts = (value,) if isinstance(value, str) else tuple(value)
     for part in parts:
         if not any(part in name for name in names):
-            raise ValueError(f"{function}: {argument} holds {part!r}, which is part of no parameter's name")
+            raise ValueError(
+                f"{function}: {argument} holds {part!r}, which is part of no parameter's name{meant_part(part, names)}"
+            )
     return parts
 
 
@@ -132,7 +145,8 @@ def whole_number(function: str, name: str, value: Any) -> int:
     if not isinstance(value, bool) and getattr(value, "dtype", None) != torch.bool:
         with suppress(TypeError):
             return operator.index(value)
-    raise TypeError(f"{function}: {name} is {type(value).__name__}, expected an int")
+    way = " (a share of all is the density)" if name == "k" and isinstance(value, float) else ""
+    raise TypeError(f"{function}: {name} is {type(value).__name__}, expected an int{way}")
 
 
 def position_dtype(size: int) -> torch.dtype:
@@ -144,7 +158,9 @@ def check_positions(function: str, what: str, index: Tensor, size: int) -> None:
     """Raises unless `index` is ascending flat positions in a tensor of `size` elements, each once."""
     if not isinstance(index, Tensor) or index.dtype not in (torch.int32, torch.int64) or index.ndim != 1:
         came = f"{index.dtype} of shape {tuple(index.shape)}" if isinstance(index, Tensor) else type(index).__name__
-        raise TypeError(f"{function}: {what} is {came}, expected a vector of int32 or int64")
+        booleans = isinstance(index, Tensor) and index.dtype == torch.bool
+        way = " (mask.flatten().nonzero().flatten() of booleans)" if booleans else ""
+        raise TypeError(f"{function}: {what} is {came}, expected a vector of int32 or int64{way}")
     if len(index) and (int(index[0]) < 0 or int(index[-1]) >= size):
         raise ValueError(f"{function}: {what} goes from {index[0]} to {index[-1]}, expected 0 to {size - 1}")
     if not bool((index[1:] > index[:-1]).all()):

@@ -74,6 +74,10 @@ class SparseAdamW(torch.optim.Optimizer):
         backend: str = "auto",
     ) -> None:
         groups = _groups(named_params)
+        if not isinstance(mask, Mapping):
+            raise TypeError(
+                f"SparseAdamW: mask is {type(mask).__name__}, expected a SparseMask or a mapping of names to positions"
+            )
         self._masked: dict[str, str] = {}  # first name of a parameter -> its name in the mask
         shapes = dict[str, torch.Size]()
         for group in groups:
@@ -317,7 +321,7 @@ def _check_numbers(group: dict[str, Any]) -> None:
             raise ValueError(f"SparseAdamW: {name} is {group[name]}, expected at least 0")
     if not isinstance(group["lr"], Tensor) and number("SparseAdamW", "lr", group["lr"]) < 0:
         raise ValueError(f"SparseAdamW: lr is {group['lr']}, expected at least 0")
-    betas = tuple(group["betas"])
+    betas = group["betas"] if isinstance(group["betas"], (tuple, list)) else ()
     if len(betas) != 2 or not all(0 <= number("SparseAdamW", "betas", beta) < 1 for beta in betas):
         raise ValueError(f"SparseAdamW: betas is {group['betas']}, expected two numbers from 0 to below 1")
 

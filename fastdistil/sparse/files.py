@@ -120,6 +120,11 @@ class Checkpoint(Mapping[str, Tensor]):
         file = self.path
         if file.is_dir():
             file = file / INDEX if (file / INDEX).exists() else file / "model.safetensors"
+            if not file.exists():
+                raise ValueError(
+                    f"{path}: is a folder without {INDEX} and model.safetensors, expected one that holds either, or a "
+                    "safetensors file"
+                )
         if file.suffix == ".json":
             self._read_shards(file)
         else:

@@ -89,6 +89,10 @@ def lottery_ticket(
         >>> fastdistil.lottery_ticket(model, train_fn, density=0.5, exclude="bias")
         SparseDelta(6 entries in 1 tensors, 1 whole)
     """
+    if not callable(train_fn):
+        raise TypeError(
+            f"{_NAME}: train_fn is {type(train_fn).__name__}, expected a function train_fn(model, mask, out)"
+        )
     folder = None if out is None else Path(out)
     k = None if k is None else whole_number(_NAME, "k", k)
     share = None if density is None or k is not None else number(_NAME, "density", density)

@@ -15,7 +15,7 @@ from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 
 from fastdistil.systems.folder import is_main_process
-from fastdistil.systems.models import folder_of, without_report
+from fastdistil.systems.models import folder_of, load_config, without_report
 
 
 def model_class(config: Any) -> Any:
@@ -35,7 +35,7 @@ def load_encoder(name: str, function: str) -> Any:
     Raises ValueError where weights are missing: they would be random.
     """
     folder = folder_of(name)
-    kind = model_class(transformers.AutoConfig.from_pretrained(folder))
+    kind = model_class(load_config(name))
     with without_report():
         model, said = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
         if said["missing_keys"] and all("pooler" in key for key in said["missing_keys"]):
@@ -50,7 +50,7 @@ def load_encoder(name: str, function: str) -> Any:
 
 def empty_encoder(name: str) -> Any:
     """The same without weights, on the meta device: for counting."""
-    config = transformers.AutoConfig.from_pretrained(folder_of(name))
+    config = load_config(name)
     kind = model_class(config)
     with torch.device("meta"):
         return kind(config) if hasattr(kind, "base_model_prefix") else kind.from_config(config)

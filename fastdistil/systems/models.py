@@ -40,9 +40,28 @@ def folder_of(model: str) -> str:
     return model
 
 
+@contextmanager
+def named_in_errors(model: str) -> Iterator[None]:
+    """What transformers says of a model that it does not find does not always name it."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and str(error).startswith(model):
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise FileNotFoundError(f"{model}: no such folder here, and the hub gives no such model: {reason}") from error
+
+
+def load_config(model: str) -> Any:
+    """The configuration of a model in a folder or of the hub. Raises FileNotFoundError where there is none."""
+    with named_in_errors(model):
+        return AutoConfig.from_pretrained(folder_of(model))
+
+
 def load_tokenizer(model: str) -> PreTrainedTokenizerFast:
     """The fast tokenizer beside a model. Raises TypeError where there is none, ValueError without a padding piece."""
-    tokenizer = AutoTokenizer.from_pretrained(folder_of(model))
+    with named_in_errors(model):
+        tokenizer = AutoTokenizer.from_pretrained(folder_of(model))
     if not getattr(tokenizer, "is_fast", False):
         raise TypeError(f"{model}: its tokenizer is a {type(tokenizer).__name__}, expected a fast one")
     if tokenizer.pad_token_id is None:
@@ -73,7 +92,7 @@ def load_classifier(model: str, task: Task | Literal["auto"] = "auto") -> tuple[
     Raises ValueError where the checkpoint has no such head.
     """
     folder = folder_of(model)
-    config = AutoConfig.from_pretrained(folder)
+    config = load_config(model)
     own = task_of(config)
     if own is None or task not in ("auto", own):
         wanted = " or ".join(_HEADS.values()) if task == "auto" else _HEADS[task]
@@ -86,7 +105,7 @@ def new_classifier(model: str, task: Task, labels: Sequence[str], seed: int) -> 
     """A model for `labels` in float32, and whether its head is the checkpoint's own: so it is where that has the same
     set of labels, in whatever order; else the head is drawn by `seed`. Word embeddings that its maker froze stay so."""
     folder = folder_of(model)
-    config = AutoConfig.from_pretrained(folder)
+    config = load_config(model)
     own = task_of(config) == task
     if own and sorted(labels_of(config)) == sorted(labels):
         made = _AUTO[task].from_pretrained(folder, dtype=torch.float32)
@@ -110,7 +129,8 @@ def new_classifier(model: str, task: Task, labels: Sequence[str], seed: int) -> 
 
 def blank_classifier(model: str, task: Task, count: int) -> Any:
     """The shapes of a model for `count` labels, without weights."""
-    config = AutoConfig.from_pretrained(folder_of(model), num_labels=count)
+    with named_in_errors(model):
+        config = AutoConfig.from_pretrained(folder_of(model), num_labels=count)
     with torch.device("meta"):
         return _AUTO[task].from_config(config)
 

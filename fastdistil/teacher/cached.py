@@ -81,6 +81,10 @@ class Cached(Sequence[dict[str, Any]]):
         layers: Iterable[int] | None = None,
         logits: bool = True,
     ) -> None:
+        if not isinstance(store, Store):
+            raise TypeError(
+                f"{_NAME}: store is {type(store).__name__}, expected a Store (fastdistil.teacher.open(path) opens one)"
+            )
         index = store.index
         if index.kind != "layers":
             raise ValueError(f"{_NAME}: store {store.path} is of kind {index.kind!r}, expected 'layers'")
@@ -125,6 +129,8 @@ class Cached(Sequence[dict[str, Any]]):
         """The batch of rows that this sequence gave."""
         numbers = [row[_EXAMPLE] for row in rows]
         batch = dict(self._collate([{name: x for name, x in row.items() if name != _EXAMPLE} for row in rows]))
+        if missing := [name for name in ("input_ids", "attention_mask") if name not in batch]:
+            raise ValueError(f"{_NAME}: collate gave {', '.join(batch)}, expected {' and '.join(missing)} among them")
         ids, mask = batch["input_ids"], batch["attention_mask"].bool()
         examples = [self.store.read(i, (files.IDS, *self._names)) for i in numbers]
         self._check(ids, mask, [example[files.IDS] for example in examples], numbers)

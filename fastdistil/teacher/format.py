@@ -156,6 +156,8 @@ def write_index(folder: Path, index: Index) -> None:
 def read_index(folder: Path) -> Index:
     """Raises FileNotFoundError or ValueError, naming the file and the reason."""
     path = folder / INDEX
+    if folder.is_file():
+        raise ValueError(f"{folder}: is a file, expected the folder of a teacher's store")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: missing, expected the index of a teacher's store")
     try:

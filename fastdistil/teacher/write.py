@@ -174,9 +174,14 @@ def _head(model: nn.Module) -> Any:
     for head in heads:
         if isinstance(getattr(head, "weight", None), Tensor):
             return head
+    if isinstance(model, str):
+        raise TypeError(
+            f"{_NAME}: model is str, expected a transformers model (AutoModelForMaskedLM.from_pretrained(...) loads "
+            "one by its name)"
+        )
     raise ValueError(
         f"{_NAME}: model is {type(model).__name__}, which has no output embeddings and no linear classifier, expected "
-        "one with either"
+        "one with either (kind='layers' needs none)"
     )
 
 
@@ -224,6 +229,10 @@ def _remaining(
     seen = 0
     total = len(loader) if isinstance(loader, Sized) else None
     for batch in tqdm(loader, total=total, desc="teacher", unit="batch", disable=None if progress else True):
+        if not isinstance(batch, Mapping):
+            raise TypeError(
+                f"{_NAME}: loader gave a batch that is {type(batch).__name__}, expected a mapping with input_ids"
+            )
         if "input_ids" not in batch:
             raise ValueError(f"{_NAME}: loader gave a batch of {sorted(batch)}, expected input_ids among them")
         for key, x in batch.items():

@@ -9,7 +9,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from fastdistil.losses._check import positive
+from fastdistil.losses._check import no_tensor, positive
 from fastdistil.ops.topk_teacher import LARGEST_MASS
 from fastdistil.teacher import format as files
 
@@ -166,6 +166,9 @@ class Writer:
         index = self._index
         if set(example) != set(index.fields):
             raise TypeError(f"{_NAME}.add: got {sorted(example)}, expected {', '.join(index.fields)}")
+        for name, x in example.items():
+            if not isinstance(x, Tensor):
+                raise no_tensor(f"{_NAME}.add", name, x)
         first = example[index.fields[0]]
         tokens = first.shape[0] if first.dim() == len(index.shape(index.fields[0], 0)) else -1
         kept = {}
@@ -187,8 +190,10 @@ class Writer:
                 largest = float(x.abs().max())
                 raise ValueError(f"{_NAME}.add: {name} holds {largest:.4g}, too large for float16; use bfloat16")
         columns = kept.get("indices")
-        if columns is not None and bool(((columns < 0) | (columns >= index.vocabulary)).any()):
-            raise ValueError(f"{_NAME}.add: indices holds one outside of 0 to {index.vocabulary - 1}")
+        if columns is not None and bool((outside := (columns < 0) | (columns >= index.vocabulary)).any()):
+            raise ValueError(
+                f"{_NAME}.add: indices holds {int(columns[outside][0])}, expected 0 to {index.vocabulary - 1}"
+            )
         if index.tail:
             _check_mass(example["values"], example[files.TAIL])
         self._buffer.append(kept)
