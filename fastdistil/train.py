@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from numbers import Integral
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +25,7 @@ from accelerate.utils import DistributedDataParallelKwargs, send_to_device
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from fastdistil import train_checks as checks
 from fastdistil.batches import (
     Batch,
     Batches,
@@ -102,10 +102,10 @@ class Options:
             value = getattr(self, field)
             if value is None and field in ("evaluate_every", "patience"):
                 continue
-            _check_whole(field, value)
+            checks.whole_number(field, value)
             if value < 1:
                 raise ValueError(f"Options: {field} is {value}, expected at least 1")
-        _check_whole("warmup", self.warmup)
+        checks.whole_number("warmup", self.warmup)
         for field in ("warmup", "lr", "weight_decay"):
             if not number("Options", field, getattr(self, field)) >= 0:
                 raise ValueError(f"Options: {field} is {getattr(self, field)}, expected at least 0")
@@ -132,12 +132,6 @@ class Options:
         done = (step - self.warmup) / max(1, self.steps - self.warmup)
         left = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[self.schedule]
         return left if self.final_lr == 0 else left + (1 - left) * self.final_lr / self.lr
-
-
-def _check_whole(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        way = " of steps (round(share * steps))" if name == "warmup" else ""
-        raise TypeError(f"Options: {name} is {value!r}, expected a whole number{way}")
 
 
 # What does not change a run's result, or only where it is evaluated.
@@ -195,24 +189,6 @@ def _name_unreached(module: nn.Module) -> None:
         )
 
 
-def _check_in_backward(updates: torch.optim.Optimizer, options: Options, processes: int) -> None:
-    """An optimizer that uses up each gradient inside of the backward leaves none for what needs all of them later."""
-    if not getattr(updates, "step_in_backward", False):
-        return
-    if options.max_grad_norm is not None:
-        against = f"options has max_grad_norm = {options.max_grad_norm}, expected None"
-    elif options.accumulate > 1:
-        against = f"options has accumulate = {options.accumulate}, expected 1"
-    elif options.precision == "fp16":
-        against = "options has precision = 'fp16', which scales gradients, expected 'no' or 'bf16'"
-    elif processes > 1:
-        against = f"{processes} processes run, whose gradients are not added up before, expected 1"
-    else:
-        return
-    name = type(updates).__name__
-    raise ValueError(f"train: optimizer is {name} with step_in_backward=True, which frees each gradient; {against}")
-
-
 @dataclass
 class _Step:
     """One step's gradients are made: each term's mean over all processes, and their tokens."""
@@ -250,27 +226,6 @@ def _agree(accelerator: Accelerator, *flags: bool) -> list[bool]:
         return list(flags)
     found = torch.tensor(flags, dtype=torch.float32, device=accelerator.device)
     return [bool(x) for x in accelerator.reduce(found).tolist()]
-
-
-def _check_arguments(objective: object, options: object, optimizer: object) -> None:
-    if not isinstance(options, Options):
-        raise TypeError(f"train: options is {type(options).__name__}, expected fastdistil.train.Options")
-    if not isinstance(objective, nn.Module) or not callable(getattr(objective, "counts", None)):
-        raise TypeError(
-            f"train: objective is {type(objective).__name__}, expected a module with a method counts(batch), such as "
-            "fastdistil.recipes.terms.Distillation(model, terms, teacher)"
-        )
-    if not callable(optimizer):
-        raise TypeError(
-            f"train: optimizer is {type(optimizer).__name__}, expected a function that makes one, such as "
-            "lambda module, options: torch.optim.AdamW(module.parameters(), lr=options.lr)"
-        )
-
-
-def _check_evaluation(options: Options, evaluate: Evaluate | None) -> None:
-    for name in ("evaluate_every", "metric", "patience"):
-        if evaluate is None and getattr(options, name) is not None:
-            raise ValueError(f"train: options has {name} = {getattr(options, name)!r}, but no evaluate came")
 
 
 def train(
@@ -312,20 +267,21 @@ def train(
     Ctrl-C, once the current step is saved. Warns of parameters that require grad and get none in the first step, and of
     a student whose best figure is 0.
     """
-    _check_arguments(objective, options, optimizer)
-    if out is not None and (out := Path(out)).is_file():
+    checks.arguments(objective, options, Options, optimizer)
+    folder = None if out is None else Path(out)
+    if folder is not None and folder.is_file():
         raise ValueError(f"train: out is {str(out)!r}, a file, expected a folder")
     batches = stream(data, collate, options.batch_size, options.seed)
     if not any(p.requires_grad for p in objective.parameters()):
         raise ValueError("train: objective has no parameter that requires grad")
-    _check_evaluation(options, evaluate)
+    checks.evaluation(options, evaluate)
     accelerator = _accelerator(options)
     updates = optimizer(objective, options)
-    _check_in_backward(updates, options, accelerator.num_processes)
+    checks.in_backward(updates, options, accelerator.num_processes)
     gradients_stay = not getattr(updates, "step_in_backward", False)
     scheduler = LambdaLR(updates, options.lr_factor)
     processes = accelerator.num_processes
-    common = {} if out is None else _fingerprint(objective, batches, options, processes, evaluate is not None)
+    common = {} if folder is None else _fingerprint(objective, batches, options, processes, evaluate is not None)
     torch.manual_seed(options.seed)  # dropout; after a resume the checkpoint's generators replace it
     module, updates = accelerator.prepare(objective, updates)
     accelerator.register_for_checkpointing(scheduler)
@@ -335,12 +291,12 @@ def train(
         accelerator.register_for_checkpointing(validation)
     share = options.batch_size * options.accumulate * processes / len(batches)
     shown = {"model": objective, "optimizer": updates, "lr_scheduler": scheduler}
-    events = Callbacks(callbacks, options, accelerator, out, share, **shown)
+    events = Callbacks(callbacks, options, accelerator, folder, share, **shown)
     start, history = 0, list[dict[str, float]]()
     checkpoints, stopped, tokens, saved = None, False, 0, list[Any]()
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        checkpoints = Checkpoints(out, accelerator, common)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoints = Checkpoints(folder, accelerator, common)
         state = checkpoints.load()
         start, history, stopped = state["step"], state["history"], state["stopped"]
         tokens, saved = state["tokens"], state["callbacks"]
@@ -357,7 +313,7 @@ def train(
             group = []
             for i in range(options.accumulate):
                 k = first + i * processes
-                new = step == start and i == 0 and out is not None
+                new = step == start and i == 0 and folder is not None
                 batch = first_batch(batches, k) if new else batches.batch(k)
                 group.append(send_to_device(batch, accelerator.device))
             done = _gradients(module, objective, group, accelerator)
@@ -396,7 +352,7 @@ def train(
                 checkpoints.save(steps, history, stopped=stop, tokens=tokens, callbacks=events.states())
                 events.call("on_save")
             if interrupted:
-                where = f"saved after step {steps} in {out}" if checkpoints else "nothing saved"
+                where = f"saved after step {steps} in {folder}" if checkpoints else "nothing saved"
                 raise KeyboardInterrupt(f"{name}: interrupted, {where}")
             if stop:
                 break

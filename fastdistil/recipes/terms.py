@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from fastdistil.fingerprint import of_teacher
 from fastdistil.losses._check import one_of
 from fastdistil.losses.logit import rule_of
 from fastdistil.models.capture import depth_of, transformers_models
+from fastdistil.recipes import checks
 from fastdistil.recipes.maps import MapRule, map_rules, pairs_of
 from fastdistil.recipes.outputs import Outputs, inputs_of, outputs_of
 from fastdistil.train import Batch
@@ -75,6 +76,11 @@ class Term:
     def entry(self) -> str | None:
         """The batch's entry that stands for the teacher's side; None where there is none."""
         return None
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The batch's entries beside what the models read and the teacher's side."""
+        return (self.weight,)
 
     def items(self, batch: Batch, rule: MapRule | None) -> Tensor:
         """Number of items of the term in the batch ()."""
@@ -206,24 +212,16 @@ class LabelTerm(Term):
     def name(self) -> str:
         return "labels"
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return (self.weight, "labels")
+
     def loss(self, batch: Batch, student: Outputs, teacher: Outputs, rule: MapRule | None, divisor: Tensor) -> Tensor:
         assert student.logits is not None
-        keep, every, classes = batch[self.weight].bool(), batch["labels"], student.logits.shape[-1]
-        for name, x in ((self.weight, keep), ("labels", every)):
-            if x.shape != student.logits.shape[:-1]:
-                raise ValueError(
-                    f"terms.labels: the batch's {name} has shape {tuple(x.shape)}, expected "
-                    f"{tuple(student.logits.shape[:-1])}, as the student's logits have rows"
-                )
-        chosen, labels = student.logits[keep], every[keep]
+        checks.labels(student.logits, batch, self.weight)
+        keep = batch[self.weight].bool()
+        chosen, labels = student.logits[keep], batch["labels"][keep]
         chosen = chosen if chosen.dtype == torch.float64 else chosen.float()
-        if labels.device.type == "cpu":  # a GPU would have to wait
-            wrong = labels[((labels < 0) & (labels != -100)) | (labels >= classes)]
-            if len(wrong):
-                raise ValueError(
-                    f"terms.labels: the batch's labels hold {int(wrong[0])}, expected 0 to {classes - 1}, or -100 "
-                    "for none"
-                )
         return nn.functional.cross_entropy(chosen, labels, reduction="sum") / divisor
 
 
@@ -310,20 +308,12 @@ class Distillation(nn.Module):
     def __init__(self, student: nn.Module, terms: Iterable[Term], teacher: nn.Module | None = None) -> None:
         super().__init__()
         self.student = student
-        if isinstance(terms, Term) or not isinstance(terms, Iterable):
-            raise TypeError(f"Distillation: terms is {type(terms).__name__}, expected a list of terms")
-        terms = list(terms)
-        for term in terms:
-            if not isinstance(term, Term):
-                raise TypeError(
-                    f"Distillation: terms holds {type(term).__name__}, expected what the functions of "
-                    "fastdistil.recipes.terms return, such as terms.logits()"
-                )
+        chosen = checks.listed(terms, Term)
         sides = (("student", student), ("teacher", teacher))
         depths = [
             None if x is None or not transformers_models(x) else depth_of(x, "Distillation", side) for side, x in sides
         ]
-        self.terms = tuple(_resolved(term, *depths) for term in terms)
+        self.terms = tuple(checks.resolved(term, *depths) for term in chosen)
         names = [term.name for term in self.terms]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"Distillation: terms has the names {names}, expected at least one, and each once")
@@ -358,7 +348,7 @@ class Distillation(nn.Module):
         logits = any(isinstance(term, (LogitTerm, LabelTerm)) for term in self.terms)
         layers = self._layers(self.terms, "student")
         found = outputs_of(self.student, layers, inputs_of(self.student, batch), logits)
-        return _with_logits("student", self.student, found, logits)
+        return checks.with_logits("student", self.student, found, logits)
 
     def _run_teacher(self, batch: Batch) -> Outputs:
         live = [term for term in self.terms if not isinstance(term, LabelTerm) and term.entry not in batch]
@@ -373,7 +363,7 @@ class Distillation(nn.Module):
             model = self._teacher[0].to(ids.device)
             inputs = inputs_of(model, {**batch, "input_ids": ids})
             found = outputs_of(model, self._layers(live, "teacher"), inputs, logits)
-            return _with_logits("teacher", model, found, logits)
+            return checks.with_logits("teacher", model, found, logits)
 
     def _map_rules(self, batch: Batch) -> dict[str, MapRule]:
         """How the maps are formed of which terms compare them: asked of both models once, on a few tokens."""
@@ -384,17 +374,7 @@ class Distillation(nn.Module):
         return self._rules
 
     def _check_batch(self, batch: Batch) -> None:
-        """That it has what both models and all terms read; the teacher's side is asked for where it is missing."""
-        needed = {"input_ids": "the models", "attention_mask": "the models"}
-        for term in self.terms:
-            needed.setdefault(term.weight, f"the term {term.name}")
-            if isinstance(term, LabelTerm):
-                needed.setdefault("labels", f"the term {term.name}")
-        if missing := [f"{name} (of {reader})" for name, reader in needed.items() if name not in batch]:
-            raise ValueError(
-                f"Distillation: the batch has {', '.join(batch)}, expected {', '.join(missing)} in it, too; a term's "
-                "argument weight names the entry that says what counts"
-            )
+        checks.whole_batch(batch, self.terms)
 
     def counts(self, batch: Batch) -> Mapping[str, Tensor]:
         self._check_batch(batch)
@@ -406,34 +386,6 @@ class Distillation(nn.Module):
         terms."""
         teacher = of_teacher(self._teacher[0]) if self._teacher else None
         return {"teacher": teacher, "terms": [_said(term) for term in self.terms]}
-
-
-def _with_logits(side: str, model: nn.Module, found: Outputs, wanted: bool) -> Outputs:
-    if wanted and found.logits is None:
-        raise ValueError(
-            f"Distillation: {side} is {type(model).__name__}, whose output has no logits, expected a model with a head"
-        )
-    return found
-
-
-def _resolved(term: Term, student: int | None, teacher: int | None) -> Term:
-    """With layers counted from 0, each of them one that its model has."""
-    if not term.parts:
-        return term
-    first = 0 if term.parts == ("hidden_states",) else 1
-    found: dict[str, Any] = {}
-    for side, depth in (("student", student), ("teacher", teacher)):
-        layer = getattr(term, side)
-        if isinstance(layer, str) or (depth is None and (layer >= 0 or side == "student") and not first):
-            continue
-        if depth is None:
-            why = "needs a teacher that runs along" if first else f"names layer {layer} of a teacher"
-            raise ValueError(f"Distillation: {term.name} {why}, but none came")
-        found[side] = layer if layer >= 0 else depth + 1 + layer
-        if not first <= found[side] <= depth:
-            expected = f"{first} to {depth}, or -1 for the last"
-            raise ValueError(f"Distillation: {term.name} names the {side}'s layer {layer}, expected {expected}")
-    return replace(term, **found)
 
 
 def _said(term: Term) -> str:

@@ -253,9 +253,9 @@ BAD = [
     (lambda: config(pad_token_id=20), ValueError, "BiLstmConfig: pad_token_id is 20, expected 0 to 19 or None"),
     (lambda: token_model()(), ValueError, "BiLstmModel: expected either input_ids or inputs_embeds"),
     (lambda: token_model()(torch.ones(1, 3).long(), torch.ones(1, 2)), ValueError, r"attention_mask has shape \(1, 2\), expected \(1, 3\)"),
-    (lambda: bilstm_student(bert(), torch.arange(9), pad_token_id=0, labels=LABELS), ValueError, "embedding_size is 300, expected at most 12, the width"),
+    (lambda: bilstm_student(bert(), torch.arange(9), pad_token_id=0, labels=LABELS), ValueError, "embedding_size is 300, expected 1 to 12, the width"),
     (lambda: bilstm_student(bert(), torch.arange(9), pad_token_id=0, labels=LABELS, task="ner"), ValueError, "task is 'ner', expected one of"),
-    (lambda: bilstm_student(nn.Linear(2, 2), torch.arange(9), pad_token_id=0, labels=LABELS), ValueError, "bilstm_student: model is Linear, expected a transformers model"),
+    (lambda: bilstm_student(nn.Linear(2, 2), torch.arange(9), pad_token_id=0, labels=LABELS), ValueError, "bilstm_student: teacher is Linear, expected a transformers model"),
 ]  # fmt: skip
 
 

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
-from fastdistil.integrations.sentence_transformers import EmbeddingLoss
 from fastdistil.integrations.transformers import DistillationArguments, DistillationTrainer
 from fastdistil.integrations.trl import generalized_jsd_loss
 from fastdistil.recipes import bistil, lightmbert, terms, xtremedistil
@@ -66,13 +65,6 @@ def _stage(name: str = "logits", chosen: Any = None, **more: Any) -> Stage:
 def _trainer(folder: Path, student: Any = None, args: Any = None, **more: Any) -> Any:
     args = DistillationArguments(str(folder), use_cpu=True, report_to="none") if args is None else args
     return DistillationTrainer(tagger() if student is None else student, args, train_dataset=[{}], **more)
-
-
-class _Sentences(nn.Module):
-    """What EmbeddingLoss asks of a model."""
-
-    def forward(self, features: Any) -> Any:
-        return {"sentence_embedding": torch.ones(2, 4, requires_grad=True)}
 
 
 def _other_options(folder: Path) -> None:
@@ -149,7 +141,6 @@ MISTAKES = [
     Mistake("a-trainers-teacher-of-other-classes", lambda x: _trainer(x, teacher=other(3)), "teacher", "3 labels", "2 labels"),
     Mistake("probabilities-for-trl", lambda _: generalized_jsd_loss(LOGITS.softmax(-1), LOGITS.softmax(-1), logits_are_probs=True), "logits_are_probs", "True", "False", "logits"),
     Mistake("a-beta-of-trl", lambda _: generalized_jsd_loss(LOGITS, LOGITS, beta=2.0), "beta", "2.0", "<= 1"),
-    Mistake("sentence-labels-of-another-width", lambda _: EmbeddingLoss(_Sentences())([{}], torch.ones(3, 4)), "labels", "(3, 4)", "(2, D)"),
 ]  # fmt: skip
 
 
