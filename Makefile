@@ -22,7 +22,7 @@ SOURCES := pyproject.toml constraints.txt $(shell find csrc kernels -name '*.cpp
 PROGRESS = tee $(VENV)/install.log | { grep --line-buffered -E '^ *(\[[0-9]+/[0-9]+\]|-- fastdistil|Successfully|ERROR|error)' || true; }
 
 help:
-	@sed -n '2,4s/^# *//p' $(MAKEFILE_LIST); echo '  make lint    ruff, mypy and clang-format'; echo '  make bench   the CPU benchmarks into runs/bench'; echo '  make aot       every kernel compiled for every GPU: no spill'; echo '  make versions  the tests with other versions of torch, triton and transformers'; echo '  make fuzz      drawn cases against the truth, into docs/numerics.md'; echo '  make wheel     the wheel of the CPU kernels into dist'; echo '  make soak      trainers and systems on several processes, killed and continued; the wheel'; echo '  make docs      the documentation site into build/site; make docs-serve shows it'
+	@sed -n '2,4s/^# *//p' $(MAKEFILE_LIST); echo '  make lint    ruff, mypy and clang-format'; echo '  make bench   the CPU benchmarks into runs/bench'; echo '  make aot       every kernel compiled for every GPU: no spill'; echo '  make versions  the tests with other versions of torch, triton and transformers'; echo '  make fuzz      drawn cases against the truth, into docs/numerics.md'; echo '  make audit     known vulnerabilities, bill of materials and licences of what is installed'; echo '  make wheel     the wheel of the CPU kernels into dist'; echo '  make soak      trainers and systems on several processes, killed and continued; the wheel'; echo '  make docs      the documentation site into build/site; make docs-serve shows it'
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -92,6 +92,16 @@ aot: $(VENV)/.test
 versions: $(VENV)/.test
 	$(BIN)/python tests/versions.py $(NAMES)
 
+# pip-audit and cyclonedx-py have an environment of their own: they are no part of what is audited.
+$(VENV)/.audit: pyproject.toml | $(VENV)/.test
+	@$(PYTHON) -m venv $(VENV)/audit
+	@$(VENV)/audit/bin/python -m pip install -q 'pip-audit>=2.10' 'cyclonedx-bom>=7' 2>&1 | { grep -v '^WARNING' || true; }
+	@touch $@
+
+# Error 3 is "not checked": no advisory service was reached. Bill of materials in build/audit, licences in docs/reliability.md.
+audit: $(VENV)/.audit
+	$(BIN)/python tests/audit.py $(VENV)/audit/bin
+
 # Minutes: what takes several processes or a build; every system killed at 20 random moments and continued.
 soak: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'soak and not aot' tests
@@ -122,4 +132,4 @@ bench: $(VENV)/.test
 clean:
 	rm -rf build dist runs
 
-.PHONY: help demo test lint types judge fuzz soak aot versions docs docs-serve docs-figures wheel bench clean
+.PHONY: help demo test lint types judge fuzz soak aot versions audit docs docs-serve docs-figures wheel bench clean
