@@ -1,7 +1,12 @@
-"""Checkpoints of the loop (train.py): folders `step-N` that are complete or absent, whatever happens meanwhile."""
+"""Checkpoints of the loop (train.py): folders `step-N` that are complete or absent, whatever happens meanwhile.
+
+state.json lists the other files with their sizes and sha256, and carries a sha256 of itself; those of earlier versions
+do not.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -16,8 +21,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from fastdistil.fingerprint import bare_names, same_data
+from fastdistil.writing import digest, naming, sync
 
 STATE, WEIGHTS = "state.json", "model.safetensors"
+_DIGEST = "digest"
 _LATER = {"final_lr": 0.0, "validation": None}  # what earlier versions had no other choice of
 
 
@@ -41,15 +48,22 @@ class Checkpoints:
         if self.accelerator.is_main_process and partial.exists():
             shutil.rmtree(partial)  # of a run that was killed, perhaps one of more processes
         self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(partial))  # weights, optimizer, scheduler, and each process's generators
+        with naming(partial):
+            self.accelerator.save_state(str(partial))  # weights, optimizer, scheduler, and each process's generators
         self.accelerator.wait_for_everyone()  # a rename before would leave the others' files behind
         if self.accelerator.is_main_process:
-            files = {str(x.relative_to(partial)): x.stat().st_size for x in partial.rglob("*") if x.is_file()}
-            state = {"step": step, "run": self.fingerprint, "files": files, "history": history}
+            found = {str(x.relative_to(partial)): x for x in partial.rglob("*") if x.is_file()}
+            state = {"step": step, "run": self.fingerprint, "history": history}
+            state |= {"files": {name: path.stat().st_size for name, path in found.items()}}
+            state |= {"sha256": {name: digest(path) for name, path in found.items()}}
             state |= {"stopped": stopped, "tokens": tokens, "callbacks": callbacks}
-            (partial / STATE).write_text(json.dumps(state), encoding="utf-8")
-            if not final.exists():
-                os.rename(partial, final)
+            with naming(partial / STATE):
+                (partial / STATE).write_text(json.dumps(state | {_DIGEST: _digest(state)}), encoding="utf-8")
+                for path in (*found.values(), partial / STATE, partial):
+                    sync(path)  # before the one that it replaces goes
+                if not final.exists():
+                    os.rename(partial, final)
+                    sync(self.out)
             for old in self.out.iterdir():
                 if old != final and old.name.startswith(("step-", "partial-")):
                     shutil.rmtree(old)
@@ -58,17 +72,18 @@ class Checkpoints:
     def load(self) -> dict[str, Any]:
         """Restore the newest checkpoint and return what `save` was told: step 0 and no history where there is none.
 
-        Raises ValueError where it is another run's, processes find different ones or a file holds code, and
-        FileNotFoundError where a file is missing.
+        Raises ValueError where it is another run's, processes find different ones, a file is truncated, altered or
+        holds code, and FileNotFoundError where a file is missing.
         """
-        found = [int(path.name.removeprefix("step-")) for path in self.out.glob("step-*")]
+        names = [path.name.removeprefix("step-") for path in self.out.glob("step-*")]
+        found = [int(name) for name in names if name.isdecimal()]
         newest = max(found, default=0)
         self._check_common(newest)
         nothing: dict[str, Any] = {"step": 0, "history": [], "stopped": False, "tokens": 0, "callbacks": []}
         if not found:
             return nothing
         folder = self.out / f"step-{newest}"
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        state = _read_state(folder / STATE)
         self._check_run(folder, state)
         self._check_files(folder, state)
         _check_pickles(folder)
@@ -106,6 +121,32 @@ class Checkpoints:
                 raise FileNotFoundError(f"train: {path} is missing, expected it in a complete checkpoint")
             if size is not None and path.stat().st_size != size:
                 raise ValueError(f"train: {path} has {path.stat().st_size} bytes, expected {size}")
+            wanted = state.get("sha256", {}).get(name)
+            if wanted is not None and (found := digest(path)) != wanted:
+                raise ValueError(f"train: {path} is altered, its sha256 is {found}, expected {wanted}")
+        if (said := state.get(_DIGEST)) is not None:
+            rest = {key: value for key, value in state.items() if key != _DIGEST}
+            if said != _digest(rest):
+                raise ValueError(f"train: {folder / STATE} is altered, its digest is {_digest(rest)}, expected {said}")
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """Raises FileNotFoundError or ValueError, naming the file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"train: {path} is missing, expected it in a complete checkpoint")
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        good = isinstance(state, dict) and isinstance(state["run"], dict) and isinstance(state.get("files", {}), dict)
+        good = good and state["step"] == int(path.parent.name.removeprefix("step-"))
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"train: {path} cannot be read as the state of a run: {error}") from error
+    if not good:
+        raise ValueError(f"train: {path} is not the state of a run after {path.parent.name.replace('-', ' ')}")
+    return state
+
+
+def _digest(state: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def _check_pickles(folder: Path) -> None:

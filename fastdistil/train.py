@@ -43,6 +43,7 @@ from fastdistil.launch import check_fsdp
 from fastdistil.losses._check import number
 from fastdistil.progress import Progress, interrupts
 from fastdistil.validation import Evaluate, Validation
+from fastdistil.writing import Folder
 
 __all__ = [
     "Batch", "Batches", "Evaluate", "Objective", "OptimizerFactory", "Options", "Shuffled", "adamw", "batch_indices",
@@ -185,7 +186,7 @@ def _name_unreached(module: nn.Module) -> None:
         shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
         warnings.warn(
             f"train: no term reaches {len(names)} parameters in the first step ({shown}): they stay as they are",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -260,17 +261,33 @@ def train(
         A record for every step from the first: {"step", "lr", one entry a term}, and "eval_..." for each figure where
         the step was evaluated.
 
-    Raises ValueError where `data` is empty, nothing trains, `optimizer` steps inside of the backward under options that
-    need all gradients, batches of one number differ (with `out`), `out` holds a checkpoint of other options, data,
-    terms or another teacher, processes were started of which accelerate knows nothing, or FSDP was asked for on CPUs,
-    where accelerate leaves it out, and KeyboardInterrupt after
-    Ctrl-C, once the current step is saved. Warns of parameters that require grad and get none in the first step, and of
-    a student whose best figure is 0.
+    Raises RuntimeError where another process trains into `out`, ValueError where `data` is empty, nothing trains,
+    `optimizer` steps inside of the backward under options that need all gradients, batches of one number differ (with
+    `out`), `out` holds a damaged checkpoint or one of other options, data, terms or another teacher, processes were
+    started of which accelerate knows nothing, or FSDP was asked for on CPUs, where accelerate leaves it out, and
+    KeyboardInterrupt after Ctrl-C, once the current step is saved. Warns of parameters that require grad and get none
+    in the first step, and of a student whose best figure is 0.
     """
     checks.arguments(objective, options, Options, optimizer)
     folder = None if out is None else Path(out)
     if folder is not None and folder.is_file():
         raise ValueError(f"train: out is {str(out)!r}, a file, expected a folder")
+    alone = nullcontext() if folder is None or os.environ.get("RANK", "0") != "0" else Folder(folder, "train")
+    with alone:
+        return _train(objective, data, collate, options, optimizer, folder, name, evaluate, callbacks)
+
+
+def _train(
+    objective: nn.Module,
+    data: Sequence[Example] | Batches,
+    collate: Callable[..., Batch] | None,
+    options: Options,
+    optimizer: OptimizerFactory,
+    folder: Path | None,
+    name: str,
+    evaluate: Evaluate | None,
+    callbacks: Sequence[Any],
+) -> list[dict[str, float]]:
     batches = stream(data, collate, options.batch_size, options.seed)
     if not any(p.requires_grad for p in objective.parameters()):
         raise ValueError("train: objective has no parameter that requires grad")

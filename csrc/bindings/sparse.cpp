@@ -59,19 +59,37 @@ cpu::MoveArgs move_args(const TensorView& tensor, const TensorView& index, const
   tensor.floating_dtype("tensor"), dense(tensor, "tensor", true);
   dense(index, "index", true).expect_index("index");
   dense(values, "values", true).expect("values", tensor.element).expect_elements("values", index.elements());
-  return {tensor.data, index.data, values.data, index.elements(), tensor.itemsize(), index.element == Element::i64};
+  return {tensor.data,
+          tensor.elements(),
+          index.data,
+          values.data,
+          index.elements(),
+          tensor.itemsize(),
+          index.element == Element::i64};
+}
+
+void expect_inside(bool good) {
+  if (!good) throw py::index_error("index holds a position outside of its tensor");
 }
 
 void take(const TensorView& tensor, const TensorView& index, const TensorView& values, int threads) {
   const auto args = move_args(tensor, index, values);
-  py::gil_scoped_release release;
-  cpu::sparse_take(args, at_least_one(threads));
+  bool good;
+  {
+    py::gil_scoped_release release;
+    good = cpu::sparse_take(args, at_least_one(threads));
+  }
+  expect_inside(good);
 }
 
 void put(const TensorView& tensor, const TensorView& index, const TensorView& values, int threads) {
   const auto args = move_args(tensor, index, values);
-  py::gil_scoped_release release;
-  cpu::sparse_put(args, at_least_one(threads));
+  bool good;
+  {
+    py::gil_scoped_release release;
+    good = cpu::sparse_put(args, at_least_one(threads));
+  }
+  expect_inside(good);
 }
 
 // The addresses in the table were checked, tensor by tensor, by the optimizer that owns the tensors.
@@ -81,9 +99,13 @@ void update(const TensorView& table, const TensorView& constants, int threads) {
   table.expect_elements("table", tensors * kUpdateColumns);
   dense(constants, "constants", true).expect("constants", Element::f64);
   constants.expect_elements("constants", tensors * kUpdateConstants);
-  py::gil_scoped_release release;
-  cpu::sparse_update(static_cast<const int64_t*>(table.data), static_cast<const double*>(constants.data), tensors,
-                     at_least_one(threads));
+  bool good;
+  {
+    py::gil_scoped_release release;
+    good = cpu::sparse_update(static_cast<const int64_t*>(table.data), static_cast<const double*>(constants.data),
+                              tensors, at_least_one(threads));
+  }
+  expect_inside(good);
 }
 
 #if defined(FD_CUDA)

@@ -5,11 +5,13 @@
 //
 // With args.whole a row's other columns are elsewhere, and the largest logit of all is given with the sum of
 // exp(z - largest) over all columns but that one. A label outside [0, V) is not here; the loss gets the label's
-// distance from the largest logit, and log1p of that sum is still to be added.
+// distance from the largest logit, and log1p of that sum is still to be added. Without it such a label makes the row's
+// loss and gradient NaN.
 #include "../rules/cross_entropy_args.h"
 
 #include <cmath>
 
+#include "index.h"
 #include "log_sum.h"
 
 namespace fastdistil {
@@ -29,19 +31,20 @@ void row(const CrossEntropyArgs& args, int64_t r) {
   const T scale = static_cast<const T*>(args.row_scale)[r];
   if (scale == T(0)) return;
   const T* logits = static_cast<const T*>(args.logits) + r * args.logits_stride;
-  const int64_t columns = args.columns, label = static_cast<const int64_t*>(args.labels)[r];
-  const bool part = args.whole != nullptr, here = !part || (label >= 0 && label < columns);
+  const int64_t columns = args.columns, label = read_once(static_cast<const int64_t*>(args.labels) + r);
+  const bool part = args.whole != nullptr, here = inside(label, columns);
   const T* whole = static_cast<const T*>(args.whole) + 2 * r;
   const LogSum<T> own = part ? LogSum<T>{whole[0], static_cast<double>(whole[1])} : softmax(logits, columns);
   T& loss = static_cast<T*>(args.loss)[r];
+  const T z = here ? logits[label] : static_cast<T>(NAN);
   if (part)
-    loss += here ? scale * (own.max - logits[label]) : T(0);
+    loss += here ? scale * (own.max - z) : T(0);
   else
-    loss += static_cast<T>(scale * (own.log() + (own.max - logits[label])));
+    loss += static_cast<T>(scale * (own.log() + (own.max - z)));
   if (!args.gradient) return;
   T* gradient = static_cast<T*>(args.gradient) + r * args.gradient_stride;
-  const T factor = static_cast<T>(scale / own.sum()), max = own.max;
-  const T there = here ? gradient[label] + static_cast<T>(scale * own.slope(logits[label])) : T(0);
+  const T factor = part || here ? static_cast<T>(scale / own.sum()) : z, max = own.max;
+  const T there = here ? gradient[label] + static_cast<T>(scale * own.slope(z)) : T(0);
 #pragma omp simd
   for (int64_t i = 0; i < columns; ++i) gradient[i] += factor * math::exp_nonpositive(logits[i] - max);
   if (here) gradient[label] = there;

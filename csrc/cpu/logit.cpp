@@ -131,7 +131,7 @@ class Kernel {
   bool labelled(int64_t r) const { return labels_.labels && static_cast<const T*>(labels_.label_scale)[r] != T(0); }
   Label<T> label(int64_t r, const Row<T>& row, Block<T>& block) const {
     const T scale = static_cast<const T*>(labels_.label_scale)[r];
-    return {row, static_cast<const int64_t*>(labels_.labels)[r], scale, block};
+    return {row, read_once(static_cast<const int64_t*>(labels_.labels) + r), scale, block};
   }
   // A row of scale 0 that has a label.
   void label_alone(int64_t r, Block<T>& block) const {

@@ -1,6 +1,7 @@
 // The label's part of a row of logits: the cross entropy that logit.cpp adds to a divergence.
 #pragma once
 
+#include "index.h"
 #include "logit_block.h"
 
 namespace fastdistil {
@@ -8,7 +9,7 @@ inline namespace FD_ISA {
 namespace {
 
 // The cross entropy of a row with its label, times `scale`. Where the row is sure of its label, p - 1 there and ln p
-// are what all other columns say.
+// are what all other columns say. A label that is no column makes the row's loss and gradient NaN.
 template <class T>
 class Label {
   int64_t column_;
@@ -21,8 +22,9 @@ class Label {
       const int n = static_cast<int>(std::min<int64_t>(row.columns - begin, kBlock));
       found.add(own_logits(row, begin, n, block), n, T(1));
     }
-    const T z = *own_logits(row, column, 1, block);
-    max_ = found.max, factor_ = static_cast<T>(scale / found.sum());
+    const bool there = inside(column, row.columns);
+    const T z = there ? *own_logits(row, column, 1, block) : static_cast<T>(NAN);
+    max_ = found.max, factor_ = there ? static_cast<T>(scale / found.sum()) : z;
     slope_ = static_cast<T>(scale * found.slope(z));
     value_ = static_cast<T>(scale * (found.log() + (max_ - z)));
   }

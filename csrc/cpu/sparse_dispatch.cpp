@@ -2,13 +2,14 @@
 #include <string>
 
 #include "dispatch.h"
+#include "index.h"
 #include "sparse.h"
 
 #define FD_DECLARE(isa)                                             \
   namespace isa {                                                   \
   bool sparse_histogram(const ChangeArgs&, int64_t*, int64_t, int); \
   Compacted sparse_compact(const CompactArgs&, int);                \
-  void sparse_update(const int64_t*, const double*, int64_t, int);  \
+  bool sparse_update(const int64_t*, const double*, int64_t, int);  \
   }
 
 namespace fastdistil {
@@ -44,41 +45,46 @@ const Kernels& chosen() {
 }
 
 template <bool kPut, class W, class I>
-void move(const MoveArgs& args, int threads) {
+bool move(const MoveArgs& args, int threads) {
   W *tensor = static_cast<W*>(args.tensor), *values = static_cast<W*>(args.values);
   const I* index = static_cast<const I*>(args.index);
-#pragma omp parallel for num_threads(args.entries < (1 << 15) ? 1 : threads) schedule(static)
+  bool good = true;
+#pragma omp parallel for num_threads(args.entries < (1 << 15) ? 1 : threads) schedule(static) reduction(&& : good)
   for (int64_t i = 0; i < args.entries; ++i) {
-    if (kPut)
-      tensor[index[i]] = values[i];
+    const int64_t at = read_once(index + i);
+    if (!inside(at, args.size))
+      good = false;
+    else if (kPut)
+      tensor[at] = values[i];
     else
-      values[i] = tensor[index[i]];
+      values[i] = tensor[at];
   }
+  return good;
 }
 
 template <bool kPut, class W>
-void move(const MoveArgs& args, int threads) {
-  args.wide ? move<kPut, W, int64_t>(args, threads) : move<kPut, W, int32_t>(args, threads);
+bool move(const MoveArgs& args, int threads) {
+  return args.wide ? move<kPut, W, int64_t>(args, threads) : move<kPut, W, int32_t>(args, threads);
 }
 
 template <bool kPut>
-void move(const MoveArgs& args, int threads) {
+bool move(const MoveArgs& args, int threads) {
   if (args.itemsize == 2) return move<kPut, uint16_t>(args, threads);
   if (args.itemsize == 4) return move<kPut, uint32_t>(args, threads);
-  move<kPut, uint64_t>(args, threads);
+  return move<kPut, uint64_t>(args, threads);
 }
 
 }  // namespace
 
-void sparse_take(const MoveArgs& args, int threads) { move<false>(args, threads); }
-void sparse_put(const MoveArgs& args, int threads) { move<true>(args, threads); }
+bool sparse_take(const MoveArgs& args, int threads) { return move<false>(args, threads); }
+bool sparse_put(const MoveArgs& args, int threads) { return move<true>(args, threads); }
 
 bool sparse_histogram(const ChangeArgs& args, int64_t* counts, int64_t bucket, int threads) {
   return chosen().histogram(args, counts, bucket, threads);
 }
 Compacted sparse_compact(const CompactArgs& args, int threads) { return chosen().compact(args, threads); }
-void sparse_update(const int64_t* table, const double* constants, int64_t tensors, int threads) {
-  chosen().update(table, constants, tensors, threads);
+bool sparse_update(const int64_t* table, const double* constants, int64_t tensors, int threads) {
+  return chosen().update(table, constants, tensors, threads);
 }
 
 }  // namespace cpu

@@ -10,6 +10,7 @@
 
 #include "../rules/sparse_rule.h"
 #include "elements.h"
+#include "index.h"
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -77,8 +78,21 @@ template <class T>
   for (int i = 0; i < n; ++i) adamw(rule, g[i], w[i], m[i], v[i]);
 }
 
+// The positions of one block, read once: whoever writes them meanwhile makes no other element move. False where one is
+// outside of the tensor.
+template <class I>
+bool positions_inside(const I* index, int n, int64_t size, I* at) {
+  bool good = true;
+  for (int i = 0; i < n; ++i) {
+    at[i] = read_once(index + i);
+    good &= inside(at[i], size);
+  }
+  return good;
+}
+
+// False where a position is outside of the tensor: the entries of its block stay as they are.
 template <class E, class I>
-void update_chunk(const UpdateRow& row, const AdamW<Compute<E>>& rule, int64_t begin, int64_t end) {
+bool update_chunk(const UpdateRow& row, const AdamW<Compute<E>>& rule, int64_t begin, int64_t end) {
   using T = Compute<E>;
   E* param = row.get<E>(kParam);
   const E* gradient = row.get<const E>(kGradient);
@@ -86,12 +100,18 @@ void update_chunk(const UpdateRow& row, const AdamW<Compute<E>>& rule, int64_t b
   T *exp_avg = row.get<T>(kExpAvg), *exp_avg_sq = row.get<T>(kExpAvgSq), *master = row.get<T>(kMaster);
   const T* base = row.get<const T>(kBase);
   T w[kEntriesBlock], g[kEntriesBlock];
+  I at[kEntriesBlock];
+  bool good = true;
   for (; begin < end; begin += kEntriesBlock) {
     const int n = static_cast<int>(std::min<int64_t>(kEntriesBlock, end - begin));
     if (index) {
       prefetch(param, gradient, index + begin + kAhead, std::min<int64_t>(n, row.columns[kEntries] - begin - kAhead));
-      gather(param, index + begin, n, w);
-      gather(gradient, index + begin, n, g);
+      if (!positions_inside(index + begin, n, row.columns[kSize], at)) {
+        good = false;
+        continue;
+      }
+      gather(param, at, n, w);
+      gather(gradient, at, n, g);
     } else {
       for (int i = 0; i < n; ++i) w[i] = to_compute(param[begin + i]), g[i] = to_compute(gradient[begin + i]);
     }
@@ -103,22 +123,21 @@ void update_chunk(const UpdateRow& row, const AdamW<Compute<E>>& rule, int64_t b
     update_block(rule, n, g, w, exp_avg + begin, exp_avg_sq + begin);
     if (master) std::copy_n(w, n, master + begin);
     if (index)
-      scatter(w, index + begin, n, param);
+      scatter(w, at, n, param);
     else
       for (int i = 0; i < n; ++i) param[begin + i] = from_compute<E>(w[i]);
   }
+  return good;
 }
 
 template <class E>
-void update_range(const UpdateRow& row, const double* constants, int64_t begin, int64_t end) {
+bool update_range(const UpdateRow& row, const double* constants, int64_t begin, int64_t end) {
   const auto rule = AdamW<Compute<E>>::from(constants);
-  if (row.columns[kWide])
-    update_chunk<E, int64_t>(row, rule, begin, end);
-  else
-    update_chunk<E, int32_t>(row, rule, begin, end);
+  return row.columns[kWide] ? update_chunk<E, int64_t>(row, rule, begin, end)
+                            : update_chunk<E, int32_t>(row, rule, begin, end);
 }
 
-void update_range(const UpdateRow& row, const double* constants, int64_t begin, int64_t end) {
+bool update_range(const UpdateRow& row, const double* constants, int64_t begin, int64_t end) {
   switch (static_cast<DType>(row.columns[kDType])) {
     case DType::f32:
       return update_range<float>(row, constants, begin, end);
@@ -129,11 +148,12 @@ void update_range(const UpdateRow& row, const double* constants, int64_t begin, 
     case DType::f64:
       return update_range<double>(row, constants, begin, end);
   }
+  return false;
 }
 
 }  // namespace
 
-void sparse_update(const int64_t* table, const double* constants, int64_t tensors, int threads) {
+bool sparse_update(const int64_t* table, const double* constants, int64_t tensors, int threads) {
   struct Work {
     int64_t tensor, begin, end;
   };
@@ -143,12 +163,15 @@ void sparse_update(const int64_t* table, const double* constants, int64_t tensor
     for (int64_t b = 0; b < entries; b += kUpdateChunk) work.push_back({t, b, std::min(entries, b + kUpdateChunk)});
   }
   const int64_t items = static_cast<int64_t>(work.size());
+  bool good = true;
 #pragma omp parallel for num_threads(static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, items)))) \
-    schedule(dynamic, 4)
+    schedule(dynamic, 4) reduction(&& : good)
   for (int64_t i = 0; i < items; ++i) {
     const Work& w = work[static_cast<size_t>(i)];
-    update_range(UpdateRow{table + w.tensor * kUpdateColumns}, constants + w.tensor * kUpdateConstants, w.begin, w.end);
+    const UpdateRow row{table + w.tensor * kUpdateColumns};
+    good = update_range(row, constants + w.tensor * kUpdateConstants, w.begin, w.end) && good;
   }
+  return good;
 }
 
 }  // namespace FD_ISA

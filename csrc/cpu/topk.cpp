@@ -9,6 +9,7 @@
 #include "../rules/topk_args.h"
 
 #include "elements.h"
+#include "index.h"
 #include "topk_outcomes.h"
 
 namespace fastdistil {
@@ -109,7 +110,17 @@ class Kernel {
     return args_.gradient ? static_cast<E*>(args_.gradient) + r * args_.gradient_stride : nullptr;
   }
   double* stats(int64_t r) const { return args_.stats + r * (kTopkStats + args_.k); }
-  const int32_t* named(int64_t r) const { return args_.named + r * args_.k; }
+
+  // The row's K columns, read once; false where they do not ascend from 0.
+  bool read_columns(int64_t r, std::vector<int32_t>& columns) const {
+    int32_t least = 0;
+    for (size_t i = 0; i < columns.size(); ++i) {
+      columns[i] = read_once(args_.named + r * args_.k + static_cast<int64_t>(i));
+      if (columns[i] < least) return false;
+      least = columns[i];
+    }
+    return true;
+  }
 
   // A float gradient that is there already is only scaled, which it has the precision for.
   bool keeps(int64_t r) const {
@@ -132,18 +143,27 @@ class Kernel {
     if (E* g = gradient(r)) std::fill_n(g, args_.columns, E{});
   }
 
-  void forward(int64_t r, Block<E>& block, Outcomes& o) const {
+  // Of columns that do not ascend, which the ops never make: visible, and nothing is read or written by them.
+  void nothing(int64_t r) const {
+    if (args_.loss) {
+      static_cast<T*>(args_.loss)[r] = static_cast<T>(NAN);
+      std::fill_n(stats(r), kTopkStats + args_.k, static_cast<double>(NAN));
+    }
+    if (E* g = gradient(r)) std::fill_n(g, args_.columns, from_compute<E>(static_cast<T>(NAN)));
+  }
+
+  void forward(int64_t r, Block<E>& block, Outcomes& o, const std::vector<int32_t>& named) const {
     const double* u = args_.values + r * args_.k;
     double largest, mass;
     if (args_.tail == Tail::renormalize)
-      rest_of_student<false>(r, block, largest, mass);
+      rest_of_student<false>(r, block, named, largest, mass);
     else
-      rest_of_student<true>(r, block, largest, mass);
+      rest_of_student<true>(r, block, named, largest, mass);
     // Scores are relative to the student's largest logit: an offset of all of them costs no digits.
     double top = mass == 0 ? -INFINITY : largest;
-    for (int64_t i = 0; i < args_.k; ++i) {
-      const bool there = named(r)[i] < args_.columns;
-      o.student[i] = there ? static_cast<double>(to_compute(student(r)[named(r)[i]])) : -INFINITY;
+    for (size_t i = 0; i < named.size(); ++i) {
+      const bool there = named[i] < args_.columns;
+      o.student[i] = there ? static_cast<double>(to_compute(student(r)[named[i]])) : -INFINITY;
       o.teacher[i] = u[i];
       if (o.student[i] > top) top = o.student[i];
     }
@@ -152,10 +172,10 @@ class Kernel {
     o.student[args_.k] = mass == 0 ? -INFINITY : (largest - top) / args_.temperature + std::log(mass);
     o.teacher[args_.k] = args_.tail == Tail::bucket ? args_.rest[r] : -INFINITY;
     finish(r, o, largest, mass, divergence_(o, args_.beta));
-    if (gradient(r)) backward(r, block);
+    if (gradient(r)) backward(r, block, named);
   }
 
-  void backward(int64_t r, Block<E>& block) const {
+  void backward(int64_t r, Block<E>& block, const std::vector<int32_t>& named) const {
     const double* s = stats(r);
     const T largest = static_cast<T>(s[kLargest]), factor = static_cast<T>(s[kFactor] * dloss(r));
     const T inv_t = static_cast<T>(1.0 / args_.temperature);
@@ -166,16 +186,17 @@ class Kernel {
       block_gradient<E>(block.z, padded, largest, inv_t, factor, padded == n ? g + begin : block.out);
       if (padded != n) std::copy(block.out, block.out + n, g + begin);
     }
-    for (int64_t i = 0; i < args_.k && named(r)[i] < args_.columns; ++i)
-      g[named(r)[i]] = from_compute<E>(static_cast<T>(s[kTopkStats + i] * dloss(r)));
+    for (size_t i = 0; i < named.size() && named[i] < args_.columns; ++i)
+      g[named[i]] = from_compute<E>(static_cast<T>(s[kTopkStats + i] * dloss(r)));
   }
 
  private:
   // Largest logit outside of the K columns (0 where there is none), and the sum of e^((z - largest) / T).
   template <bool kWide>
-  void rest_of_student(int64_t r, Block<E>& block, double& largest, double& mass) const {
+  void rest_of_student(int64_t r, Block<E>& block, const std::vector<int32_t>& named, double& largest,
+                       double& mass) const {
     const double inv_t = 1.0 / args_.temperature;
-    const int32_t *next = named(r), *end = next + args_.k;
+    auto next = named.begin(), end = named.end();
     T m = -INFINITY;
     mass = 0;
     for (int64_t begin = 0; begin < args_.columns; begin += kBlock) {
@@ -223,15 +244,18 @@ void run(const TopkArgs& args, int threads) {
   {
     Block<E> block;
     Outcomes outcomes(args.k);
+    std::vector<int32_t> columns(static_cast<size_t>(args.k));
 #pragma omp for schedule(dynamic, share)
     for (int64_t r = 0; r < args.rows; ++r) {
       if (kernel.keeps(r)) continue;
       if (kernel.scale(r) == 0)
         kernel.zero(r);
+      else if (!kernel.read_columns(r, columns))
+        kernel.nothing(r);
       else if (args.loss)
-        kernel.forward(r, block, outcomes);
+        kernel.forward(r, block, outcomes, columns);
       else
-        kernel.backward(r, block);
+        kernel.backward(r, block, columns);
     }
   }
 }

@@ -47,6 +47,7 @@ enum UpdateColumn : int {
   kEntries,
   kDType,  // DType of parameter and gradient
   kWide,   // 1: kIndex is int64
+  kSize,   // elements of the parameter: a position that is none of them is refused where it is used (CPU)
   kUpdateColumns
 };
 

@@ -16,7 +16,7 @@ HIGH_BUCKETS = 1 << (31 - LOW_BITS)  # |change| has 31 bits
 LOW_BUCKETS = 1 << LOW_BITS
 ALL_BUCKETS = -1  # the first histogram, over the upper bits of everything
 
-COLUMNS = 10  # of a row of the table: seven addresses, entries, dtype, whether the index is int64
+COLUMNS = 11  # of a row of the table: seven addresses, entries, dtype, whether the index is int64, the size
 CONSTANTS = 8
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
@@ -67,6 +67,7 @@ def update_table(rows: Sequence[UpdateRow]) -> tuple[Tensor, Tensor]:
             exp_avg.numel(),
             DTYPES[param.dtype],
             positions is not None and positions.dtype == torch.int64,
+            param.numel(),
         )
         numbers += constants
     addresses = torch.tensor(table, dtype=torch.int64).view(-1, COLUMNS)

@@ -13,9 +13,12 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+
+MOST_MEMBERS, MOST_BYTES = 100_000, 1 << 30  # of an archive; the teacher's, the largest, holds a tenth
 
 
 @dataclass(frozen=True)
@@ -125,24 +128,58 @@ def fetch(archive: Archive, cache: Path | None = None) -> Path:
     return path
 
 
+class _Limits:
+    """Refuses an archive that holds more than the demo's could, or names that point out of it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.members, self.bytes = path, 0, 0
+
+    def add(self, name: str, size: int) -> None:
+        parts = PurePosixPath(name)
+        if parts.is_absolute() or ".." in parts.parts or "\\" in name or "\0" in name:
+            raise ValueError(f"{self.path}: holds a member named {name!r}, expected names inside of the archive")
+        self.members += 1
+        self.bytes += size
+        if self.members > MOST_MEMBERS or self.bytes > MOST_BYTES:
+            raise ValueError(
+                f"{self.path}: holds {self.members} members with {self.bytes} bytes, expected at most {MOST_MEMBERS} "
+                f"with {MOST_BYTES}"
+            )
+
+
 def read_members(path: Path, suffixes: Sequence[str]) -> dict[str, bytes]:
     """The contents of the members of a .whl, .zip or .tar.gz whose names end in one of `suffixes`, by name, sorted.
 
-    Raises ValueError, naming the archive, where a suffix matches nothing or the archive cannot be read.
+    Raises ValueError, naming the archive, where a suffix matches nothing, the archive cannot be read, a name leaves its
+    folder, or there are more than MOST_MEMBERS members or MOST_BYTES bytes in them.
     """
     found: dict[str, bytes] = {}
     ends = tuple(suffixes)
     try:
         if path.name.endswith(".tar.gz"):
             with tarfile.open(path, "r:gz") as tar:
+                limits = _Limits(path)
                 for info in tar:
+                    limits.add(info.name, info.size)  # what is passed over is decompressed as well
                     file = tar.extractfile(info) if info.isfile() and info.name.endswith(ends) else None
                     if file is not None:
                         found[info.name] = file.read()
         else:
             with zipfile.ZipFile(path) as wheel:
-                found = {name: wheel.read(name) for name in wheel.namelist() if name.endswith(ends)}
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
+                limits = _Limits(path)
+                for member in wheel.infolist():
+                    limits.add(member.filename, member.file_size if member.filename.endswith(ends) else 0)
+                    if member.filename.endswith(ends):
+                        found[member.filename] = wheel.read(member)  # no more than file_size, else BadZipFile
+    except (
+        tarfile.TarError,
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        OSError,
+        NotImplementedError,
+        RuntimeError,
+    ) as error:
         raise ValueError(f"{path}: cannot be read as an archive: {error}") from error
     for suffix in suffixes:
         if not any(name.endswith(suffix) for name in found):

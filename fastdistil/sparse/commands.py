@@ -18,6 +18,7 @@ from fastdistil.sparse.mask import FORMAT as MASK_FORMAT
 from fastdistil.sparse.mask import SparseMask
 from fastdistil.sparse.select import kernels, select_topk
 from fastdistil.sparse.sums import added
+from fastdistil.writing import naming
 
 
 class _Part(Mapping[str, Tensor]):
@@ -106,15 +107,18 @@ def apply(base: Path, delta_path: Path, out: Path) -> SparseDelta:
     files.check_target(out)
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
-        if base.is_dir():
-            shutil.copytree(base, partial)
-        else:
-            shutil.copyfile(base, partial)
-        for name in delta.shapes:
-            entry = found.entries[name]
-            place = partial / entry.path.relative_to(base) if base.is_dir() else partial
-            _write(files.map_tensor(entry._replace(path=place), write=True), delta, name)
-        os.replace(partial, out)
+        with naming(out):
+            if base.is_dir():
+                shutil.copytree(base, partial)
+            else:
+                shutil.copyfile(base, partial)
+            for name in delta.shapes:
+                entry = found.entries[name]
+                place = partial / entry.path.relative_to(base) if base.is_dir() else partial
+                _write(files.map_tensor(entry._replace(path=place), write=True), delta, name)
+            if not base.is_dir():
+                files.refresh(partial)
+            os.replace(partial, out)
     finally:
         if partial.is_dir():
             shutil.rmtree(partial)

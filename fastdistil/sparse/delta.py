@@ -277,7 +277,14 @@ class SparseDelta:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file through a temporary name: `<name>.positions`, `<name>.values`, `<name>.whole`, and
-        metadata: base_model, shapes and their hash, dtype of the values, k."""
+        metadata: base_model, shapes and their hash, dtype of the values, k, the sha256 of the contents.
+
+        Raises OSError naming the file where it cannot be written (what was there stays), RuntimeError where another
+        process writes it.
+        """
+        self._save(path, {})
+
+    def _save(self, path: str | os.PathLike[str], more: Mapping[str, str]) -> None:
         tensors = dict[str, Tensor]()
         for name, index in self.positions.items():
             tensors[name + _POSITIONS], tensors[name + _VALUES] = index, self.values[name]
@@ -286,13 +293,14 @@ class SparseDelta:
         metadata = {**files.shape_metadata(FORMAT, self.shapes), "k": str(self.nnz), "dtype": ",".join(dtypes)}
         if self.base_model is not None:
             metadata["base_model"] = self.base_model
-        files.write(path, tensors, metadata)
+        files.write(path, tensors, {**metadata, **more})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SparseDelta:
         """Read what `save` wrote, or a published file of composable-sft (`pytorch_diff.bin`, or its folder).
 
-        Raises ValueError naming the file, the tensor and the reason where it is truncated, foreign or inconsistent.
+        Raises ValueError naming the file, the tensor and the reason where it is truncated, altered, foreign or
+        inconsistent.
         """
         path = Path(path)
         if composable.is_composable(path):
@@ -322,6 +330,7 @@ class SparseDelta:
         absent = shapes.keys() - positions.keys() - whole.keys()
         if absent or found.metadata.get("k") != str(sum(map(len, positions.values()))):
             raise found.error("metadata", f"promises other tensors than there are (k, or {sorted(absent)})")
+        found.verify()
         return cls(positions, values, shapes, whole=whole, base_model=found.metadata.get("base_model"))
 
 

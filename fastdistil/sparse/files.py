@@ -1,6 +1,7 @@
 """safetensors files, read tensor by tensor from the disk, and written whole or not at all. Needs no other package.
 
 Every length is checked against the file before anything is mapped; an error names the file, the tensor and the reason.
+What `write` makes carries a sha256 of header and data, which `Checkpoint.verify` compares.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fastdistil.sparse._check import check_positions
+from fastdistil.writing import replacing
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -28,6 +30,7 @@ _DTYPES = {
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _MAX_HEADER = 100_000_000  # bytes, the format's own limit
 INDEX = "model.safetensors.index.json"
+CONTENT = "content_sha256"  # of the metadata
 
 
 class Entry(NamedTuple):
@@ -142,6 +145,22 @@ class Checkpoint(Mapping[str, Tensor]):
                 raise ValueError(f"{index.parent / file}: {name}: is missing, {index.name} places it there")
             self.entries[name] = headers[index.parent / file][name]
 
+    def verify(self) -> None:
+        """Read everything and compare it with the sha256 that `write` left in the file; others' files have none.
+
+        Raises ValueError naming the file where a bit has changed.
+        """
+        said = self.metadata.get(CONTENT)
+        if said is None:
+            return
+        with self.path.open("rb") as file:
+            header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+            found = _begin(header)
+            while block := file.read(1 << 20):
+                found.update(block)
+        if found.hexdigest() != said:
+            raise self.error("contents", f"altered, their sha256 is {found.hexdigest()}, expected {said}")
+
     def error(self, name: str, message: str) -> ValueError:
         return ValueError(f"{self.path}: {name}: {message}")
 
@@ -188,7 +207,10 @@ def check_target(path: Path) -> None:
 
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file, tensor by tensor, to a temporary name beside `path`, then rename."""
+    """Write a safetensors file, tensor by tensor, to a temporary name beside `path`, then rename.
+
+    Raises OSError naming the file where it cannot be written, RuntimeError where another process writes it.
+    """
     path = Path(path)
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     at = 0
@@ -202,20 +224,40 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata:
         }
         at += tensor.nbytes
     check_target(path)
+    content = _begin(header)
+    header["__metadata__"][CONTENT] = content.hexdigest()  # of the right length, for now
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # so that the data are aligned
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            for tensor in tensors.values():
-                dense = tensor.detach().to("cpu").contiguous()
-                file.write(raw_bytes(dense))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors.values():
+            dense = tensor.detach().to("cpu").contiguous()
+            content.update(raw_bytes(dense))
+            file.write(raw_bytes(dense))
+        header["__metadata__"][CONTENT] = content.hexdigest()
+        file.seek(8)
+        file.write(json.dumps(header).encode())
+
+
+def refresh(path: Path) -> None:
+    """What the file says of its contents, after they were changed in place."""
+    with path.open("r+b") as file:
+        length = struct.unpack("<Q", file.read(8))[0]
+        header = json.loads(file.read(length))
+        if CONTENT not in header.get("__metadata__", {}):
+            return
+        content = _begin(header)
+        while block := file.read(1 << 20):
+            content.update(block)
+        header["__metadata__"][CONTENT] = content.hexdigest()
+        file.seek(8)
+        file.write(json.dumps(header).encode().ljust(length))
+
+
+def _begin(header: Mapping[str, Any]) -> Any:
+    """The sha256 of a header, but for what it says of the contents; the data are still to come."""
+    metadata = {name: value for name, value in header["__metadata__"].items() if name != CONTENT}
+    return hashlib.sha256(json.dumps({**header, "__metadata__": metadata}, sort_keys=True).encode())
 
 
 def hash_shapes(shapes: Mapping[str, tuple[int, ...]]) -> str:

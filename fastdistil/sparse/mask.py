@@ -87,7 +87,10 @@ class SparseMask(Mapping[str, Tensor]):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file, through a temporary name."""
-        metadata = {**files.shape_metadata(FORMAT, self.shapes), "k": str(self.nnz)}
+        self._save(path, {})
+
+    def _save(self, path: str | os.PathLike[str], more: Mapping[str, str]) -> None:
+        metadata = {**files.shape_metadata(FORMAT, self.shapes), "k": str(self.nnz), **more}
         files.write(path, self._positions, metadata)
 
     @classmethod
@@ -98,4 +101,5 @@ class SparseMask(Mapping[str, Tensor]):
         positions = {name: files.read_positions(found, name, name, shapes) for name in found}
         if str(sum(map(len, positions.values()))) != found.metadata.get("k"):
             raise found.error("metadata", f"k is {found.metadata.get('k')!r}, which the tensors do not add up to")
+        found.verify()
         return cls._trusted(positions, shapes)

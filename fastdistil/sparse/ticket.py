@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import warnings
@@ -19,10 +21,12 @@ from fastdistil.sparse.delta import SparseDelta
 from fastdistil.sparse.mask import SparseMask
 from fastdistil.sparse.names import Parameters, found_name
 from fastdistil.sparse.select import kernels, select_topk
+from fastdistil.writing import Folder, replacing
 
 TrainFn = Callable[[nn.Module, SparseMask | None, Path | None], object]
 _NAME = "lottery_ticket"
-BASE, DELTA, TUNED = "base.safetensors", "delta.safetensors", "tuned.safetensors"
+BASE, MASK = "base.safetensors", "mask.safetensors"
+DELTA, TUNED = "delta.safetensors", "tuned.safetensors"
 
 
 def lottery_ticket(
@@ -68,8 +72,9 @@ def lottery_ticket(
         training changed.
 
     Raises:
-        ValueError: where `out` holds another ticket, `train_fn` changed what the mask does not hold, or a parameter
-            that the mask may hold is not dense.
+        RuntimeError: where another process works on the ticket in `out`.
+        ValueError: where `out` holds another ticket or a file that is damaged or another ticket's, `train_fn` changed
+            what the mask does not hold, or a parameter that the mask may hold is not dense.
         TypeError, ValueError: as `select_topk`.
 
     Example:
@@ -97,30 +102,49 @@ def lottery_ticket(
     k = None if k is None else whole_number(_NAME, "k", k)
     share = None if density is None or k is not None else number(_NAME, "density", density)
     _check_parameters(model, k, share, include, exclude, mask)
-    if folder is not None:
-        shapes = files.hash_shapes(_shapes(model, folder))
-        given = None if mask is None else mask.digest()
-        asked = {"density": share, "k": k, "include": include, "exclude": exclude, "mask": given}
-        folder.mkdir(parents=True, exist_ok=True)
-        _check_settings(folder, asked | {"base_model": base_model, "shapes": shapes})
-    start = _start(model, folder)
-    if folder is not None and (folder / DELTA).exists() and (folder / TUNED).exists():
-        return _finished(model, folder)
-    mask = _kept_mask(folder) if mask is None else mask
-    if mask is None:
-        train_fn(model, None, None if folder is None else folder / "full")
-        every = model.named_parameters(remove_duplicate=False)
-        trained = Parameters((name, p) for name, p in every if p.requires_grad)
-        mask = select_topk(trained, start, k=k, density=share, include=include, exclude=exclude)
+    with contextlib.nullcontext() if folder is None else Folder(folder, _NAME):
+        said = None
         if folder is not None:
-            mask.save(folder / "mask.safetensors")
-    rewind_(model, start)
-    train_fn(model, mask, None if folder is None else folder / "sparse")
-    delta = SparseDelta.from_params(model, start, mask, whole=_whole(model, start, mask), base_model=base_model)
-    if folder is not None:
-        _save_tuned(model, delta, folder / TUNED)
-        delta.save(folder / DELTA)
-    return delta
+            shapes = files.hash_shapes(_shapes(model, folder))
+            given = None if mask is None else mask.digest()
+            asked = {"density": share, "k": k, "include": include, "exclude": exclude, "mask": given}
+            said = _check_settings(folder, asked | {"base_model": base_model, "shapes": shapes})
+        start = _start(model, folder)
+        ticket = _Ticket(folder, said, start)
+        if folder is not None and (folder / DELTA).exists() and (folder / TUNED).exists():
+            return _finished(model, folder, ticket)
+        mask = _kept_mask(folder, ticket) if mask is None else mask
+        if mask is None:
+            train_fn(model, None, None if folder is None else folder / "full")
+            every = model.named_parameters(remove_duplicate=False)
+            trained = Parameters((name, p) for name, p in every if p.requires_grad)
+            mask = select_topk(trained, start, k=k, density=share, include=include, exclude=exclude)
+            if folder is not None:
+                mask._save(folder / MASK, ticket.metadata)
+        rewind_(model, start)
+        train_fn(model, mask, None if folder is None else folder / "sparse")
+        delta = SparseDelta.from_params(model, start, mask, whole=_whole(model, start, mask), base_model=base_model)
+        if folder is not None:
+            _save_tuned(model, delta, folder / TUNED, ticket)
+            delta._save(folder / DELTA, ticket.metadata)
+        return delta
+
+
+class _Ticket:
+    """What ties the files of one ticket to each other: a hash of its settings and of its start."""
+
+    def __init__(self, folder: Path | None, said: dict[str, Any] | None, start: Mapping[str, Tensor]) -> None:
+        begun = start.metadata.get(files.CONTENT, "") if isinstance(start, files.Checkpoint) else ""
+        text = json.dumps([said, begun], sort_keys=True)
+        self.metadata = {"ticket": hashlib.sha256(text.encode()).hexdigest()[:16]}
+
+    def check(self, path: Path) -> None:
+        """Raises ValueError where the file is another ticket's; those of earlier versions do not say."""
+        found = files.Checkpoint(path)
+        if found.metadata.get("ticket", self.metadata["ticket"]) != self.metadata["ticket"]:
+            raise found.error(
+                "metadata", "is of a ticket with another start or other options, expected this folder's own"
+            )
 
 
 @torch.no_grad()
@@ -226,6 +250,7 @@ def _start(model: nn.Module, folder: Path | None) -> Mapping[str, Tensor]:
     path = folder / BASE
     if path.exists():
         start = files.Checkpoint(path)
+        start.verify()
         _check_start(model, start)
         _check_same(model, start)
         rewind_(model, start)
@@ -234,23 +259,29 @@ def _start(model: nn.Module, folder: Path | None) -> Mapping[str, Tensor]:
     return files.Checkpoint(path)
 
 
-def _save_tuned(model: nn.Module, delta: SparseDelta, path: Path) -> None:
+def _save_tuned(model: nn.Module, delta: SparseDelta, path: Path, ticket: _Ticket) -> None:
     """What the difference leaves open of the tuned model: its entries as they are, without a rounding, and buffers."""
     tuned = {name: x.detach() for name, x in model.named_buffers()}
     for name, index in delta.positions.items():
         param = model.get_parameter(name).detach().contiguous()
         tuned[name] = kernels(param.device).sparse_take(param, index.to(param.device))
-    files.write(path, tuned, {"format": "fastdistil.sparse_tuned"})
+    files.write(path, tuned, {"format": "fastdistil.sparse_tuned", **ticket.metadata})
 
 
 @torch.no_grad()
-def _finished(model: nn.Module, folder: Path) -> SparseDelta:
+def _finished(model: nn.Module, folder: Path, ticket: _Ticket) -> SparseDelta:
     """The difference of a finished ticket; the model, which stands at the start, becomes the tuned one."""
+    for path in (folder / DELTA, folder / TUNED):
+        ticket.check(path)
     delta, tuned = SparseDelta.load(folder / DELTA), files.Checkpoint(folder / TUNED)
+    tuned.verify()
     tensors = Parameters.of_module(model, buffers=True)
     for name, shape in delta.shapes.items():
         if name not in tensors or tensors[name].shape != shape:
             raise ValueError(f"{_NAME}: {folder / DELTA} holds {name!r} of shape {tuple(shape)}, which model has not")
+    for name, index in delta.positions.items():
+        if name not in tuned or tuned[name].shape != index.shape or tuned[name].dtype != tensors[name].dtype:
+            raise tuned.error(name, f"is missing or does not fit the positions in {folder / DELTA}")
     for name, index in delta.positions.items():
         tensor = tensors[name].detach()
         kernels(tensor.device).sparse_put_(tensor, index.to(tensor.device), tuned[name].to(tensor.device))
@@ -260,23 +291,29 @@ def _finished(model: nn.Module, folder: Path) -> SparseDelta:
     return delta
 
 
-def _kept_mask(folder: Path | None) -> SparseMask | None:
-    path = None if folder is None else folder / "mask.safetensors"
-    return SparseMask.load(path) if path is not None and path.exists() else None
+def _kept_mask(folder: Path | None, ticket: _Ticket) -> SparseMask | None:
+    path = None if folder is None else folder / MASK
+    if path is None or not path.exists():
+        return None
+    ticket.check(path)
+    return SparseMask.load(path)
 
 
-def _check_settings(folder: Path, asked: dict[str, Any]) -> None:
-    """Refuse a folder in which another ticket was begun."""
+def _check_settings(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
+    """The settings as JSON has them. Refuse a folder in which another ticket was begun."""
     path = folder / "ticket.json"
-    wanted = json.loads(json.dumps(asked))
+    wanted: dict[str, Any] = json.loads(json.dumps(asked))
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: cannot be read as JSON: {error}") from error
         if before != wanted:
             raise ValueError(f"{_NAME}: out holds a ticket of {before} ({path}), this call wants {wanted}")
-        return
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(wanted) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+        return wanted
+    with replacing(path) as file:
+        file.write(json.dumps(wanted).encode() + b"\n")
+    return wanted
 
 
 def _whole(model: nn.Module, start: Mapping[str, Tensor], mask: SparseMask) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastdistil.systems.folder import is_main_process
 from fastdistil.systems.models import folder_of, load_config, without_report
+from fastdistil.writing import naming, replace_folder, write_sums
 
 
 def model_class(config: Any) -> Any:
@@ -94,9 +95,15 @@ def _answer(model: Any, ids: Tensor) -> Tensor:
 
 
 def save_student(
-    model: Any, tokenizer: Any, folder: Path, function: str, files: Mapping[str, str] | None = None
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    function: str,
+    files: Mapping[str, str] | None = None,
+    check: bool = True,
 ) -> None:
-    """Write model, tokenizer and further text `files` into `folder`, whole or not at all; the model must load as it is.
+    """Write model, tokenizer and further text `files` into `folder`, whole or not at all, with a list of
+    their sha256; unless `check` is False, the model must load as it is.
 
     Only the main process writes.
     """
@@ -104,13 +111,15 @@ def save_student(
         return
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    for name, text in (files or {}).items():
-        (partial / name).write_text(text, encoding="utf-8")
-    check_reloads(model, partial, function)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+    with naming(folder):
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        for name, text in (files or {}).items():
+            (partial / name).write_text(text, encoding="utf-8")
+    if check:
+        check_reloads(model, partial, function)
+    write_sums(partial)
+    replace_folder(partial, folder)
 
 
 def remove_checkpoints(out: Path) -> None:

@@ -22,6 +22,7 @@ from fastdistil.data import files
 from fastdistil.data.encode import collate, encode_text, encode_words, length_limit
 from fastdistil.recipes.outputs import inputs_of
 from fastdistil.systems import measure, report
+from fastdistil.systems.encoders import save_student
 from fastdistil.systems.evaluate import METRICS, Scorer, cell
 from fastdistil.systems.folder import RunFolder, is_main_process
 from fastdistil.systems.models import blank_classifier, head_alone, labels_of, load_tokenizer, new_classifier
@@ -200,8 +201,7 @@ def run(config: FinetuneConfig, *, console: Console | None = None) -> dict[str, 
     if not is_main_process():
         return {}
     figures = scorer(model)
-    model.save_pretrained(config.out / MODEL)
-    tokenizer.save_pretrained(config.out / MODEL)
+    save_student(model, tokenizer, config.out / MODEL, "finetune", check=False)
     metrics = {
         "system": "finetune",
         "configuration": config.plain(),

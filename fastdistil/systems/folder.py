@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdistil.configs.common import Run, to_yaml
+from fastdistil.writing import naming
 
 CONFIG, IDENTITY, RESULT = "config.yaml", "run.json", "metrics.json"
 TEXT = "text"  # pieces of raw text under names of their own content, the same for every run
@@ -22,12 +23,21 @@ def is_main_process() -> bool:
 def write_text(path: Path, text: str) -> None:
     """Write through a temporary name: `path` is absent, the old file or the whole new one."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with naming(path):
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
 
 
 def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Raises ValueError naming the file where it is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: cannot be read as JSON: {error}") from error
 
 
 class RunFolder:
@@ -46,13 +56,13 @@ class RunFolder:
         held = self.path / IDENTITY
         if not is_main_process():  # what the main one refuses ends the others, too
             if config.resume and (self.path / RESULT).is_file():
-                self.finished = json.loads((self.path / RESULT).read_text(encoding="utf-8"))
+                self.finished = read_json(self.path / RESULT)
             return
         inside = {x.name for x in self.path.iterdir()} if self.path.is_dir() else set()
         if inside <= _BEFORE_THE_FIRST_STEP or all(name.endswith(".partial") for name in inside):
             pass  # new, or stopped by what was wrong with its options or data: those may be mended
         elif held.is_file():
-            before = json.loads(held.read_text(encoding="utf-8"))
+            before = read_json(held)
             self._check(name, before, wanted)
             if not config.resume:
                 raise ValueError(
@@ -60,7 +70,7 @@ class RunFolder:
                     "another folder"
                 )
             if (self.path / RESULT).is_file():
-                self.finished = json.loads((self.path / RESULT).read_text(encoding="utf-8"))
+                self.finished = read_json(self.path / RESULT)
                 return
         else:
             raise ValueError(f"{name}: out is {self.path}, which holds other files, expected a new or an empty folder")

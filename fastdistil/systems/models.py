@@ -21,6 +21,7 @@ from transformers.utils import logging
 import fastdistil.models  # noqa: F401  registers the BiLSTM
 from fastdistil.data.files import Task
 from fastdistil.models.frozen import restore_frozen
+from fastdistil.writing import check_sums
 
 KEPT = ("student", "model")  # a run's folder keeps its model in one of these
 _AUTO: dict[Task, Any] = {"tokens": AutoModelForTokenClassification, "text": AutoModelForSequenceClassification}
@@ -28,13 +29,19 @@ _HEADS: dict[Task, str] = {"tokens": "ForTokenClassification", "text": "ForSeque
 
 
 def folder_of(model: str) -> str:
-    """`model`, or the folder of the model in it where it is a run's folder; a name of the hub stays."""
+    """`model`, or the folder of the model in it where it is a run's folder; a name of the hub stays.
+
+    Raises FileNotFoundError or ValueError where there is none, or a file of it is missing or altered.
+    """
     path = Path(model)
     if path.is_dir() and not (path / "config.json").is_file():
         for name in KEPT:
             if (path / name / "config.json").is_file():
+                check_sums(path / name)
                 return str(path / name)
         raise ValueError(f"{model}: holds no model: config.json is not there, nor in {' or '.join(KEPT)}")
+    if path.is_dir():
+        check_sums(path)
     if not path.exists() and (path.is_absolute() or model.count("/") > 1 or model.startswith(".")):
         raise FileNotFoundError(f"{model}: no such folder, and no name of a model on the hub")
     return model

@@ -10,7 +10,8 @@ Version 1 had no tails and no float64, version 2 no kind "layers". A store is wr
 what it holds, so that versions of this library that know no other read it.
 
 Every file is written under a temporary name, brought to disk and renamed, the index after the shard that it lists: at
-any moment the folder is a store of the shards up to some example.
+any moment the folder is a store of the shards up to some example. The index carries a sha256 of itself ("digest"; those
+of earlier versions have none).
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastdistil.writing import digest, naming
 
 FORMAT, VERSION = "fastdistil-teacher", 3
 INDEX, HEAD = "index.json", "head.safetensors"
@@ -118,18 +121,15 @@ class Index:
 def write_file(path: Path, write: Callable[[Path], None]) -> None:
     """`write` to a temporary name beside `path`, bring it to disk, rename it."""
     partial = path.with_name(PARTIAL + path.name)
-    write(partial)
-    with partial.open("rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def digest(path: Path) -> str:
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            found.update(block)
-    return found.hexdigest()
+    try:
+        with naming(path):
+            write(partial)
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def save(path: Path, tensors: dict[str, Tensor], examples: int = 0, tokens: int = 0) -> File:
@@ -145,7 +145,8 @@ def write_index(folder: Path, index: Index) -> None:
     counts = {"examples": index.examples, "tokens": index.tokens}
     later = (*((TAIL,) if index.version < 2 else ()), *(_LAYERS if index.version < 3 else ()))
     said = {name: x for name, x in asdict(index).items() if name not in later}
-    text = json.dumps({"format": FORMAT, "version": index.version, **said, **counts}, indent=1) + "\n"
+    content = {"format": FORMAT, "version": index.version, **said, **counts}
+    text = json.dumps({**content, _DIGEST: _digest(content)}, indent=1) + "\n"
 
     def write(partial: Path) -> None:
         partial.write_text(text, encoding="utf-8")
@@ -183,9 +184,16 @@ def read_index(folder: Path) -> Index:
         raise ValueError(f"{path}: says {counts}, its shards hold {index.examples} examples, {index.tokens} tokens")
     if index.kind not in FIELDS or index.dtype not in DTYPES:
         raise ValueError(f"{path}: has kind {index.kind!r} and dtype {index.dtype!r}, which this version does not know")
+    if (wrong := data.pop(_DIGEST, None)) not in (None, _digest(data)):
+        raise ValueError(f"{path}: altered, its digest is {_digest(data)}, expected {wrong}")
     return index
 
 
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+_DIGEST = "digest"
 _SETTINGS = ("kind", "model", "dtype", "width", "vocabulary", "temperature")
 _LAYERS = ("layers", "logits", "teacher")
 

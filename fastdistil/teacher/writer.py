@@ -12,6 +12,7 @@ from torch import Tensor
 from fastdistil.losses._check import no_tensor, positive
 from fastdistil.ops.topk_teacher import LARGEST_MASS
 from fastdistil.teacher import format as files
+from fastdistil.writing import Folder
 
 _NAME = "teacher.Writer"
 _TOKENS = -1  # stands for the number of tokens in a shape
@@ -47,6 +48,8 @@ class Writer:
     Raises:
         TypeError, ValueError: naming the argument, what came and what was wanted; where the folder holds a complete
             store, one of other settings, or damaged files.
+        RuntimeError: where another Writer writes to the folder.
+        OSError: naming the file, where it cannot be written: what was written before stays.
 
     Example:
         >>> import tempfile, torch, fastdistil
@@ -115,13 +118,22 @@ class Writer:
         self._buffer: list[dict[str, Tensor]] = []
         self._buffered_bytes = 0
         head = self._head(head_weight, head_bias)
-        self.path.mkdir(parents=True, exist_ok=True)
+        with files.naming(self.path):
+            self._lock = Folder(self.path, _NAME)
+        try:
+            self._begin(head)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _begin(self, head: dict[str, Tensor]) -> None:
+        """The folder as it is: new, or to be continued."""
         for left in self.path.glob(files.PARTIAL + "*"):
             left.unlink()
         if (self.path / files.INDEX).exists():
             self._resume(head)
         else:
-            if any(self.path.iterdir()):
+            if {path.name for path in self.path.iterdir()} - {files.HEAD}:  # the head alone: it was cut off behind that
                 raise ValueError(f"{_NAME}: {self.path} is not empty and holds no store, expected another folder")
             if head:
                 self._index.head = files.save(self.path / files.HEAD, head)
@@ -212,7 +224,11 @@ class Writer:
         tensors["offsets"] = torch.tensor([0, *lengths]).cumsum(0)
         path = self.path / f"shard-{len(self._index.shards):05d}.safetensors"
         self._index.shards.append(files.save(path, tensors, len(lengths), sum(lengths)))
-        files.write_index(self.path, self._index)
+        try:
+            files.write_index(self.path, self._index)
+        except BaseException:
+            self._index.shards.pop()  # which is written again
+            raise
         self._buffer, self._buffered_bytes = [], 0
 
     def close(self) -> None:
@@ -220,6 +236,7 @@ class Writer:
         self.flush()
         self._index.complete = True
         files.write_index(self.path, self._index)
+        self._lock.release()
 
     def __enter__(self) -> Writer:
         return self
@@ -227,8 +244,11 @@ class Writer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self.close()
+        try:
+            if kind is None:
+                self.close()
+        finally:
+            self._lock.release()
 
 
 def _check_layers(kind: str, layers: Sequence[int], logits: str) -> None:

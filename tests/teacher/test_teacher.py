@@ -178,7 +178,8 @@ def foreign(path: Path) -> None:
 
 
 def edit(path: Path, **changes: object) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    kept = {name: x for name, x in json.loads(path.read_text()).items() if name != "digest"}
+    path.write_text(json.dumps({**kept, **changes}))
 
 
 DAMAGE = [
