@@ -124,10 +124,6 @@ class Checkpoints:
             wanted = state.get("sha256", {}).get(name)
             if wanted is not None and (found := digest(path)) != wanted:
                 raise ValueError(f"train: {path} is altered, its sha256 is {found}, expected {wanted}")
-        if (said := state.get(_DIGEST)) is not None:
-            rest = {key: value for key, value in state.items() if key != _DIGEST}
-            if said != _digest(rest):
-                raise ValueError(f"train: {folder / STATE} is altered, its digest is {_digest(rest)}, expected {said}")
 
 
 def _read_state(path: Path) -> dict[str, Any]:
@@ -142,6 +138,9 @@ def _read_state(path: Path) -> dict[str, Any]:
         raise ValueError(f"train: {path} cannot be read as the state of a run: {error}") from error
     if not good:
         raise ValueError(f"train: {path} is not the state of a run after {path.parent.name.replace('-', ' ')}")
+    rest = {key: value for key, value in state.items() if key != _DIGEST}
+    if state.get(_DIGEST, _digest(rest)) != _digest(rest):
+        raise ValueError(f"train: {path} is altered, its digest is {_digest(rest)}, expected {state[_DIGEST]}")
     return state
 
 

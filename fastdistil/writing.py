@@ -80,6 +80,14 @@ def _lock(descriptor: int) -> bool:
     return True
 
 
+def _same(descriptor: int, path: Path) -> bool:
+    """Whether what was opened is still what the path names."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
 class Folder:
     """Makes its owner the only writer of a folder, until `release`, or the end of the process however it ends.
 
@@ -88,16 +96,23 @@ class Folder:
     """
 
     def __init__(self, path: Path, name: str) -> None:
-        path.mkdir(parents=True, exist_ok=True)
         self._descriptor = -1
-        if os.name == "nt":
-            return
-        descriptor = os.open(path, os.O_RDONLY)
-        if not _lock(descriptor):
-            os.close(descriptor)
-            raise RuntimeError(f"{name}: another process writes to {path}, expected one at a time")
-        self._descriptor = descriptor
-        _held.add(descriptor)
+        while self._descriptor < 0:
+            path.mkdir(parents=True, exist_ok=True)
+            if os.name == "nt":
+                return
+            try:
+                descriptor = os.open(path, os.O_RDONLY)
+            except FileNotFoundError:  # its writer has just put it in place
+                continue
+            if not _lock(descriptor):
+                os.close(descriptor)
+                raise RuntimeError(f"{name}: another process writes to {path}, expected one at a time")
+            if not _same(descriptor, path):
+                os.close(descriptor)
+                continue
+            self._descriptor = descriptor
+            _held.add(descriptor)
 
     def release(self) -> None:
         if self._descriptor in _held:
@@ -140,17 +155,30 @@ def _open_alone(path: Path, partial: Path) -> IO[bytes]:
         if not _lock(file.fileno()):
             file.close()
             raise RuntimeError(f"{path}: another process writes it, expected one at a time")
-        try:
-            ours = os.path.samestat(os.fstat(file.fileno()), os.stat(partial))
-        except FileNotFoundError:
-            ours = False
-        if ours:
+        if _same(file.fileno(), partial):
             file.truncate(0)
             return file
         file.close()  # its writer has just put it in place
 
 
-def replace_folder(partial: Path, folder: Path) -> None:
+@contextlib.contextmanager
+def new_folder(folder: Path, name: str) -> Iterator[Path]:
+    """An empty folder to write into, which takes the place of `folder` at the end. Raises as `Folder`."""
+    partial = folder.with_name(folder.name + ".partial")
+    with naming(folder), Folder(partial, name):
+        for left in partial.iterdir():  # of one that was killed
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+        try:
+            yield partial
+            # Held until it is gone: under the new folder's name nobody may take it for left behind.
+            with Folder(folder, name) if folder.exists() else contextlib.nullcontext():
+                _replace_folder(partial, folder)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def _replace_folder(partial: Path, folder: Path) -> None:
     """Put the folder `partial` in the place of `folder`, which is there whole at every moment where the system can
     exchange two names; elsewhere it is for an instant at `<folder>.previous`, and called again this puts it back."""
     previous = folder.with_name(folder.name + ".previous")

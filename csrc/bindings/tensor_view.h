@@ -128,6 +128,8 @@ struct type_caster<fastdistil::TensorView> {
     read(call(source, names.stride), value.strides);
     value.on_cpu = get(source, names.is_cpu).ptr() == Py_True;
     if (PyErr_Occurred()) throw error_already_set();
+    for (const int64_t stride : value.strides)
+      if (stride < 0) throw value_error("a tensor has a negative stride, expected none");
     if (value.data == nullptr && value.elements() != 0)
       throw value_error("a tensor of " + std::to_string(value.elements()) + " elements has no memory, expected some");
     return true;

@@ -251,7 +251,10 @@ def _start(model: nn.Module, folder: Path | None) -> Mapping[str, Tensor]:
     if path.exists():
         start = files.Checkpoint(path)
         start.verify()
-        _check_start(model, start)
+        try:
+            _check_start(model, start)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
         _check_same(model, start)
         rewind_(model, start)
         return start

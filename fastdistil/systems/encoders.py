@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastdistil.systems.folder import is_main_process
 from fastdistil.systems.models import folder_of, load_config, without_report
-from fastdistil.writing import naming, replace_folder, write_sums
+from fastdistil.writing import new_folder, write_sums
 
 
 def model_class(config: Any) -> Any:
@@ -109,17 +109,14 @@ def save_student(
     """
     if not is_main_process():
         return
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    with naming(folder):
+    with new_folder(folder, function) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         for name, text in (files or {}).items():
             (partial / name).write_text(text, encoding="utf-8")
-    if check:
-        check_reloads(model, partial, function)
-    write_sums(partial)
-    replace_folder(partial, folder)
+        if check:
+            check_reloads(model, partial, function)
+        write_sums(partial)
 
 
 def remove_checkpoints(out: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import re
 import shutil
 import subprocess
@@ -29,6 +30,8 @@ COMPILER = shutil.which("g++") or shutil.which("clang++")
 # -O0: compiling takes longer than running.
 FLAGS = ["-std=c++17", "-O0", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE", "-pthread", "-ffp-contract=off"]
 FLAGS += ["-w", "-D__CUDACC__", "-D__CUDA_ARCH__=900", "-DFD_EXP2=cuda_host::exp2_approx"]
+if os.environ.get("FASTDISTIL_HOST_SANITIZER") == "address":  # tests/sanitize.py
+    FLAGS += ["-fsanitize=address", "-g1"]
 ORDERS = ("forward", "reversed", "random")
 
 

@@ -166,15 +166,17 @@ class Cluster {
     waiting.clear();
   }
 
-  // No sanitizer and no fortified longjmp: fibers jump between stacks.
+  // No fortified longjmp: fibers jump between stacks. AddressSanitizer is told of each jump before and behind it.
   __attribute__((noinline)) void resume(Fiber& fiber) {
     self = &fiber;
+    char* const bottom = stack(static_cast<size_t>(&fiber - fibers_.data()));
     ready_[fiber.position / 64] &= ~(uint64_t{1} << fiber.position % 64);
-    if (_setjmp(scheduler_)) return;
+    if (_setjmp(scheduler_)) return arrived(fake_, nullptr, nullptr);
+    leaving(&fake_, bottom, kStack);
     if (fiber.started) _longjmp(fiber.context, 1);
     fiber.started = true;
     getcontext(&fiber.start);
-    fiber.start.uc_stack.ss_sp = stack(static_cast<size_t>(&fiber - fibers_.data()));
+    fiber.start.uc_stack.ss_sp = bottom;
     fiber.start.uc_stack.ss_size = kStack;
     makecontext(&fiber.start, &Cluster::entry, 0);
     setcontext(&fiber.start);
@@ -182,11 +184,30 @@ class Cluster {
 
   __attribute__((noinline)) void suspend() {
     Fiber& fiber = *self;
-    if (_setjmp(fiber.context) == 0) _longjmp(scheduler_, 1);
+    if (_setjmp(fiber.context) == 0) {
+      leaving(&fiber.fake, bottom_, size_);
+      _longjmp(scheduler_, 1);
+    }
+    self->cluster->arrived(self->fake, &bottom_, &size_);
+  }
+
+  // From the stack that is left: null where it ends. To the one that is next.
+  static void leaving([[maybe_unused]] void** fake, [[maybe_unused]] const void* bottom, [[maybe_unused]] size_t size) {
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_start_switch_fiber(fake, bottom, size);
+#endif
+  }
+  // On the stack that was next, and which one was left.
+  static void arrived([[maybe_unused]] void* fake, [[maybe_unused]] const void** bottom,
+                      [[maybe_unused]] size_t* size) {
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(fake, bottom, size);
+#endif
   }
 
   static void entry() {
     Cluster& cluster = *self->cluster;
+    arrived(nullptr, &cluster.bottom_, &cluster.size_);
     try {
       cluster.body_();
     } catch (const std::exception& error) {
@@ -198,6 +219,7 @@ class Cluster {
       for (auto& [key, memory] : block.shared) std::memset(memory.begin, kPoison, memory.size);  // nobody's any more
     cluster.release_if_complete(block.waiting, block.live);
     cluster.release_if_complete(cluster.waiting_, cluster.live_);
+    leaving(nullptr, cluster.bottom_, cluster.size_);
     _longjmp(cluster.scheduler_, 1);
   }
 
@@ -213,6 +235,9 @@ class Cluster {
   int live_;
   std::string error_;
   jmp_buf scheduler_;
+  void* fake_ = nullptr;          // of the scheduler's stack, which is
+  const void* bottom_ = nullptr;  // here
+  size_t size_ = 0;
 };
 
 // A variable of a block's shared memory; Key is a type of its own for each declaration and instantiation.

@@ -14,6 +14,10 @@
 #include <string>
 #include <vector>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
@@ -21,8 +25,13 @@ struct dim3 {
 
 namespace cuda_host {
 
-constexpr size_t kStack = 64 << 10;  // bytes a fiber
-constexpr int kPoison = 0xff;        // NaN in every floating type
+#if defined(__SANITIZE_ADDRESS__)
+constexpr bool kSanitized = true;
+#else
+constexpr bool kSanitized = false;
+#endif
+constexpr size_t kStack = (kSanitized ? 512 : 64) << 10;  // bytes a fiber; a sanitizer's frames are larger
+constexpr int kPoison = 0xff;                             // NaN in every floating type
 
 enum class Order : int { forward, reversed, random };
 
@@ -92,6 +101,7 @@ struct Fiber {
   bool started = false;
   ucontext_t start;
   jmp_buf context;
+  void* fake = nullptr;  // what AddressSanitizer keeps of the stack while another one runs
 };
 
 inline thread_local Fiber* self = nullptr;
