@@ -22,7 +22,7 @@ SOURCES := pyproject.toml constraints.txt $(shell find csrc kernels -name '*.cpp
 PROGRESS = tee $(VENV)/install.log | { grep --line-buffered -E '^ *(\[[0-9]+/[0-9]+\]|-- fastdistil|Successfully|ERROR|error)' || true; }
 
 help:
-	@sed -n '2,4s/^# *//p' $(MAKEFILE_LIST); echo '  make lint    ruff, mypy and clang-format'; echo '  make bench   the CPU benchmarks into runs/bench'; echo '  make aot       every kernel compiled for every GPU: no spill'; echo '  make versions  the tests with other versions of torch, triton and transformers'; echo '  make fuzz      drawn cases against the truth, into docs/numerics.md'; echo '  make audit     known vulnerabilities, bill of materials and licences of what is installed'; echo '  make wheel     the wheel of the CPU kernels into dist'; echo '  make soak      trainers and systems on several processes, killed and continued; the wheel'; echo '  make docs      the documentation site into build/site; make docs-serve shows it'
+	@sed -n '2,4s/^# *//p' $(MAKEFILE_LIST); echo '  make lint    ruff, mypy and clang-format'; echo '  make bench   the CPU benchmarks into runs/bench'; echo '  make aot       every kernel compiled for every GPU: no spill'; echo '  make versions  the tests with other versions of torch, triton and transformers'; echo '  make fuzz      drawn cases against the truth, into docs/numerics.md'; echo '  make audit     known vulnerabilities, bill of materials and licences of what is installed'; echo '  make wheel     the wheel of the CPU kernels into dist'; echo '  make soak      trainers and systems on several processes, killed and continued; the wheel'; echo '  make faults, sanitize, long-run, large   files, memory, time and sizes, into docs/reliability.md'; echo '  make docs      the documentation site into build/site; make docs-serve shows it'
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -107,6 +107,22 @@ soak: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'soak and not aot' tests
 	OMP_NUM_THREADS=1 $(BIN)/python tests/kill.py --kills $(or $(KILLS),20)
 
+# Files damaged, swapped and cut off, full disks, two writers, kills; SHARE=0.1 for a tenth of the places and moments.
+faults: $(VENV)/.test
+	$(BIN)/python tests/faults.py --share $(or $(SHARE),1) --page docs/reliability.md
+
+# Needs GCC's libasan and libubsan, clang with libomp and Archer. PARTS: some of address, host, thread; half an hour of
+# drawn calls for each family of bindings, SECONDS for less.
+sanitize: $(VENV)/.test
+	$(BIN)/python tests/sanitize.py $(PARTS) --seconds $(or $(SECONDS),1800) --page docs/reliability.md
+
+long-run: $(VENV)/.test
+	$(BIN)/python tests/long_run.py --minutes $(or $(MINUTES),30) --page docs/reliability.md
+
+# 20 GiB of memory.
+large: $(VENV)/.test
+	$(BIN)/python tests/large.py --page docs/reliability.md
+
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict -q
 
@@ -132,4 +148,4 @@ bench: $(VENV)/.test
 clean:
 	rm -rf build dist runs
 
-.PHONY: help demo test lint types judge fuzz soak aot versions audit docs docs-serve docs-figures wheel bench clean
+.PHONY: help demo test lint types judge fuzz soak faults sanitize long-run large aot versions audit docs docs-serve docs-figures wheel bench clean

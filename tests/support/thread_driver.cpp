@@ -16,7 +16,7 @@ namespace {
 
 using namespace fastdistil;
 
-constexpr int64_t kRows = 97, kColumns = 2011, kTop = 6, kHeads = 4, kLength = 61, kSize = 16;
+constexpr int64_t kRows = 97, kColumns = 2011, kTop = 6, kHeads = 4, kLength = 61, kWidth = 16;
 
 struct Shared {
   std::vector<float> student, teacher, queries, keys, ones;
@@ -32,7 +32,7 @@ struct Shared {
       for (float& value : x) value = normal(generator);
     };
     fill(student, kRows * kColumns), fill(teacher, kRows * kColumns);
-    fill(queries, 2 * kHeads * kLength * kSize), fill(keys, 2 * kHeads * kLength * kSize);
+    fill(queries, 2 * kHeads * kLength * kWidth), fill(keys, 2 * kHeads * kLength * kWidth);
     for (int64_t r = 0; r < kRows; ++r) {
       labels[r] = generator() % kColumns, rest[r] = std::log(0.4);
       for (int64_t i = 0; i < kTop; ++i)
@@ -97,7 +97,7 @@ int calls(const Shared& shared, int seed) {
     cpu::acceptance(acceptance, threads), ++done;
     for (int kind = 0; kind < kAttentionKindCount; ++kind) {
       AttentionArgs args{};
-      const HeadsArgs own{shared.queries.data(), kHeads, kSize, kHeads * kLength * kSize, kLength * kSize, kSize};
+      const HeadsArgs own{shared.queries.data(), kHeads, kWidth, kHeads * kLength * kWidth, kLength * kWidth, kWidth};
       HeadsArgs other = own;
       other.data = shared.keys.data();
       args.student_q = args.teacher_k = own, args.student_k = args.teacher_q = other;
