@@ -35,7 +35,7 @@ inline double wide_exp(double x) {
   s = s * r + 1.0 / 24;
   s = s * r + 1.0 / 6;
   s = s * r + 0.5;
-  const double power = math::bits<double>((math::bits<int64_t>(shifted) + 1023) << 52);
+  const double power = math::bits<double>((math::bits<uint64_t>(shifted) + 1023u) << 52);
   return x < -700.0 ? 0.0 : power + power * (r + r * r * s);
 }
 

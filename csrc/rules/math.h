@@ -77,7 +77,7 @@ FD_FUNCTION void reduce(float x, float& n, float& r, float& power) {
   const float shifted = x * 1.44269504f + magic;
   n = shifted - magic;
   r = (x - n * kLn2High) - n * kLn2Low;
-  power = bits<float>((bits<int32_t>(shifted) + 127) << 23);  // 2^n: the low bits of `shifted` hold n
+  power = bits<float>((bits<uint32_t>(shifted) + 127u) << 23);  // 2^n: the low bits of `shifted` hold n
 }
 
 FD_FUNCTION float exp(float x) {
