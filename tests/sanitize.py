@@ -124,7 +124,7 @@ def threads() -> Row:
     names = "acceptance attention attention_low_rank cross_entropy hidden logit row_moments sparse_select sparse_update topk"
     sources = [*(f"csrc/cpu/{name}.cpp" for name in names.split()), "csrc/cpu/dispatch.cpp", "csrc/cpu/pool.cpp"]
     sources += ["csrc/cpu/sparse_dispatch.cpp", "tests/support/thread_driver.cpp"]
-    flags = ["-std=c++17", "-O1", "-g1", "-fsanitize=thread", "-fopenmp", "-DFD_ISA=generic", "-Icsrc/cpu"]
+    flags = ["-std=c++17", "-O1", "-g1", "-fsanitize=thread", "-fopenmp", "-DFD_ISA=generic", "-Wno-pass-failed"]
     objects, running = [], []
     for source in sources:
         made = folder / (Path(source).stem + ".o")

@@ -84,6 +84,13 @@ struct Lanes {  // the lane numbers of a shuffle
 template <int kHalf, class T>
 inline void swap_blocks(Vector<T>& upper, Vector<T>& lower) {
   constexpr int n = kLanes<T>;
+#if defined(__clang__)  // whose shuffle wants its lanes as arguments; it finds them in this loop
+  const Vector<T> u = upper, l = lower;
+  for (int i = 0; i < n; ++i) {
+    upper[i] = i & kHalf ? l[i - kHalf] : u[i];
+    lower[i] = i & kHalf ? l[i] : u[i + kHalf];
+  }
+#else
   typename Lanes<T>::type first, second;
   for (int i = 0; i < n; ++i) {
     first[i] = i & kHalf ? n + i - kHalf : i;
@@ -92,6 +99,7 @@ inline void swap_blocks(Vector<T>& upper, Vector<T>& lower) {
   const Vector<T> u = upper, l = lower;
   upper = __builtin_shuffle(u, l, first);
   lower = __builtin_shuffle(u, l, second);
+#endif
 }
 
 // out[j * out_stride + i] = block[i][j], a square as wide as a vector.
