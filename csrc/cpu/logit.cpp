@@ -17,56 +17,75 @@ namespace fastdistil {
 inline namespace FD_ISA {
 namespace {
 
+// Of a direct rule: the block's share of the value, and factor times its gradient.
 template <class Rule, bool kNearBlock, bool kGradient, class T>
-void finish_part(RowTerms<T> row, const Block<T>& block, int from, int to, T factor, T* gradient, double& value,
-                 double& centre) {
+void finish_part(RowTerms<T> row, const Block<T>& block, int from, int to, T factor, T* gradient, double& value) {
   const T *a = block.a, *b = block.b, *d = block.d;
-  T v = 0, f = 0;
-#pragma omp simd reduction(+ : v, f)
+  T v = 0;
+#pragma omp simd reduction(+ : v)
   for (int i = from; i < to; ++i) {
-    const Result<T> r = result<Rule, kNearBlock>(Scores<T>{a[i], b[i], d[i]}, row);
-    v += r.value;
-    if constexpr (Rule::centred) f += r.centre;
-    if constexpr (kGradient) gradient[i] = factor * r.gradient;
+    const Terms<T> c = terms_of<Rule, kNearBlock>(Scores<T>{a[i], b[i], d[i]}, row);
+    v += c.value;
+    if constexpr (kGradient) gradient[i] = factor * c.slope;
   }
   value += v;
-  centre += f;
-}
-
-template <class Rule, bool kNearBlock, bool kGradient, class T>
-void finish_block(const RowTerms<T>& row, const Block<T>& block, int n, T factor, T* gradient, double& value,
-                  double& centre) {
-  if constexpr (kSummed == kBlock)
-    return finish_part<Rule, kNearBlock, kGradient>(row, block, 0, n, factor, gradient, value, centre);
-  for (int from = 0; from < n; from += kSummed)
-    finish_part<Rule, kNearBlock, kGradient>(row, block, from, std::min(n, from + kSummed), factor, gradient, value,
-                                             centre);
-}
-
-template <class Rule, bool kGradient, class T>
-void finish(const RowTerms<T>& row, bool near, const Block<T>& block, int n, T factor, T* gradient, double& value,
-            double& centre) {
-  if (near && block.near)
-    finish_block<Rule, true, kGradient>(row, block, n, factor, gradient, value, centre);
-  else
-    finish_block<Rule, false, kGradient>(row, block, n, factor, gradient, value, centre);
 }
 
 // Not inlined: one copy for forward and backward, which should round alike.
 template <class Rule, bool kGradient, class T>
 __attribute__((noinline)) void pass(const Row<T>& row, Block<T>& block, Mixture<T> mixture, T factor,
-                                    Gradient<T> gradient, double& value, double& centre,
-                                    const Label<T>* label = nullptr) {
+                                    Gradient<T> gradient, double& value, const Label<T>* label = nullptr) {
   const bool near = Rule::softmax && near_row(row.stats);
   const RowTerms<T> terms = row_terms<Rule>(row.stats, row.tempering, mixture);
   for_blocks(row, block, [&](int64_t begin, int padded, int n) {
     const bool staged = label || padded != n || !gradient.in_place();
     T* out = !kGradient ? nullptr : staged ? block.staged : gradient.template as<T>() + begin;
-    finish<Rule, kGradient>(terms, near, block, padded, factor, out, value, centre);
+    for_parts(padded, [&](int from, int to) {
+      if (near && block.near)
+        finish_part<Rule, true, kGradient>(terms, block, from, to, factor, out, value);
+      else
+        finish_part<Rule, false, kGradient>(terms, block, from, to, factor, out, value);
+    });
     if (!kGradient || !staged) return;
     if (label) label->add(block.a, begin, n, out);
     gradient.store(begin, out, n);
   });
+}
+
+// Of a centred rule: the block's shares of value and centre, and what the gradient is made of.
+template <class Rule, bool kNearBlock, class T>
+void terms_part(RowTerms<T> row, const Block<T>& block, int from, int to, T* p, T* slope, double& value,
+                double& centre) {
+  const T *a = block.a, *b = block.b, *d = block.d;
+  T v = 0, f = 0;
+#pragma omp simd reduction(+ : v, f)
+  for (int i = from; i < to; ++i) {
+    const Terms<T> c = terms_of<Rule, kNearBlock>(Scores<T>{a[i], b[i], d[i]}, row);
+    v += c.value;
+    f += c.p * c.slope;
+    p[i] = c.p;
+    slope[i] = c.slope;
+  }
+  value += v;
+  centre += f;
+}
+
+template <class Rule, class T>
+__attribute__((noinline)) void terms_block(const RowTerms<T>& terms, bool near, const Block<T>& block, int n, T* p,
+                                           T* slope, double& value, double& centre) {
+  for_parts(n, [&](int from, int to) {
+    if (near && block.near)
+      terms_part<Rule, true>(terms, block, from, to, p, slope, value, centre);
+    else
+      terms_part<Rule, false>(terms, block, from, to, p, slope, value, centre);
+  });
+}
+
+// Writes n columns of a centred rule's gradient.
+template <class T>
+__attribute__((noinline)) void centred_gradient(const T* p, const T* slope, T centre, T factor, int n, T* gradient) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) gradient[i] = factor * (p[i] * (slope[i] - centre));
 }
 
 template <class Rule, class T>
@@ -164,7 +183,7 @@ class Kernel {
     static_cast<T*>(args_.loss)[r] = loss;
   }
 
-  void forward(int64_t r, Block<T>& block) const {
+  void forward(int64_t r, Block<T>& block, Kept<T>& kept) const {
     Row<T> row = this->row(r);
     std::optional<Label<T>> own;  // first: it brings the student's row into the cache
     if (labelled(r)) own = label(r, row, block);
@@ -176,15 +195,18 @@ class Kernel {
       statistics<Rule::centred>(row, block, args_.phase == Phase::statistics);
     }
     if (args_.phase == Phase::statistics) return put(r, row, T(0));
-    double value = 0, centre = 0, ignored = 0;
-    // The centre of a part is not the row's yet.
-    const Gradient<T> g = Rule::centred && args_.phase == Phase::value ? none() : gradient(r);
-    if (g && !Rule::centred)
-      pass<Rule, true>(row, block, mixture_, gradient_factor(r), g, value, centre, label);
-    else
-      pass<Rule, false>(row, block, mixture_, T(0), none(), value, centre);
-    row.stats.centre = static_cast<T>(centre);
-    if (g && Rule::centred) pass<Rule, true>(row, block, mixture_, gradient_factor(r), g, ignored, ignored, label);
+    double value = 0;
+    const Gradient<T> g = gradient(r);
+    if constexpr (Rule::centred) {
+      // The centre of a part is not the row's yet.
+      const bool wanted = g && args_.phase != Phase::value;
+      row.stats.centre = centre(row, block, value, wanted ? &kept : nullptr);
+      if (wanted) from_terms(r, row, block, kept, label);
+    } else if (g) {
+      pass<Rule, true>(row, block, mixture_, gradient_factor(r), g, value, label);
+    } else {
+      pass<Rule, false>(row, block, mixture_, T(0), none(), value);
+    }
     put(r, row, static_cast<T>(value * value_factor_ * scale(r)) + (label ? label->value() : T(0)));
   }
 
@@ -193,7 +215,50 @@ class Kernel {
     block.whole = false;
     take(r, row);
     double ignored = 0;
-    pass<Rule, true>(row, block, mixture_, gradient_factor(r), gradient(r), ignored, ignored);
+    if constexpr (Rule::centred) {
+      const bool near = near_row(row.stats);
+      const RowTerms<T> terms = row_terms<Rule>(row.stats, row.tempering, mixture_);
+      for_blocks(row, block, [&](int64_t begin, int padded, int n) {
+        terms_block<Rule>(terms, near, block, padded, block.p, block.slope, ignored, ignored);
+        centred_block(r, row, block, block.p, block.slope, begin, n, nullptr);
+      });
+    } else {
+      pass<Rule, true>(row, block, mixture_, gradient_factor(r), gradient(r), ignored);
+    }
+  }
+
+ private:
+  // A centred rule's centre and value; `kept`, unless null, gets what the gradient is made of.
+  T centre(const Row<T>& row, Block<T>& block, double& value, Kept<T>* kept) const {
+    const bool near = near_row(row.stats);
+    const RowTerms<T> terms = row_terms<Rule>(row.stats, row.tempering, mixture_);
+    double sum = 0;
+    for_blocks(row, block, [&](int64_t begin, int padded, int) {
+      T* p = kept ? kept->first(begin) : block.p;
+      T* slope = kept ? kept->second(begin) : block.slope;
+      terms_block<Rule>(terms, near, block, padded, p, slope, value, sum);
+    });
+    return static_cast<T>(sum);
+  }
+
+  void from_terms(int64_t r, const Row<T>& row, Block<T>& block, const Kept<T>& kept, const Label<T>* label) const {
+    for (int64_t begin = 0; begin < row.columns; begin += kBlock) {
+      const int n = static_cast<int>(std::min<int64_t>(row.columns - begin, kBlock));
+      centred_block(r, row, block, kept.first(begin), kept.second(begin), begin, n, label);
+    }
+  }
+
+  void centred_block(int64_t r, const Row<T>& row, Block<T>& block, const T* p, const T* slope, int64_t begin, int n,
+                     const Label<T>* label) const {
+    const Gradient<T> g = gradient(r);
+    const bool staged = label || !g.in_place();
+    // Before the gradient takes the logits' place.
+    const T* logits = label ? own_logits(row, begin, n, block) : nullptr;
+    T* out = staged ? block.staged : g.template as<T>() + begin;
+    centred_gradient(p, slope, row.stats.centre, gradient_factor(r), n, out);
+    if (!staged) return;
+    if (label) label->add(logits, begin, n, out);
+    g.store(begin, out, n);
   }
 };
 
@@ -206,6 +271,7 @@ void run(const LogitArgs& args, const LabelArgs& labels, int threads) {
 #pragma omp parallel num_threads(threads)
   {
     Block<T> block;
+    Kept<T> kept(Rule::centred && args.loss && args.gradient ? args.columns : 0);
 #pragma omp for schedule(dynamic, share)
     for (int64_t r = 0; r < args.rows; ++r) {
       if (kernel.keeps(r)) continue;
@@ -213,7 +279,7 @@ void run(const LogitArgs& args, const LabelArgs& labels, int threads) {
         kernel.zero(r, !kernel.labelled(r));
         if (kernel.labelled(r)) kernel.label_alone(r, block);
       } else if (args.loss)
-        kernel.forward(r, block);
+        kernel.forward(r, block, kept);
       else
         kernel.backward(r, block);
     }

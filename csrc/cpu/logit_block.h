@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <memory>
 
 #include "../rules/logit_args.h"
 #include "../rules/pair.h"
@@ -79,9 +80,10 @@ struct Block {
   const T *a, *b;  // logits of student and teacher as they are: where they lie, or in the buffers
   T d[kBlock];     // their scores' differences
   T student[kBlock], teacher[kBlock];
-  T staged[kBlock];    // a gradient that is not written where it belongs
-  bool near;           // every |d| is small
-  bool whole = false;  // what is loaded is all of the row that is worked on
+  T staged[kBlock];            // a gradient that is not written where it belongs
+  T p[kBlock], slope[kBlock];  // of a centred rule
+  bool near;                   // every |d| is small
+  bool whole = false;          // what is loaded is all of the row that is worked on
 
   // Returns how many columns there are now; those behind the row's end have no mass on either side.
   int load(const Row<T>& row, int64_t begin, int n) {
@@ -139,6 +141,28 @@ struct Block {
     return far == 0;
   }
 };
+
+// Two numbers a column that a pass keeps for the next one, which then needs no exponential.
+template <class T>
+class Kept {
+  std::unique_ptr<T[]> memory_;
+  int64_t columns_;
+
+ public:
+  // Whole blocks: a pass writes padded columns.
+  explicit Kept(int64_t columns) : columns_((columns + kBlock - 1) / kBlock * kBlock) {
+    if (columns_ > 0) memory_.reset(new T[2 * columns_]);
+  }
+  T* first(int64_t begin) const { return memory_.get() + begin; }
+  T* second(int64_t begin) const { return memory_.get() + columns_ + begin; }
+};
+
+// action(from, to): parts of a block whose sums stay in a float.
+template <class Action>
+inline __attribute__((always_inline)) void for_parts(int n, Action&& action) {
+  if constexpr (kSummed == kBlock) return action(0, n);
+  for (int from = 0; from < n; from += kSummed) action(from, std::min(n, from + kSummed));
+}
 
 // The student's logits as they are, n of them: where they lie, or in one of the block's buffers.
 template <class T>

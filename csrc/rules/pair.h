@@ -307,6 +307,20 @@ FD_FUNCTION Column<T> rule_column(Scores<T> c, const RowTerms<T>& row) {
   return {T(0), row.stats.inv_sum, c.d, T(0), T(0), T(0), T(0)};
 }
 
+// A column of a centred rule: its shares of the row's value and centre, and what its gradient p (slope - centre) is
+// made of once the row's centre is known. Of a direct rule, slope is the gradient.
+template <class T>
+struct Terms {
+  T value, p, slope;
+};
+
+template <class Rule, bool kNearBlock, class T>
+FD_FUNCTION Terms<T> terms_of(Scores<T> scores, const RowTerms<T>& row) {
+  const Column<T> c = rule_column<Rule, kNearBlock>(scores, row);
+  const Share<T> share = Rule::share(c, row.mixture, row.origin);
+  return {share.value, c.p, Rule::centred ? share.slope - row.anchor : share.slope};
+}
+
 template <class T>
 struct Result {
   T value, centre, gradient;  // shares of the row's value and centre; the gradient in the tempered student logit
@@ -314,11 +328,9 @@ struct Result {
 
 template <class Rule, bool kNearBlock, class T>
 FD_FUNCTION Result<T> result(Scores<T> scores, const RowTerms<T>& row) {
-  const Column<T> c = rule_column<Rule, kNearBlock>(scores, row);
-  const Share<T> share = Rule::share(c, row.mixture, row.origin);
-  if (!Rule::centred) return {share.value, T(0), share.slope};
-  const T slope = share.slope - row.anchor;
-  return {share.value, c.p * slope, c.p * (slope - row.stats.centre)};
+  const Terms<T> c = terms_of<Rule, kNearBlock>(scores, row);
+  if (!Rule::centred) return {c.value, T(0), c.slope};
+  return {c.value, c.p * c.slope, c.p * (c.slope - row.stats.centre)};
 }
 
 }  // namespace FD_ISA
