@@ -88,8 +88,19 @@ __attribute__((noinline)) void centred_gradient(const T* p, const T* slope, T ce
   for (int i = 0; i < n; ++i) gradient[i] = factor * (p[i] * (slope[i] - centre));
 }
 
+// Of forward KL, from what the statistics kept: with delta = x + y, e^delta - 1 = E (1 + e) + e of both terms' own.
+template <class T>
+__attribute__((noinline)) void kept_gradient(const T* weights, const T* growths, T whole, T growth, T factor, int n,
+                                             T* gradient) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) gradient[i] = factor * weights[i] * (growths[i] * whole + growth);
+}
+
 template <class Rule, class T>
 class Kernel {
+  // Whose forward's first pass may keep what its gradient is made of.
+  static constexpr bool kKeeps = std::is_same_v<Rule, ForwardKL> && std::is_same_v<T, float>;
+
   const LogitArgs& args_;
   const LabelArgs& labels_;
   const Mixture<T> mixture_;
@@ -106,6 +117,11 @@ class Kernel {
         value_factor_(static_cast<T>(args.value_factor)),
         item_(bytes_of(args.dtype)) {}
 
+  // A row's columns, where a pass keeps something of them.
+  int64_t keeps_columns() const {
+    const bool terms = Rule::centred && args_.loss && args_.gradient;
+    return (kKeeps || terms) && args_.phase == Phase::all ? args_.columns : 0;
+  }
   T scale(int64_t r) const { return static_cast<const T*>(args_.row_scale)[r]; }
   T dloss(int64_t r) const { return args_.dloss ? static_cast<const T*>(args_.dloss)[r] : T(1); }
   // A gradient that is there already: a factor costs it one rounding more, which a float has to spare.
@@ -189,14 +205,20 @@ class Kernel {
     if (labelled(r)) own = label(r, row, block);
     const Label<T>* label = own ? &*own : nullptr;
     block.whole = false;
+    double value = 0;
+    const Gradient<T> g = gradient(r);
     if (args_.phase == Phase::value) {
       take(r, row);
     } else if constexpr (Rule::softmax) {
-      statistics<Rule::centred>(row, block, args_.phase == Phase::statistics);
+      const bool whole = args_.phase == Phase::all;
+      if (statistics<Rule::centred>(row, block, !whole, kKeeps && whole ? &kept : nullptr, value)) {
+        if (g) from_weights(r, row, block, kept, label);
+        row.stats.centre = T(1);  // so that the backward takes the same way
+        return put(r, row, row_loss(r, value, label));
+      }
     }
     if (args_.phase == Phase::statistics) return put(r, row, T(0));
-    double value = 0;
-    const Gradient<T> g = gradient(r);
+    value = 0;
     if constexpr (Rule::centred) {
       // The centre of a part is not the row's yet.
       const bool wanted = g && args_.phase != Phase::value;
@@ -207,20 +229,27 @@ class Kernel {
     } else {
       pass<Rule, false>(row, block, mixture_, T(0), none(), value);
     }
-    put(r, row, static_cast<T>(value * value_factor_ * scale(r)) + (label ? label->value() : T(0)));
+    put(r, row, row_loss(r, value, label));
   }
 
-  void backward(int64_t r, Block<T>& block) const {
+  void backward(int64_t r, Block<T>& block, Kept<T>& kept) const {
     Row<T> row = this->row(r);
     block.whole = false;
-    take(r, row);
     double ignored = 0;
+    if (kKeeps && stats(r)[kCentre] == T(1)) {
+      if (statistics<false>(row, block, false, &kept, ignored)) return from_weights(r, row, block, kept, nullptr);
+      row = this->row(r);
+    }
+    take(r, row);
     if constexpr (Rule::centred) {
       const bool near = near_row(row.stats);
       const RowTerms<T> terms = row_terms<Rule>(row.stats, row.tempering, mixture_);
       for_blocks(row, block, [&](int64_t begin, int padded, int n) {
+        const Gradient<T> g = gradient(r);
+        T* out = g.in_place() ? g.template as<T>() + begin : block.staged;
         terms_block<Rule>(terms, near, block, padded, block.p, block.slope, ignored, ignored);
-        centred_block(r, row, block, block.p, block.slope, begin, n, nullptr);
+        centred_gradient(block.p, block.slope, row.stats.centre, gradient_factor(r), n, out);
+        if (!g.in_place()) g.store(begin, out, n);
       });
     } else {
       pass<Rule, true>(row, block, mixture_, gradient_factor(r), gradient(r), ignored);
@@ -228,6 +257,21 @@ class Kernel {
   }
 
  private:
+  T row_loss(int64_t r, double value, const Label<T>* label) const {
+    return static_cast<T>(value * value_factor_ * scale(r)) + (label ? label->value() : T(0));
+  }
+
+  void from_weights(int64_t r, const Row<T>& row, Block<T>& block, Kept<T>& kept, const Label<T>* label) const {
+    const double factor = static_cast<double>(gradient_factor(r)) * row.stats.inv_sum;
+    for_written(r, row, block, label, [&](int64_t begin, int n, T* out) {
+      const Unit<T> unit = kept.unit(begin);
+      const double y = static_cast<double>(unit.difference) - row.stats.reference - row.stats.log_ratio;
+      const double down = std::exp((static_cast<double>(unit.teacher) - row.stats.max) * row.tempering.inv_teacher);
+      kept_gradient(kept.first(begin), kept.second(begin), static_cast<T>(std::exp(y)), static_cast<T>(std::expm1(y)),
+                    static_cast<T>(factor * down), n, out);
+    });
+  }
+
   // A centred rule's centre and value; `kept`, unless null, gets what the gradient is made of.
   T centre(const Row<T>& row, Block<T>& block, double& value, Kept<T>* kept) const {
     const bool near = near_row(row.stats);
@@ -242,23 +286,24 @@ class Kernel {
   }
 
   void from_terms(int64_t r, const Row<T>& row, Block<T>& block, const Kept<T>& kept, const Label<T>* label) const {
-    for (int64_t begin = 0; begin < row.columns; begin += kBlock) {
-      const int n = static_cast<int>(std::min<int64_t>(row.columns - begin, kBlock));
-      centred_block(r, row, block, kept.first(begin), kept.second(begin), begin, n, label);
-    }
+    const T centre = row.stats.centre, factor = gradient_factor(r);
+    for_written(r, row, block, label, [&](int64_t begin, int n, T* out) {
+      centred_gradient(kept.first(begin), kept.second(begin), centre, factor, n, out);
+    });
   }
 
-  void centred_block(int64_t r, const Row<T>& row, Block<T>& block, const T* p, const T* slope, int64_t begin, int n,
-                     const Label<T>* label) const {
+  // fill(begin, n, out) writes the gradient of a block's columns, what is left to do with them is done here.
+  template <class Fill>
+  void for_written(int64_t r, const Row<T>& row, Block<T>& block, const Label<T>* label, Fill&& fill) const {
     const Gradient<T> g = gradient(r);
     const bool staged = label || !g.in_place();
-    // Before the gradient takes the logits' place.
-    const T* logits = label ? own_logits(row, begin, n, block) : nullptr;
-    T* out = staged ? block.staged : g.template as<T>() + begin;
-    centred_gradient(p, slope, row.stats.centre, gradient_factor(r), n, out);
-    if (!staged) return;
-    if (label) label->add(logits, begin, n, out);
-    g.store(begin, out, n);
+    for (int64_t begin = 0; begin < row.columns; begin += kBlock) {
+      const int n = static_cast<int>(std::min<int64_t>(row.columns - begin, kBlock));
+      fill(begin, n, staged ? block.staged : g.template as<T>() + begin);
+      if (!staged) continue;
+      if (label) label->add(own_logits(row, begin, n, block), begin, n, block.staged);
+      g.store(begin, block.staged, n);
+    }
   }
 };
 
@@ -271,7 +316,7 @@ void run(const LogitArgs& args, const LabelArgs& labels, int threads) {
 #pragma omp parallel num_threads(threads)
   {
     Block<T> block;
-    Kept<T> kept(Rule::centred && args.loss && args.gradient ? args.columns : 0);
+    Kept<T> kept(kernel.keeps_columns());
 #pragma omp for schedule(dynamic, share)
     for (int64_t r = 0; r < args.rows; ++r) {
       if (kernel.keeps(r)) continue;
@@ -281,7 +326,7 @@ void run(const LogitArgs& args, const LabelArgs& labels, int threads) {
       } else if (args.loss)
         kernel.forward(r, block, kept);
       else
-        kernel.backward(r, block);
+        kernel.backward(r, block, kept);
     }
   }
 }

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <vector>
 
 #include "../rules/logit_args.h"
 #include "../rules/pair.h"
@@ -87,9 +88,25 @@ struct Block {
 
   // Returns how many columns there are now; those behind the row's end have no mass on either side.
   int load(const Row<T>& row, int64_t begin, int n) {
+    const int padded = load_logits(row, begin, n);
+    subtract(row, padded);
+    whole = n == row.columns;
+    return padded;
+  }
+
+  // The same, unless all of the row has been loaded before.
+  int padded(const Row<T>& row, int64_t begin, int n) {
+    return whole ? (n + kLanes - 1) / kLanes * kLanes : load(row, begin, n);
+  }
+
+  // The same without the differences, of two rows of logits.
+  int load_logits(const Row<T>& row, int64_t begin, int n) {
     a = row.student.load(begin, n, student);
     b = row.teacher.load(begin, n, teacher);
-    const int padded = pad(n, row.tempering.given);
+    return pad(n, row.tempering.given);
+  }
+
+  void subtract(const Row<T>& row, int padded) {
     switch (form_of(row.tempering)) {
       case Form::plain:
         near = subtract<Form::plain, true>(row.tempering, padded) || subtract<Form::plain>(row.tempering, padded);
@@ -104,8 +121,6 @@ struct Block {
         near = subtract<Form::given>(row.tempering, padded);
         add(padded);
     }
-    whole = n == row.columns;
-    return padded;
   }
 
   Scores<T> at(int i) const { return {a[i], b[i], d[i]}; }
@@ -146,13 +161,15 @@ struct Block {
 template <class T>
 class Kept {
   std::unique_ptr<T[]> memory_;
+  std::vector<Unit<T>> units_;
   int64_t columns_;
 
  public:
   // Whole blocks: a pass writes padded columns.
   explicit Kept(int64_t columns) : columns_((columns + kBlock - 1) / kBlock * kBlock) {
-    if (columns_ > 0) memory_.reset(new T[2 * columns_]);
+    if (columns_ > 0) memory_.reset(new T[2 * columns_]), units_.resize(columns_ / kBlock);
   }
+  Unit<T>& unit(int64_t begin) { return units_[begin / kBlock]; }  // what a block's columns are measured by
   T* first(int64_t begin) const { return memory_.get() + begin; }
   T* second(int64_t begin) const { return memory_.get() + columns_ + begin; }
 };
@@ -175,14 +192,17 @@ const T* own_logits(const Row<T>& row, int64_t begin, int n, Block<T>& block) {
   return block.student;
 }
 
+// action(begin, columns)
+template <class T, class Action>
+void for_columns(const Row<T>& row, Action&& action) {
+  for (int64_t begin = 0; begin < row.columns; begin += kBlock)
+    action(begin, static_cast<int>(std::min<int64_t>(row.columns - begin, kBlock)));
+}
+
 // action(begin, padded columns, columns); a row of one block is loaded once.
 template <class T, class Action>
 void for_blocks(const Row<T>& row, Block<T>& block, Action&& action) {
-  for (int64_t begin = 0; begin < row.columns; begin += kBlock) {
-    const int n = static_cast<int>(row.columns - begin < kBlock ? row.columns - begin : kBlock);
-    const int padded = block.whole ? (n + kLanes - 1) / kLanes * kLanes : block.load(row, begin, n);
-    action(begin, padded, n);
-  }
+  for_columns(row, [&](int64_t begin, int n) { action(begin, block.padded(row, begin, n), n); });
 }
 
 }  // namespace

@@ -32,20 +32,63 @@ void add_part(const Block<T>& block, int from, int to, const Tempering<T>& tempe
   masses.difference += difference;
 }
 
+// What a pass that keeps finds in a block.
+template <class T>
+struct KeptSums {
+  double sum = 0, difference = 0, excess = 0;  // the first two as of Masses; of w (e^x - 1 - x)
+  T largest = -INFINITY;                       // teacher logit
+  int far = 0;                                 // 1: some column is not near
+};
+
+// As add_part of columns near each other, keeping w and e^x - 1 of each. kLoaded: the differences are in block.d.
+template <Form kForm, bool kLoaded>
+void keep_part(const Block<float>& block, int from, int to, Tempering<float> row, Unit<float> unit, float* weights,
+               float* growths, KeptSums<float>& sums) {
+  const float *a = block.a, *b = block.b, *d = block.d;
+  float sum = 0, difference = 0, excess = 0, largest = -INFINITY;
+  int far = 0;
+#pragma omp simd reduction(+ : sum, difference, excess) reduction(max : largest) reduction(| : far)
+  for (int i = from; i < to; ++i) {
+    const float x = kLoaded ? d[i] : score_difference<kForm, true>(a[i], b[i], row);
+    if (!kLoaded) {
+      far |= !(math::magnitude(x) <= float(kNear));
+      largest = b[i] > largest ? b[i] : largest;
+    }
+    const float weight = math::exp_nonpositive((b[i] - unit.teacher) * row.inv_teacher);
+    const math::Expm1<float> e = math::bounded_expm1(x - unit.difference);
+    sum += weight;
+    difference += weight * e.value;
+    excess += weight * e.excess;
+    weights[i] = weight;
+    growths[i] = e.value;
+  }
+  sums.sum += sum, sums.difference += difference, sums.excess += excess;
+  sums.largest = largest > sums.largest ? largest : sums.largest;
+  sums.far |= far;
+}
+
+template <Form kForm, bool kLoaded>
+KeptSums<float> keep_block(const Block<float>& block, int n, const Tempering<float>& row, Unit<float> unit,
+                           float* weights, float* growths) {
+  KeptSums<float> sums;
+  for_parts(n,
+            [&](int from, int to) { keep_part<kForm, kLoaded>(block, from, to, row, unit, weights, growths, sums); });
+  return sums;
+}
+
 template <bool kNearBlock, class T>
 void add_block(const Block<T>& block, int n, const Tempering<T>& tempering, Masses<T, double>& masses) {
-  if constexpr (kSummed == kBlock) return add_part<kNearBlock>(block, 0, n, tempering, masses);
-  for (int from = 0; from < n; from += kSummed)
-    add_part<kNearBlock>(block, from, std::min(n, from + kSummed), tempering, masses);
+  for_parts(n, [&](int from, int to) { add_part<kNearBlock>(block, from, to, tempering, masses); });
 }
 
 // What a pass finds.
 template <class T>
 struct Found {
   Masses<T, double> masses;
-  int64_t top = -1;   // the teacher's largest column
-  bool near = true;   // every column lies near its teacher's
-  bool lost = false;  // masses.difference has lost its digits on the way
+  double excess = 0, largest = 0;  // the sum of w (e^x - 1 - x), and of what it was made of
+  int64_t top = -1;                // the teacher's largest column
+  bool near = true;                // every column lies near its teacher's
+  bool lost = false;               // masses.difference has lost its digits on the way
 
   // Masses are measured by column `at` from here on.
   void raise(Scores<T> c, int64_t at, const Tempering<T>& row) {
@@ -53,9 +96,36 @@ struct Found {
     masses.raise(c, row);
     if (masses.max > T(-INFINITY)) top = at;
     lost = lost || loses(before, row.inv_student);
+    turn_excess(before, row.inv_teacher);
+  }
+
+  // A block that was kept, in the unit of today.
+  void add(const KeptSums<T>& sums) {
+    masses.sum += sums.sum, masses.difference += sums.difference, excess += sums.excess;
+  }
+
+  // The row's KL(q || p) = sum q (e^delta - 1 - delta), where delta = x - D, e^D = 1 + X/S: that of x less e^D - 1 - D.
+  // False where the two are nearly the same.
+  bool value(double& kl) const {
+    const double ratio = masses.difference / masses.sum, of_x = excess / masses.sum;
+    kl = of_x - (ratio - std::log1p(ratio));
+    return kl >= kFewestDigits * std::max(of_x, largest / masses.sum);
   }
 
  private:
+  // The smallest part of a sum that a difference may leave of it: its rounding grows by as much.
+  static constexpr double kFewestDigits = 1.0 / 32;
+
+  // x + t for x: e^(x+t) - 1 - (x+t) = (e^x - 1 - x) + (e^x - 1)(e^t - 1) + (e^t - 1 - t).
+  void turn_excess(const Masses<T, double>& before, T inv_teacher) {
+    if (before.sum == 0) return;
+    const double t = static_cast<double>(before.reference) - masses.reference, e = std::expm1(t);
+    const double factor = std::exp((static_cast<double>(before.max) - masses.max) * inv_teacher);
+    const double parts[] = {excess, before.difference * e, before.sum * (e - t)};
+    excess = factor * (parts[0] + parts[1] + parts[2]);
+    largest = factor * std::max({largest, parts[0], std::abs(parts[1]), parts[2]});
+  }
+
   // X is the student's mass less the teacher's S. Where the former is but a small part of the latter, X has few digits
   // of it, none that counts unless the student's mass grows by the move to another column. An infinite X stays so.
   bool loses(const Masses<T, double>& before, T inv_student) const {
@@ -66,16 +136,42 @@ struct Found {
   }
 };
 
+// In one loop, a block that changes no unit, as most do. False where it is none, and nothing has happened.
+inline bool keep_usual_block(const Row<float>& row, const Block<float>& block, int64_t begin, int n,
+                             Found<float>& found, Kept<float>& kept) {
+  const Unit<float> unit = found.masses.unit();
+  const Form form = form_of(row.tempering);
+  if (found.masses.max == -INFINITY || !(math::magnitude(unit.difference) <= float(kNear))) return false;
+  if (form != Form::plain && form != Form::shifted) return false;
+  const auto keep = form == Form::plain ? keep_block<Form::plain, false> : keep_block<Form::shifted, false>;
+  const KeptSums<float> sums = keep(block, n, row.tempering, unit, kept.first(begin), kept.second(begin));
+  if (sums.far || sums.largest > unit.teacher) return false;
+  kept.unit(begin) = unit;
+  found.add(sums);
+  return true;
+}
+
 // The masses of the whole row; kTop: the student's largest logit too. at: a column to begin with, the teacher's largest
-// of an earlier pass, or -1.
+// of an earlier pass, or -1. `kept`, unless null, gets each column's weight and growth while all lie near.
 template <bool kTop, class T>
-Found<T> add_row(Row<T>& row, Block<T>& block, int64_t at = -1) {
+Found<T> add_row(Row<T>& row, Block<T>& block, Kept<T>* kept, int64_t at = -1) {
+  constexpr bool kKeeps = !kTop && std::is_same_v<T, float>;
   Found<T> found;
   Masses<T, double>& masses = found.masses;
   if (at >= 0) found.raise(scores(row.student[at], row.teacher[at], row.tempering), at, row.tempering);
   T top = -INFINITY;
   if (kTop) row.stats.top_student = row.stats.top_teacher = -INFINITY;
-  for_blocks(row, block, [&](int64_t begin, int n, int) {
+  for_columns(row, [&](int64_t begin, int columns) {
+    int n;
+    if (kKeeps && kept && found.near && !block.whole && !row.tempering.given) {
+      n = block.load_logits(row, begin, columns);
+      if constexpr (kKeeps)
+        if (keep_usual_block(row, block, begin, n, found, *kept)) return;
+      block.subtract(row, n);
+      block.whole = columns == row.columns;
+    } else {
+      n = block.padded(row, begin, columns);
+    }
     if (kTop) {
       const T own = block_max(block.a, n);
       if (own > top) {
@@ -92,8 +188,15 @@ Found<T> add_row(Row<T>& row, Block<T>& block, int64_t at = -1) {
       masses.raise(block.at(place_of(block.a, n, block_max(block.a, n))), row.tempering);
     }
     const bool near_block = block.near && math::magnitude(masses.reference) <= T(kNear);
-    near_block ? add_block<true>(block, n, row.tempering, masses) : add_block<false>(block, n, row.tempering, masses);
     found.near = found.near && near_block;
+    if constexpr (kKeeps)
+      if (kept && found.near) {
+        kept->unit(begin) = masses.unit();
+        found.add(keep_block<Form::plain, true>(block, n, row.tempering, masses.unit(), kept->first(begin),
+                                                kept->second(begin)));
+        return;
+      }
+    near_block ? add_block<true>(block, n, row.tempering, masses) : add_block<false>(block, n, row.tempering, masses);
   });
   return found;
 }
@@ -133,19 +236,20 @@ bool shift_to_common(Row<T>& row) {
   return true;
 }
 
-// The teacher's maximum and sum, and D = log1p(X/S). A `part` of a row may have no teacher mass.
+// The teacher's maximum and sum, and D = log1p(X/S). A `part` of a row may have no teacher mass. With `kept`, true
+// where it holds the whole row, whose KL(q || p) is then kl.
 template <bool kCentred, class T>
-void statistics(Row<T>& row, Block<T>& block, bool part) {
+bool statistics(Row<T>& row, Block<T>& block, bool part, Kept<T>* kept, double& kl) {
   const auto column_at = [&row](int64_t i) {
     return Scores<T>{row.student[i], row.tempering.given ? T(0) : row.teacher[i], T(0)};
   };
   if (row.columns < 3 || !guess_shift(row.tempering, column_at(row.columns / 4), column_at(row.columns / 2),
                                       column_at(row.columns * 3 / 4)))
     guess_among_many(row.tempering, row.columns, column_at);
-  Found<T> found = add_row<kCentred>(row, block);
+  Found<T> found = add_row<kCentred>(row, block, kept);
   const auto again = [&] {
     block.whole = false;
-    found = add_row<kCentred>(row, block, found.top);
+    found = add_row<kCentred>(row, block, kept, found.top);
   };
   if (found.lost) again();
   if (misplaced(found.masses)) {
@@ -163,6 +267,7 @@ void statistics(Row<T>& row, Block<T>& block, bool part) {
     own_from_teacher(row.stats, masses.own, masses.sum);
   else
     own_softmax(row, block);
+  return kept && found.near && near_row(row.stats) && found.value(kl);
 }
 
 }  // namespace
