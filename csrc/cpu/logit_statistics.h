@@ -32,22 +32,22 @@ void add_part(const Block<T>& block, int from, int to, const Tempering<T>& tempe
   masses.difference += difference;
 }
 
-// What a pass that keeps finds in a block.
-template <class T>
-struct KeptSums {
+// What one loop over a block finds.
+struct BlockSums {
   double sum = 0, difference = 0, excess = 0;  // the first two as of Masses; of w (e^x - 1 - x)
-  T largest = -INFINITY;                       // teacher logit
-  int far = 0;                                 // 1: some column is not near
+  float largest = -INFINITY, own_largest = -INFINITY;
+  int far = 0;  // 1: some column is not near
 };
 
-// As add_part of columns near each other, keeping w and e^x - 1 of each. kLoaded: the differences are in block.d.
-template <Form kForm, bool kLoaded>
-void keep_part(const Block<float>& block, int from, int to, Tempering<float> row, Unit<float> unit, float* weights,
-               float* growths, KeptSums<float>& sums) {
+// As add_part of columns near each other. kTop: with the student's largest logit, else w and e^x - 1 of each are kept.
+// kLoaded: the differences are in block.d, and nothing is asked of them.
+template <Form kForm, bool kTop, bool kLoaded>
+void sum_part(const Block<float>& block, int from, int to, Tempering<float> row, Unit<float> unit, float* weights,
+              float* growths, BlockSums& sums) {
   const float *a = block.a, *b = block.b, *d = block.d;
-  float sum = 0, difference = 0, excess = 0, largest = -INFINITY;
+  float sum = 0, difference = 0, excess = 0, largest = -INFINITY, own_largest = -INFINITY;
   int far = 0;
-#pragma omp simd reduction(+ : sum, difference, excess) reduction(max : largest) reduction(| : far)
+#pragma omp simd reduction(+ : sum, difference, excess) reduction(max : largest, own_largest) reduction(| : far)
   for (int i = from; i < to; ++i) {
     const float x = kLoaded ? d[i] : score_difference<kForm, true>(a[i], b[i], row);
     if (!kLoaded) {
@@ -58,21 +58,26 @@ void keep_part(const Block<float>& block, int from, int to, Tempering<float> row
     const math::Expm1<float> e = math::bounded_expm1(x - unit.difference);
     sum += weight;
     difference += weight * e.value;
-    excess += weight * e.excess;
-    weights[i] = weight;
-    growths[i] = e.value;
+    if constexpr (kTop) {
+      own_largest = a[i] > own_largest ? a[i] : own_largest;
+    } else {
+      excess += weight * e.excess;
+      weights[i] = weight;
+      growths[i] = e.value;
+    }
   }
   sums.sum += sum, sums.difference += difference, sums.excess += excess;
   sums.largest = largest > sums.largest ? largest : sums.largest;
+  sums.own_largest = own_largest > sums.own_largest ? own_largest : sums.own_largest;
   sums.far |= far;
 }
 
-template <Form kForm, bool kLoaded>
-KeptSums<float> keep_block(const Block<float>& block, int n, const Tempering<float>& row, Unit<float> unit,
-                           float* weights, float* growths) {
-  KeptSums<float> sums;
-  for_parts(n,
-            [&](int from, int to) { keep_part<kForm, kLoaded>(block, from, to, row, unit, weights, growths, sums); });
+template <Form kForm, bool kTop, bool kLoaded>
+BlockSums sum_block(const Block<float>& block, int n, const Tempering<float>& row, Unit<float> unit, float* weights,
+                    float* growths) {
+  BlockSums sums;
+  for_parts(
+      n, [&](int from, int to) { sum_part<kForm, kTop, kLoaded>(block, from, to, row, unit, weights, growths, sums); });
   return sums;
 }
 
@@ -100,7 +105,7 @@ struct Found {
   }
 
   // A block that was kept, in the unit of today.
-  void add(const KeptSums<T>& sums) {
+  void add(const BlockSums& sums) {
     masses.sum += sums.sum, masses.difference += sums.difference, excess += sums.excess;
   }
 
@@ -136,17 +141,20 @@ struct Found {
   }
 };
 
-// In one loop, a block that changes no unit, as most do. False where it is none, and nothing has happened.
-inline bool keep_usual_block(const Row<float>& row, const Block<float>& block, int64_t begin, int n,
-                             Found<float>& found, Kept<float>& kept) {
+// In one loop, a block that changes no unit and has not the student's largest logit, as most do. False where it is
+// none, and nothing has happened.
+template <bool kTop>
+bool add_usual_block(const Row<float>& row, const Block<float>& block, int64_t begin, int n, float top,
+                     Found<float>& found, Kept<float>* kept) {
   const Unit<float> unit = found.masses.unit();
   const Form form = form_of(row.tempering);
   if (found.masses.max == -INFINITY || !(math::magnitude(unit.difference) <= float(kNear))) return false;
   if (form != Form::plain && form != Form::shifted) return false;
-  const auto keep = form == Form::plain ? keep_block<Form::plain, false> : keep_block<Form::shifted, false>;
-  const KeptSums<float> sums = keep(block, n, row.tempering, unit, kept.first(begin), kept.second(begin));
-  if (sums.far || sums.largest > unit.teacher) return false;
-  kept.unit(begin) = unit;
+  const auto sum = form == Form::plain ? sum_block<Form::plain, kTop, false> : sum_block<Form::shifted, kTop, false>;
+  float *weights = kTop ? nullptr : kept->first(begin), *growths = kTop ? nullptr : kept->second(begin);
+  const BlockSums sums = sum(block, n, row.tempering, unit, weights, growths);
+  if (sums.far || sums.largest > unit.teacher || sums.own_largest > top) return false;
+  if (!kTop) kept->unit(begin) = unit;
   found.add(sums);
   return true;
 }
@@ -155,23 +163,21 @@ inline bool keep_usual_block(const Row<float>& row, const Block<float>& block, i
 // of an earlier pass, or -1. `kept`, unless null, gets each column's weight and growth while all lie near.
 template <bool kTop, class T>
 Found<T> add_row(Row<T>& row, Block<T>& block, Kept<T>* kept, int64_t at = -1) {
-  constexpr bool kKeeps = !kTop && std::is_same_v<T, float>;
   Found<T> found;
   Masses<T, double>& masses = found.masses;
   if (at >= 0) found.raise(scores(row.student[at], row.teacher[at], row.tempering), at, row.tempering);
   T top = -INFINITY;
   if (kTop) row.stats.top_student = row.stats.top_teacher = -INFINITY;
   for_columns(row, [&](int64_t begin, int columns) {
-    int n;
-    if (kKeeps && kept && found.near && !block.whole && !row.tempering.given) {
-      n = block.load_logits(row, begin, columns);
-      if constexpr (kKeeps)
-        if (keep_usual_block(row, block, begin, n, found, *kept)) return;
-      block.subtract(row, n);
-      block.whole = columns == row.columns;
-    } else {
-      n = block.padded(row, begin, columns);
-    }
+    int n = 0;
+    if constexpr (std::is_same_v<T, float>)
+      if ((kTop || kept) && found.near && !block.whole && !row.tempering.given) {
+        n = block.load_logits(row, begin, columns);
+        if (add_usual_block<kTop>(row, block, begin, n, top, found, kept)) return;
+        block.subtract(row, n);
+        block.whole = columns == row.columns;
+      }
+    if (n == 0) n = block.padded(row, begin, columns);
     if (kTop) {
       const T own = block_max(block.a, n);
       if (own > top) {
@@ -189,12 +195,11 @@ Found<T> add_row(Row<T>& row, Block<T>& block, Kept<T>* kept, int64_t at = -1) {
     }
     const bool near_block = block.near && math::magnitude(masses.reference) <= T(kNear);
     found.near = found.near && near_block;
-    if constexpr (kKeeps)
+    if constexpr (!kTop && std::is_same_v<T, float>)
       if (kept && found.near) {
-        kept->unit(begin) = masses.unit();
-        found.add(keep_block<Form::plain, true>(block, n, row.tempering, masses.unit(), kept->first(begin),
-                                                kept->second(begin)));
-        return;
+        const Unit<T> unit = kept->unit(begin) = masses.unit();
+        T *weights = kept->first(begin), *growths = kept->second(begin);
+        return found.add(sum_block<Form::plain, false, true>(block, n, row.tempering, unit, weights, growths));
       }
     near_block ? add_block<true>(block, n, row.tempering, masses) : add_block<false>(block, n, row.tempering, masses);
   });

@@ -24,6 +24,7 @@ inline namespace FD_ISA {
 template <class T>
 struct Column {
   T p, q, delta, gap, excess, turn, beyond;
+  math::Growth<T> forth;  // of delta
 };
 
 template <class T>
@@ -89,7 +90,7 @@ struct JensenShannon {  // beta KL(q || m) + (1-beta) KL(p || m), m = beta q + (
   }
   template <class T>
   static FD_FUNCTION Share<T> share(Column<T> c, Mixture<T> mix, Origin<T> origin) {
-    const math::Growth<T> back = math::growth(-c.turn), forth = math::growth(c.delta);
+    const math::Growth<T> back = math::growth(-c.turn), forth = c.forth;
     const T turned =
         math::log_both(origin.share_other * back.less_one, origin.share_own + origin.share_other * back.whole).value +
         c.beyond;
@@ -109,7 +110,7 @@ struct SkewKL {  // KL(q || m), m = beta q + (1-beta) p
   }
   template <class T>
   static FD_FUNCTION Share<T> share(Column<T> c, Mixture<T> mix, Origin<T> origin) {
-    const math::Growth<T> back = math::growth(-c.turn), forth = math::growth(c.delta);
+    const math::Growth<T> back = math::growth(-c.turn), forth = c.forth;
     const T m_over_q = math::log_both(mix.rest * forth.less_one, mix.beta + mix.rest * forth.whole).value;
     const T u = origin.share_own + origin.share_other * back.whole;
     // -(1-beta) q/m; the quotient first: x/u^2 may be more than 1, the exponential all that a float holds

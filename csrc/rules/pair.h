@@ -237,7 +237,8 @@ FD_FUNCTION Column<T> column(Scores<T> c, const RowTerms<T>& terms) {
     const math::Expm1<T> e = math::bounded_expm1(near);
     const T gap = q * e.value;
     // Not q + gap: far below its teacher, p would be what is left of two numbers that cancel.
-    return {q * e.whole, q, near, gap, q * e.excess, (terms.by_scores > T(0) ? c.d : near) - terms.turn_zero, T(0)};
+    const T turn = (terms.by_scores > T(0) ? c.d : near) - terms.turn_zero;
+    return {q * e.whole, q, near, gap, q * e.excess, turn, T(0), {e.value, e.whole}};
   }
   const T log_p = (c.a - row.own_max) * terms.inv_student - row.own_log, log_q = log_weight - terms.log_sum;
   // Each has a rounding of its own size: of small terms, what is left of them may be smaller yet. At the teacher's
@@ -259,7 +260,7 @@ FD_FUNCTION Column<T> column(Scores<T> c, const RowTerms<T>& terms) {
   const T by_logits = size_top <= size_delta ? from_top - other : delta - terms.top_delta;
   const T by_scores = size_d <= size_top && (is_near || size_d <= size_delta) ? c.d - terms.turn_zero : by_logits;
   const T turn = terms.by_scores > T(0) ? by_scores : delta - terms.turn_zero;
-  return {p, q, delta, gap, math::excess(q, gap, delta), turn, math::beyond_growth(-turn)};
+  return {p, q, delta, gap, math::excess(q, gap, delta), turn, math::beyond_growth(-turn), math::growth(delta)};
 }
 
 // Slopes relative to that at the student's largest column (divergence.h). Of a mixture, only where the student has more
@@ -304,7 +305,7 @@ FD_FUNCTION RowTerms<T> row_terms(RowStats<T> stats, const Tempering<T>& temperi
 template <class Rule, bool kNearBlock, class T>
 FD_FUNCTION Column<T> rule_column(Scores<T> c, const RowTerms<T>& row) {
   if (Rule::softmax) return column<kNearBlock>(c, row);
-  return {T(0), row.stats.inv_sum, c.d, T(0), T(0), T(0), T(0)};
+  return {T(0), row.stats.inv_sum, c.d, T(0), T(0), T(0), T(0), {}};
 }
 
 // A column of a centred rule: its shares of the row's value and centre, and what its gradient p (slope - centre) is
