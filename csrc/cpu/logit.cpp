@@ -207,6 +207,7 @@ class Kernel {
     block.whole = false;
     double value = 0;
     const Gradient<T> g = gradient(r);
+    kept.gradient = g;
     if (args_.phase == Phase::value) {
       take(r, row);
     } else if constexpr (Rule::softmax) {
@@ -237,6 +238,7 @@ class Kernel {
     block.whole = false;
     double ignored = 0;
     if (kKeeps && stats(r)[kCentre] == T(1)) {
+      kept.gradient = gradient(r);
       if (statistics<false>(row, block, false, &kept, ignored)) return from_weights(r, row, block, kept, nullptr);
       row = this->row(r);
     }
@@ -277,7 +279,8 @@ class Kernel {
     const bool near = near_row(row.stats);
     const RowTerms<T> terms = row_terms<Rule>(row.stats, row.tempering, mixture_);
     double sum = 0;
-    for_blocks(row, block, [&](int64_t begin, int padded, int) {
+    for_blocks(row, block, [&](int64_t begin, int padded, int n) {
+      if (kept) kept->gradient.prefetch(begin, n);
       T* p = kept ? kept->first(begin) : block.p;
       T* slope = kept ? kept->second(begin) : block.slope;
       terms_block<Rule>(terms, near, block, padded, p, slope, value, sum);

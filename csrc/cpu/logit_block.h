@@ -58,9 +58,14 @@ struct Gradient : Line<T, void> {
   explicit operator bool() const { return this->data != nullptr; }
 
   void store(int64_t begin, const T* from, int n) const {
-    this->with_type([=](auto* g) {
-      for (int i = 0; i < n; ++i) g[begin + i] = from_compute<std::remove_pointer_t<decltype(g)>>(from[i]);
-    });
+    this->with_type([=](auto* g) { store_block(from, g + begin, n); });
+  }
+
+  // Fetches the lines of what will be written: while something is computed, that costs no time.
+  void prefetch(int64_t begin, int n) const {
+    const int64_t item = bytes_of(this->dtype);
+    const char* place = static_cast<const char*>(this->data) + begin * item;
+    for (int64_t i = 0; i < n * item; i += 64) __builtin_prefetch(place + i, 1);
   }
 
   void zero(int64_t columns) const {
@@ -165,6 +170,8 @@ class Kept {
   int64_t columns_;
 
  public:
+  Gradient<T> gradient{};  // of the row, where one is wanted
+
   // Whole blocks: a pass writes padded columns.
   explicit Kept(int64_t columns) : columns_((columns + kBlock - 1) / kBlock * kBlock) {
     if (columns_ > 0) memory_.reset(new T[2 * columns_]), units_.resize(columns_ / kBlock);

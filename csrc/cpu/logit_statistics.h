@@ -172,6 +172,7 @@ Found<T> add_row(Row<T>& row, Block<T>& block, Kept<T>* kept, int64_t at = -1) {
     int n = 0;
     if constexpr (std::is_same_v<T, float>)
       if ((kTop || kept) && found.near && !block.whole && !row.tempering.given) {
+        if (!kTop && kept->gradient) kept->gradient.prefetch(begin, columns);
         n = block.load_logits(row, begin, columns);
         if (add_usual_block<kTop>(row, block, begin, n, top, found, kept)) return;
         block.subtract(row, n);
