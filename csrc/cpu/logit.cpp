@@ -1,9 +1,10 @@
 // Divergence of two rows of logits, value and gradient (docs/losses.md, section 1).
 //
-// Bytes: each row is read once from memory for the statistics and again, from the L2 cache, for value and gradient
-// (a centred rule and labels read it a third time); the gradient is written once. FLOPs: about 80 a column. So the
-// floor is (2 reads + 1 write) x N x V x bytes an element over the copy bandwidth; fresh gradient pages cost as much
-// again.
+// Bytes: each row is read once from memory for the statistics. Forward KL keeps two numbers a column there, of which
+// the second pass makes the gradient without an exponential; rows of which it cannot, and mse, are read again from the
+// cache. A centred rule reads them again for value and centre, and keeps two numbers a column for the gradient. It is
+// written once, its lines fetched ahead. So the floor is (2 reads + 1 write) x N x V x bytes an element over the copy
+// bandwidth; what limits is the exponentials, about 50 FLOPs a column. Fresh gradient pages cost as much again.
 //
 // Compiled once an instruction set (FD_ISA); dispatch.cpp chooses at run time.
 #include "../rules/logit_args.h"

@@ -93,6 +93,7 @@ struct Found {
   double excess = 0, largest = 0;  // the sum of w (e^x - 1 - x), and of what it was made of
   int64_t top = -1;                // the teacher's largest column
   bool near = true;                // every column lies near its teacher's
+  bool usual = true;               // no column has been absent on both sides
   bool lost = false;               // masses.difference has lost its digits on the way
 
   // Masses are measured by column `at` from here on.
@@ -104,7 +105,7 @@ struct Found {
     turn_excess(before, row.inv_teacher);
   }
 
-  // A block that was kept, in the unit of today.
+  // Sums of a block in the unit of today.
   void add(const BlockSums& sums) {
     masses.sum += sums.sum, masses.difference += sums.difference, excess += sums.excess;
   }
@@ -153,6 +154,7 @@ bool add_usual_block(const Row<float>& row, const Block<float>& block, int64_t b
   const auto sum = form == Form::plain ? sum_block<Form::plain, kTop, false> : sum_block<Form::shifted, kTop, false>;
   float *weights = kTop ? nullptr : kept->first(begin), *growths = kTop ? nullptr : kept->second(begin);
   const BlockSums sums = sum(block, n, row.tempering, unit, weights, growths);
+  found.usual = !sums.far;
   if (sums.far || sums.largest > unit.teacher || sums.own_largest > top) return false;
   if (!kTop) kept->unit(begin) = unit;
   found.add(sums);
@@ -171,7 +173,7 @@ Found<T> add_row(Row<T>& row, Block<T>& block, Kept<T>* kept, int64_t at = -1) {
   for_columns(row, [&](int64_t begin, int columns) {
     int n = 0;
     if constexpr (std::is_same_v<T, float>)
-      if ((kTop || kept) && found.near && !block.whole && !row.tempering.given) {
+      if ((kTop || kept) && found.near && found.usual && !block.whole && !row.tempering.given) {
         if (!kTop && kept->gradient) kept->gradient.prefetch(begin, columns);
         n = block.load_logits(row, begin, columns);
         if (add_usual_block<kTop>(row, block, begin, n, top, found, kept)) return;

@@ -17,7 +17,7 @@ enum LogitStat : int {
   kShift,      // the constant taken off the rows' differences: of logits where the temperatures agree; else that of
                // the scores of this student's and kShiftTeacher's logit
   kLogRatio,   // D = lse(a) - lse(b) - kReference, after the shift; infinite where the rows lie far apart
-  kCentre,     // sum of p * (slope - anchor), rules/pair.h (0 for direct rules)
+  kCentre,     // sum of p * (slope - anchor), rules/pair.h (direct rules: 1 where csrc/cpu keeps weights, else 0)
   kReference,  // a - b, after the shift, where the teacher is largest
   kOwnMax,     // the student's log p = (logit - kOwnMax) / T_s - kOwnLog
   kOwnLog,
