@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Integral
 from typing import NamedTuple
 
@@ -119,7 +120,7 @@ def labels(
         return None, None, 0.0
     if isinstance(value, str):
         _check.one_of(function, "labels", value, ("teacher",))
-        every = torch.ones(rows.numel(), dtype=torch.bool, device=device) if weight is None else weight != 0
+        every = torch.ones(math.prod(rows), dtype=torch.bool, device=device) if weight is None else weight != 0
         return (None, every, alpha) if alpha > 0 else (None, None, 0.0)
     found = _integers(function, "labels", value, rows, device)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, Integral):

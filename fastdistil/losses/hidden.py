@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -99,7 +100,7 @@ def hidden_loss(
     wide = any(x is not None and x.dtype == torch.float64 for x in (*layers, *teachers, *projections, *biases))
     dtype = torch.float64 if wide else torch.float32
     rows_weight = None if weight is None else _check.row_weight(_NAME, weight, shape, first.device, dtype)
-    scale = _check.row_scale(_NAME, shape.numel(), rows_weight, reduction, num_items, first.device, dtype)
+    scale = _check.row_scale(_NAME, math.prod(shape), rows_weight, reduction, num_items, first.device, dtype)
     if name == "triton" and not wide and len(layers) > 1 and _alike(teachers):
         common = (kind, activation, backend)
         if all(x is None for x in projections) and _alike([*layers, *teachers]):

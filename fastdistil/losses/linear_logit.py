@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -176,7 +177,7 @@ def linear_logit_loss(  # type: ignore[misc] # the overloads need not repeat wha
     )
     caps = _terms.caps(_NAME, student_logit_scale, student_softcap, teacher_logit_scale, teacher_softcap)
     scale, label_scale = _terms.scales(
-        _NAME, rows.numel(), w, counted, alpha, reduction, num_items, label_num_items, device, dtype
+        _NAME, math.prod(rows), w, counted, alpha, reduction, num_items, label_num_items, device, dtype
     )
     alone = None
     if return_stats and alpha == 1:  # the labels alone count, and no kernel looks at the teacher: a pass for them

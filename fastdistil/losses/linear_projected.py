@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -111,7 +113,7 @@ def linear_projected_logit_loss(
     )
     caps = _terms.caps(_NAME, student_logit_scale, student_softcap, teacher_logit_scale, teacher_softcap)
     scale, label_scale = _terms.scales(
-        _NAME, rows.numel(), w, counted, alpha, reduction, num_items, label_num_items, device, dtype
+        _NAME, math.prod(rows), w, counted, alpha, reduction, num_items, label_num_items, device, dtype
     )
     arguments = (
         *heads, *tensors, scale, label, label_scale, pack(rule, caps), renormalize, chunk, backend, weight is None,

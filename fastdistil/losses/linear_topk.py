@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -113,7 +114,7 @@ def linear_topk_logit_loss(
     )
     partners = None if vocab_map is None else partners_of(_NAME, vocab_map, columns, device)
     scale, label_scale = _terms.scales(
-        _NAME, rows.numel(), w, counted, alpha, reduction, num_items, label_num_items, device, dtype
+        _NAME, math.prod(rows), w, counted, alpha, reduction, num_items, label_num_items, device, dtype
     )
     if label is None and label_scale is not None:
         label, there = labels_of(values, teacher_indices, columns, partners)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -90,7 +92,7 @@ def linear_uld_loss(
     dtype = torch.float64 if wide else torch.float32
     w = _terms.row_weights(_NAME, weight, shift, rows, device, dtype)
     caps = _terms.caps(_NAME, student_logit_scale, student_softcap, teacher_logit_scale, teacher_softcap)
-    scale = _check.row_scale(_NAME, rows.numel(), w, reduction, num_items, device, dtype)
+    scale = _check.row_scale(_NAME, math.prod(rows), w, reduction, num_items, device, dtype)
     arguments = (*heads, *factors, scale, [*temperatures, *caps], chunk, backend, weight is None)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (*heads[:3], factors[0])]
     if reduction != "none" and any(wanted):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -158,7 +159,7 @@ def logit_loss(  # type: ignore[misc] # the overloads need not repeat what is wr
         _NAME, labels, label_weight, ignore_index, w, rows, columns_here, device, label_num_items, shift
     )
     scale, label_scale = _terms.scales(
-        _NAME, rows.numel(), w, counted, alpha, reduction, num_items, label_num_items, device, dtype
+        _NAME, math.prod(rows), w, counted, alpha, reduction, num_items, label_num_items, device, dtype
     )
     matrices = (matrix(student), matrix(teacher))
     plain = label_scale is None and partners is None and not name and student.dtype == teacher.dtype

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -100,7 +102,7 @@ def projected_logit_loss(
         _NAME, labels, label_weight, ignore_index, w, rows, student.shape[-1], device, label_num_items, shift
     )
     scale, label_scale = _terms.scales(
-        _NAME, rows.numel(), w, counted, alpha, reduction, num_items, label_num_items, device, dtype
+        _NAME, math.prod(rows), w, counted, alpha, reduction, num_items, label_num_items, device, dtype
     )
     constants = pack(rule, (1.0, 0.0, 1.0, 0.0))
     arguments = (

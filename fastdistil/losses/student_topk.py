@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -118,7 +120,7 @@ def student_topk_logit_loss(
     values, rest = log_probabilities_at(matrix(teacher), columns.reshape(-1, k), t_t)
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     w = _terms.row_weights(_NAME, weight, shift, rows, device, dtype)
-    scale = _check.row_scale(_NAME, rows.numel(), w, reduction, num_items, device, dtype)
+    scale = _check.row_scale(_NAME, math.prod(rows), w, reduction, num_items, device, dtype)
     constants = [float(x) for x in (index, mixture, TOPK_TAILS.index(tail), t_s, factor, 1.0, 0.0)]
     arguments = (
         matrix(student), values, columns.reshape(-1, k), rest, scale, None, None, None, constants, backend,

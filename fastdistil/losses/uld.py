@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -85,7 +87,7 @@ def uld_loss(
     wide = any(x is not None and x.dtype == torch.float64 for x in (student, teacher, *factors))
     dtype = torch.float64 if wide else torch.float32
     w = _terms.row_weights(_NAME, weight, shift, rows, device, dtype)
-    scale = _check.row_scale(_NAME, rows.numel(), w, reduction, num_items, device, dtype)
+    scale = _check.row_scale(_NAME, math.prod(rows), w, reduction, num_items, device, dtype)
     arguments = (matrix(student), matrix(teacher), *factors, scale, temperatures, backend)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (student, factors[0])]
     # A float16 gradient rounded before a GradScaler's scale is known would underflow.
