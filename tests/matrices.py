@@ -196,7 +196,7 @@ def backend_table() -> list[str]:
 OPTIONS = {
     "": ("reduction", "num_items", "backend"),
     "distance": ("divergence", "beta", "eta", "kind", "tail"),
-    "rows": ("weight", "mask", "mask_queries"),
+    "rows": ("weight", "shift", "mask", "mask_queries"),
     "`temperature`": ("temperature", "teacher_temperature", "scale_by_t2"),
     "`labels`": ("labels", "label_weight", "label_num_items", "ignore_index"),
     "`vocab_map`": ("vocab_map",),
