@@ -131,7 +131,7 @@ def _read_state(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"train: {path} is missing, expected it in a complete checkpoint")
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
+        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         good = isinstance(state, dict) and isinstance(state["run"], dict) and isinstance(state.get("files", {}), dict)
         good = good and state["step"] == int(path.parent.name.removeprefix("step-"))
     except (ValueError, KeyError) as error:

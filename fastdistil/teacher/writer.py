@@ -12,7 +12,7 @@ from torch import Tensor
 from fastdistil.losses._check import no_tensor, positive
 from fastdistil.ops.topk_teacher import LARGEST_MASS
 from fastdistil.teacher import format as files
-from fastdistil.writing import Folder
+from fastdistil.writing import Folder, naming
 
 _NAME = "teacher.Writer"
 _TOKENS = -1  # stands for the number of tokens in a shape
@@ -118,7 +118,7 @@ class Writer:
         self._buffer: list[dict[str, Tensor]] = []
         self._buffered_bytes = 0
         head = self._head(head_weight, head_bias)
-        with files.naming(self.path):
+        with naming(self.path):
             self._lock = Folder(self.path, _NAME)
         try:
             self._begin(head)

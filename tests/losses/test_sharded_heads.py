@@ -48,14 +48,15 @@ def test_a_llama_under_tensor_and_sequence_parallelism(processes: int) -> None:
 
 @needs_gloo
 @pytest.mark.soak
-def test_a_rank_that_is_killed_ends_the_other_one(tmp_path: Path) -> None:
-    """Within a minute, and the error says what was waited for."""
+@pytest.mark.parametrize("processes", [2, 4])
+def test_a_rank_that_is_killed_ends_the_others(processes: int, tmp_path: Path) -> None:
+    """Within a minute, and their errors say what was waited for."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
-    environment |= {"MASTER_PORT": str(port)}
-    errors = [tmp_path / f"{rank}.txt" for rank in range(2)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(processes)}
+    environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    errors = [tmp_path / f"{rank}.txt" for rank in range(processes)]
     started = []
     for rank, path in enumerate(errors):
         with path.open("w", encoding="utf-8") as file:
@@ -63,12 +64,13 @@ def test_a_rank_that_is_killed_ends_the_other_one(tmp_path: Path) -> None:
             started.append(subprocess.Popen(call, env=environment | {"RANK": str(rank)}, stderr=file))
     try:
         assert started[1].wait(timeout=120) == -signal.SIGKILL, errors[1].read_text(encoding="utf-8")
-        assert started[0].wait(timeout=60) == 1
+        assert [started[rank].wait(timeout=60) for rank in range(processes) if rank != 1] == [1] * (processes - 1)
     finally:
         for process in started:
             process.kill()
-    told = errors[0].read_text(encoding="utf-8")
-    assert "RuntimeError" in told and "One of them has ended, or did not call the loss or its backward" in told, told
+    for rank in range(processes):
+        told = errors[rank].read_text(encoding="utf-8")
+        assert rank == 1 or "One of them has ended, or did not call the loss or its backward" in told, told
 
 
 @pytest.mark.parametrize("status", ["NOT_AVAILABLE", "INFLIGHT"])

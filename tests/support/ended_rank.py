@@ -1,5 +1,5 @@
-"""Run by test_sharded_heads.py, as rank RANK of 2: the second one is killed before the loss, as by the system's
-out-of-memory killer, and nobody looks after the first one."""
+"""Run by test_sharded_heads.py, as rank RANK: the second one is killed before the loss, as by the system's out-of-memory
+killer, and nobody looks after the others."""
 
 from __future__ import annotations
 
