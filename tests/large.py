@@ -138,7 +138,7 @@ def main() -> None:
         wrong |= not good
         rows.append(Row(f"{name.replace('_', ' ')} of more than 2^31 elements", "1", "no" if good else "yes"))
     if asked.page:
-        write_rows(asked.page, "sizes", rows, ("Size", "Times", "Wrong"))
+        write_rows(asked.page, "sizes", rows, ("Size", "Times", "Wrong"), keep=True)
     sys.exit(wrong)
 
 

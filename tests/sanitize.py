@@ -164,7 +164,7 @@ def main() -> None:
     if "thread" in parts:
         rows.append(threads())
     if asked.page:
-        write_rows(asked.page, "sanitizers", rows, ("Sanitizer", "Tests or calls", "Reports"))
+        write_rows(asked.page, "sanitizers", rows, ("Sanitizer", "Tests or calls", "Reports"), keep=True)
     sys.exit(any(int(row.lost) for row in rows))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,13 +14,19 @@ class Row(NamedTuple):
     lost: str
 
 
-def write_rows(page: Path, name: str, rows: list[Row], head: tuple[str, str, str] = ("Tried", "Times", "Lost")) -> None:
-    """Put a table of `rows` between <!-- `name`: begin --> and <!-- `name`: end --> of the page."""
-    lines = [f"| {' | '.join(head)} |", "| --- | ---: | ---: |", *(f"| {' | '.join(row)} |" for row in rows)]
+HEAD = ("Tried", "Times", "Lost")
+
+
+def write_rows(page: Path, name: str, rows: list[Row], head: tuple[str, str, str] = HEAD, keep: bool = False) -> None:
+    """Put a table of `rows` between <!-- `name`: begin --> and <!-- `name`: end --> of the page; `keep`: beside the rows
+    of other parts that are there."""
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     text = page.read_text(encoding="utf-8")
     if begin not in text or end not in text:
         raise ValueError(f"{page}: has no {begin} and {end}")
-    block = begin + "\n" + "\n".join(lines) + "\n" + end
-    made = re.sub(re.escape(begin) + ".*?" + re.escape(end), lambda _: block, text, flags=re.DOTALL)
-    page.write_text(made, encoding="utf-8")
+    before, _, rest = text.partition(begin)
+    block, _, after = rest.partition(end)
+    found = [Row(*(cell.strip() for cell in line.strip("| ").split(" | "))) for line in block.strip().splitlines()[2:]]
+    others = [row for row in found if row.tried not in {new.tried for new in rows}] if keep else []
+    lines = [f"| {' | '.join(head)} |", "| --- | ---: | ---: |", *(f"| {' | '.join(row)} |" for row in others + rows)]
+    page.write_text(before + "\n".join([begin, *lines, end]) + after, encoding="utf-8")
