@@ -68,6 +68,8 @@ def verdict(report: str, wanted: dict[str, str]) -> tuple[int, list[str]]:
         return VULNERABLE, lines
     asked = {normal(row["name"]) for row in rows if "vulns" in row}
     missing = [name for name in wanted if name not in asked]
+    if missing and not asked:
+        return NOT_CHECKED, [f"not checked: the service answered about none of {len(wanted)} packages"]
     if missing:
         return NOT_CHECKED, [f"not checked: the service was not asked about {', '.join(missing)}"]
     return CLEAN, [f"clean: {len(wanted)} packages, no known vulnerability"]
@@ -85,7 +87,7 @@ def audit(tools: Path, out: Path, wanted: dict[str, str]) -> tuple[int, list[str
     (out / "pip-audit.json").write_text(done.stdout)
     code, lines = verdict(done.stdout, wanted)
     said = done.stderr.strip().splitlines()
-    return code, [*lines, *(said[-1:] if code == NOT_CHECKED else [])]
+    return code, [*lines, *(said[-1:] if not done.stdout.strip() else [])]
 
 
 def licence(metadata: Any) -> str:

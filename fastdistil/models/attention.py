@@ -98,13 +98,6 @@ class AttentionRecord:
         return scores.masked_fill(~visible, -torch.inf).softmax(-1).masked_fill(~visible, 0.0)
 
 
-class Layers(dict[int, Tensor]):
-    """Tensors by layer, of which a missing one says which there are."""
-
-    def __missing__(self, layer: object) -> Tensor:
-        raise KeyError(f"capture: layer {layer} was not captured, expected one of {sorted(self)} of this part")
-
-
 class Records(Mapping[int, AttentionRecord]):
     """Records by layer, made when one is asked for; RuntimeError for a map that cannot be rebuilt."""
 

@@ -17,7 +17,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from fastdistil.models import listeners
-from fastdistil.models.attention import AttentionRecord, Call, Layers, Records
+from fastdistil.models.attention import AttentionRecord, Call, Records
 
 
 @dataclass
@@ -31,10 +31,10 @@ class Captured:
     sinks, FlashAttention, FlexAttention) asking for it is a RuntimeError that says why. Asking reads the mask, which on
     a GPU waits for it."""
 
-    hidden_states: dict[int, Tensor] = field(default_factory=Layers)
-    queries: dict[int, Tensor] = field(default_factory=Layers)
-    keys: dict[int, Tensor] = field(default_factory=Layers)
-    values: dict[int, Tensor] = field(default_factory=Layers)
+    hidden_states: dict[int, Tensor] = field(default_factory=dict)
+    queries: dict[int, Tensor] = field(default_factory=dict)
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    values: dict[int, Tensor] = field(default_factory=dict)
     model: str = field(default="", repr=False)
     calls: dict[int, Call] = field(default_factory=dict, repr=False)
 

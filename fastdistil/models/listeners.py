@@ -22,7 +22,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fastdistil.models.attention import Call, Layers, call_of
+from fastdistil.models.attention import Call, call_of
 
 _PREFIX = "fastdistil_capture_"  # before the name of the attention function that is called in the end
 _HERE = "_fastdistil_listening"  # the attribute: captures on the base model, their ears on the modules of its blocks
@@ -104,7 +104,7 @@ class Listener:
     def end(self) -> None:
         """A pass that an exception ends does not come here: what it has heard, the next one forgets."""
         self.running = False
-        found: dict[str, dict[int, Tensor]] = {part: Layers() for part, *_ in self.sources}
+        found: dict[str, dict[int, Tensor]] = {part: {} for part, *_ in self.sources}
         for part, layer, heard, block in self.sources:
             tensor = getattr(self.ears[block], heard)
             if tensor is None:

@@ -21,7 +21,7 @@ SKIPPED = {"name": "numpy", "skip_reason": "not found on the service"}
         ("", NOT_CHECKED, "no advisory service gave an answer"),
         ("<html>a proxy's page</html>", NOT_CHECKED, "no advisory service gave an answer"),
         ("[]", NOT_CHECKED, "no advisory service gave an answer"),
-        (json.dumps({"dependencies": []}), NOT_CHECKED, "not asked about torch, numpy"),
+        (json.dumps({"dependencies": []}), NOT_CHECKED, "answered about none of 2 packages"),
         (json.dumps({"dependencies": [ROWS[0], SKIPPED]}), NOT_CHECKED, "not asked about numpy"),
         (json.dumps({"dependencies": ROWS}), CLEAN, "2 packages"),
         (

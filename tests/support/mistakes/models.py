@@ -69,7 +69,6 @@ MISTAKES = [
     Mistake("a-models-name", lambda _: _captured("bert-base-cased", hidden_states=[0]), "model", "str", "transformers model", "from_pretrained"),
     Mistake("two-models-in-one", lambda _: _captured(nn.ModuleList([encoder(), masked()]), hidden_states=[0]), "model", "2 transformers models", "one"),
     Mistake("a-capture-without-a-run", lambda _: _captured(encoder(), run=False, hidden_states=[0]), "BertModel", "no forward pass", "at least one", "another copy"),
-    Mistake("a-layer-that-was-not-asked-for", lambda _: _captured(encoder(), hidden_states=[0]).hidden_states[2], "capture", "2", "[0]"),
     Mistake("maps-that-were-not-asked-for", lambda _: _captured(encoder(), hidden_states=[0]).attention[2], "attention", "2", "[]", "queries"),
     # students
     Mistake("a-number-of-blocks", lambda _: with_blocks(encoder(), 2), "blocks", "int", "list", "range(2)"),
