@@ -44,6 +44,7 @@ std::pair<int64_t, int64_t> compact(const TensorView& param, const TensorView& b
   CompactArgs args{};
   args.change = change(param, base);
   if (threshold < 0 || threshold > 0x7fffffff) throw std::invalid_argument("threshold is not 31 bits");
+  if (ties < 0) throw std::invalid_argument("ties is " + std::to_string(ties) + ", expected at least 0");
   args.threshold = static_cast<uint32_t>(threshold), args.ties = ties;
   if (out) {
     dense(*out, "out", true).expect_index("out");

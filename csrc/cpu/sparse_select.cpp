@@ -194,6 +194,7 @@ Compacted sparse_compact(const CompactArgs& args, int threads) {
   const int64_t chunks = (args.change.size + kChunk - 1) / kChunk;
   Compacted done{0, 0};
   bool overflow = false;
+  std::atomic<bool> changed{false};
 #pragma omp parallel num_threads(threads_for(args.change.size, threads))
   {
     const auto block = std::make_unique<Bits>();
@@ -213,14 +214,16 @@ Compacted sparse_compact(const CompactArgs& args, int threads) {
         overflow |= !fits;
       }
       if (!args.out || !fits) continue;
+      const int counted = static_cast<int>(found - ties + keep);
       if (keep < ties) found = drop_ties(args.change, c, args.threshold, *block, positions.get(), found, keep);
+      if (found != counted) changed = true, found = std::min(found, counted);  // someone writes the tensor meanwhile
       if (args.wide)
         write<int64_t>(args.out, at, c * kChunk, positions.get(), found);
       else
         write<int32_t>(args.out, at, c * kChunk, positions.get(), found);
     }
   }
-  return overflow ? Compacted{-1, 0} : done;
+  return overflow || changed ? Compacted{-1, 0} : done;
 }
 
 }  // namespace FD_ISA

@@ -97,3 +97,9 @@ def test_a_tensor_whose_memory_is_gone_is_refused() -> None:
     gone.untyped_storage().resize_(0)
     with pytest.raises(ValueError, match="a tensor of 14 elements has no memory"):
         _C.cross_entropy_rows(gone, torch.zeros(2, dtype=torch.int64), torch.ones(2), torch.ones(2), None, None, 1)
+
+
+def test_a_negative_number_of_ties_is_refused() -> None:
+    """It once let more positions be written than there was room for."""
+    with pytest.raises(ValueError, match="ties is -1, expected at least 0"):
+        _C.sparse_compact(torch.zeros(9), torch.zeros(9), torch.zeros(3, dtype=torch.int64), 0, -1, 1)
