@@ -223,7 +223,8 @@ INDICES = ("labels", "columns", "index")
 def changed(d: Draw, x: Tensor) -> Tensor:
     """The tensor, with something about it that the binding has to see, or that it may not mind."""
     kind = d.randrange(9)
-    if x.numel() > 1 << 20:  # has been made huge: a copy would need the memory
+    gone = x.numel() and not x.untyped_storage().nbytes()
+    if gone or x.numel() > 1 << 20:  # torch itself would read what is not there, or copy what is huge
         return x
     if kind == 0:
         return x.to(d.choice(DTYPES))
@@ -242,9 +243,9 @@ def changed(d: Draw, x: Tensor) -> Tensor:
         x.view(-1)[d.randrange(x.numel())] = d.choice([-1, 1 << 30, -(1 << 31), (1 << 31) - 1])
         return x
     if kind == 7:
-        gone = x.clone()
-        gone.untyped_storage().resize_(0)
-        return gone
+        x = x.clone()
+        x.untyped_storage().resize_(0)
+        return x
     return x.expand(x.shape) if kind == 8 else x.flip(0) if x.dim() else x
 
 

@@ -32,7 +32,8 @@ struct CompactArgs {
 };
 
 struct Compacted {
-  int64_t count, ties;  // entries written, and how many of them are ties; count -1: more than the capacity, or others than were counted
+  int64_t count, ties;  // entries written, and how many of them are ties; count -1: more than the capacity, or others
+                        // than were counted
 };
 
 // Columns of the table of one update, a row a tensor, all int64: addresses (0 for what is absent) and sizes.
