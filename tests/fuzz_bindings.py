@@ -259,7 +259,7 @@ def one(family: str, number: int) -> str:
         value = call[name]
         with contextlib.suppress(RuntimeError):  # torch itself knows no such tensor
             call[name] = changed(d, value) if isinstance(value, Tensor) else d.choice([value, None, -1, 1 << 40, "x"])
-    written = [call[name] for name in INDICES if isinstance(call.get(name), Tensor) and call[name].is_contiguous()]
+    written = [call[name] for name in INDICES if isinstance(call.get(name), Tensor) and call[name].is_contiguous() and call[name].dtype in (torch.int32, torch.int64)]  # fmt: skip
     written = [
         x for x in written if x.numel() and x.untyped_storage().nbytes() >= x.nbytes
     ]  # torch writes past the end
