@@ -90,11 +90,12 @@ __attribute__((noinline)) void centred_gradient(const T* p, const T* slope, T ce
 }
 
 // Of forward KL, from what the statistics kept: with delta = x + y, e^delta - 1 = E (1 + e) + e of both terms' own.
+// The factor last, as in pass: a backward's own then rounds as it does of a gradient that is there.
 template <class T>
-__attribute__((noinline)) void kept_gradient(const T* weights, const T* growths, T whole, T growth, T factor, int n,
-                                             T* gradient) {
+__attribute__((noinline)) void kept_gradient(const T* weights, const T* growths, T whole, T growth, T share, T factor,
+                                             int n, T* gradient) {
 #pragma omp simd
-  for (int i = 0; i < n; ++i) gradient[i] = factor * weights[i] * (growths[i] * whole + growth);
+  for (int i = 0; i < n; ++i) gradient[i] = factor * (share * weights[i] * (growths[i] * whole + growth));
 }
 
 template <class Rule, class T>
@@ -265,13 +266,13 @@ class Kernel {
   }
 
   void from_weights(int64_t r, const Row<T>& row, Block<T>& block, Kept<T>& kept, const Label<T>* label) const {
-    const double factor = static_cast<double>(gradient_factor(r)) * row.stats.inv_sum;
+    const T factor = gradient_factor(r);
     for_written(r, row, block, label, [&](int64_t begin, int n, T* out) {
       const Unit<T> unit = kept.unit(begin);
       const double y = static_cast<double>(unit.difference) - row.stats.reference - row.stats.log_ratio;
       const double down = std::exp((static_cast<double>(unit.teacher) - row.stats.max) * row.tempering.inv_teacher);
       kept_gradient(kept.first(begin), kept.second(begin), static_cast<T>(std::exp(y)), static_cast<T>(std::expm1(y)),
-                    static_cast<T>(factor * down), n, out);
+                    static_cast<T>(down * row.stats.inv_sum), factor, n, out);
     });
   }
 
