@@ -124,7 +124,11 @@ def _logits(divergence: str, temperature: float) -> Callable[[Tensors], Tensor]:
         back = F.kl_div(m, p, reduction="batchmean", log_target=True)
         return 0.5 * (forth + back) * temperature**2
 
-    return {"forward_kl": forward_kl, "jsd": jsd}[divergence]
+    def reverse_kl(x: Tensors) -> Tensor:
+        p, q = (F.log_softmax(x[name] / temperature, dim=-1) for name in ("student", "teacher"))
+        return F.kl_div(q, p, reduction="batchmean", log_target=True) * temperature**2
+
+    return {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "jsd": jsd}[divergence]
 
 
 def _linear(divergence: str, temperature: float) -> Callable[[Tensors], Tensor]:

@@ -1,7 +1,6 @@
 """The teacher on a process (and device) of its own, which sends its hidden states to those that train the student.
 
-torchrun --nproc-per-node 3 examples/teacher_rank.py --out run.pt   # the last of the processes has the teacher
-python examples/teacher_rank.py                                     # one process of both: the same losses
+torchrun --nproc-per-node 3 examples/teacher_rank.py --out run.pt  # the last has the teacher; without torchrun all in one
 
 The head crosses once, then states (rows, D) for each batch: never logits. Small random models and data. A process that
 ends takes the others with it, within a minute, and the same call again goes on from the file `--out`.
@@ -18,9 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import fastdistil as fd
 
 VOCABULARY, ROWS, LENGTH, WIDTH = 300, 4, 12, 48
-BATCHES = torch.randint(
-    3, VOCABULARY, (4, ROWS, LENGTH), generator=torch.Generator().manual_seed(0)
-)  # on every process
+SEED = torch.Generator().manual_seed(0)
+BATCHES = torch.randint(3, VOCABULARY, (4, ROWS, LENGTH), generator=SEED)  # on every process
 
 
 def language_model(layers: int, width: int) -> LlamaForCausalLM:

@@ -59,10 +59,12 @@ def is_composable(path: Path) -> bool:
         return (path / FILE).exists()
     try:
         with path.open("rb") as file:
-            start = file.read(4)
+            start = file.read(9)
     except OSError:
         return False
-    return start == b"PK\x03\x04" or start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04")
+    if start[4:] == b"\0\0\0\0{":  # safetensors': a length, whose first bytes may be any, and JSON
+        return False
+    return start[:4] == b"PK\x03\x04" or start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04")
 
 
 def file_of(path: Path) -> Path:

@@ -263,6 +263,8 @@ def test_clusters_of_every_size(emulator: Emulator, blocks: int, columns: int) -
                 stats[:, 3] += stats[:, 5] + stats[:, 2] / t_s - stats[:, 10] / t_t
                 stats[:, 7] += stats[:, 6] / t_s
                 stats[:, [2, 5, 6, 9, 10]] = 0
+                if divergence == "forward_kl":  # it has no centre, and the CPU's says how its gradient was made
+                    stats[:, 4] = 0
             near = [r for r in range(7) if r != 5]
             assert error(found[1][near], truth[1][near]) <= EXACT_VALUE
         for view in (student, gradient):

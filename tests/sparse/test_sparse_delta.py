@@ -386,3 +386,17 @@ def test_a_failed_write_leaves_the_file_before(tmp_path: Path, monkeypatch: pyte
         SparseDelta({"x": torch.tensor([0])}, {"x": torch.ones(1)}, {"x": (3,)}).save(path)
     assert path.read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["d.safetensors", "good.safetensors"]
+
+
+def test_a_header_of_any_length_is_read(tmp_path: Path) -> None:
+    """The first bytes of a header of 640, 896 or 1,152 bytes are those of a pickle, which composable-sft's files are."""
+    path, at, values = tmp_path / "d.safetensors", {"x": torch.tensor([0])}, {"x": torch.ones(1)}
+
+    def length(name: str) -> int:
+        SparseDelta(at, values, {"x": (3,)}, base_model=name).save(path)
+        assert SparseDelta.load(path).base_model == name
+        return int(struct.unpack("<Q", path.read_bytes()[:8])[0])
+
+    short = length("m")
+    for wanted in (640, 896, 1152):
+        assert length("m" * (1 + wanted - short)) == wanted

@@ -265,7 +265,7 @@ BAD = [
     (lambda p: topk_writer(p).add(values=torch.ones(3, 2), indices=torch.ones(4, 2).long()), ValueError, r"indices has shape \(4, 2\), expected \(tokens, 2\)"),
     (lambda p: topk_writer(p).add(values=torch.ones(1, 3, 2), indices=torch.ones(1, 3, 2).long()), ValueError, "of one example"),
     (lambda p: topk_writer(p).add(values=torch.ones(3, 2), indices=torch.ones(3, 2)), TypeError, "indices has dtype torch.float32"),
-    (lambda p: topk_writer(p).add(values=torch.ones(3, 2), indices=torch.full((3, 2), 9)), ValueError, "indices holds one outside of 0 to 8"),
+    (lambda p: topk_writer(p).add(values=torch.ones(3, 2), indices=torch.full((3, 2), 9)), ValueError, "indices holds 9, expected 0 to 8"),
 ]  # fmt: skip
 
 
