@@ -1,6 +1,6 @@
 """The teacher on a process (and device) of its own, which sends its hidden states to those that train the student.
 
-torchrun --nproc-per-node 3 examples/teacher_rank.py --out run.pt  # the last has the teacher; without torchrun all in one
+torchrun --nproc-per-node 3 examples/teacher_rank.py --out run.pt   # the last has the teacher; one process has all
 
 The head crosses once, then states (rows, D) for each batch: never logits. Small random models and data. A process that
 ends takes the others with it, within a minute, and the same call again goes on from the file `--out`.
