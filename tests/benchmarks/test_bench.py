@@ -212,6 +212,7 @@ def test_resume_measures_what_is_missing(tmp_path: Path, monkeypatch: pytest.Mon
     assert seen == names * 2
 
 
+@pytest.mark.soak
 def test_report_has_tables_figures_and_marks(records: list[dict[str, Any]], tmp_path: Path) -> None:
     old = [{**r, "kernel_hash": "0" * 16} for r in records]
     exact = exactness.measure(("eager", "fastdistil:reference"), ("float32", "bfloat16"), {"N": 2, "V": 77}, DEVICE)

@@ -57,6 +57,7 @@ def test_sizes_are_those_of_transformers(model: scaling_tables.Work) -> None:
         assert sum(p.numel() for p in block.parameters()) == numbers(one.block())
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("family", ["llama", "bert"])

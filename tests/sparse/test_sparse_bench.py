@@ -113,6 +113,7 @@ def test_names_that_nothing_has_are_refused() -> None:
             sparse.work(case, "cpu").build("magic").run()
 
 
+@pytest.mark.soak
 def test_memory_of_a_step_is_its_state() -> None:
     """The first step is measured: moments of every entry, or of the chosen ones."""
     if not measure.Path("/proc/self/clear_refs").exists():

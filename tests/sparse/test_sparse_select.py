@@ -155,6 +155,7 @@ def test_a_lazy_base_is_read_tensor_by_tensor() -> None:
     assert lazy.most <= 3  # the one in use, and what detach() makes of it
 
 
+@pytest.mark.soak
 def test_positions_beyond_int32_are_int64() -> None:
     size = 2**31 + 5
     memory = torch.zeros(size + 1, dtype=torch.bfloat16)  # which takes none as long as nobody writes
