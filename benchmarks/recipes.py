@@ -216,7 +216,7 @@ def bistil(bench: Bench) -> dict[str, Any]:
         def make(out: Path, student: Path = student, more: Mapping[str, Any] = more) -> Path:
             options = {
                 "student": str(student), "teacher": str(tagger), "train": [bench.part("en", "dev")], "out": out,
-                "seed": bench.seed, "steps": bench.steps(250), "lr": 3e-4, "warmup_share": 0.1,
+                "seed": bench.seed, "steps": bench.steps(500), "lr": 5e-4, "warmup_share": 0.1,
                 "head_steps": bench.steps(60), "freeze_embeddings": True, "batch_size": 16, "max_length": 96,
                 "resume": True, "data_licence": LICENCE, **more,
             }  # fmt: skip
