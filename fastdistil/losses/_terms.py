@@ -206,5 +206,5 @@ def _way_to_shape(name: str, came: torch.Size, wanted: torch.Size) -> str:
     if came.numel() == wanted.numel():
         return f" (labels.reshape{tuple(wanted)} has it)"
     if came[:-1] == wanted[:-1] and came and wanted and abs(came[-1] - wanted[-1]) == 1:
-        return " (of a causal model, logits[:, :-1] and labels[:, 1:] belong together)"
+        return " (shift=True takes a causal model's logits and labels as they are, unsliced)"
     return ""

@@ -51,8 +51,8 @@ MISTAKES = [
     # labels
     Mistake("labels-without-a-weight", lambda _: fd.logit_loss(LOGITS, LOGITS, labels=LABELS), "labels", "without label_weight", "expected both"),
     Mistake("a-label-weight-without-labels", lambda _: fd.logit_loss(LOGITS, LOGITS, label_weight=0.5), "label_weight", "0.5 without labels", "both or neither"),
-    Mistake("unshifted-labels", lambda _: fd.logit_loss(SHORT, SHORT, labels=LABELS, label_weight=0.5), "labels", "(2, 5)", "(2, 4)", "labels[:, 1:]"),
-    Mistake("unshifted-logits", lambda _: fd.logit_loss(LOGITS, LOGITS, labels=LABELS[:, 1:], label_weight=0.5), "labels", "(2, 4)", "(2, 5)", "logits[:, :-1]"),
+    Mistake("unshifted-labels", lambda _: fd.logit_loss(SHORT, SHORT, labels=LABELS, label_weight=0.5), "labels", "(2, 5)", "(2, 4)", "shift=True"),
+    Mistake("unshifted-logits", lambda _: fd.logit_loss(LOGITS, LOGITS, labels=LABELS[:, 1:], label_weight=0.5), "labels", "(2, 4)", "(2, 5)", "shift=True"),
     Mistake("flat-labels", lambda _: fd.logit_loss(LOGITS, LOGITS, labels=LABELS.flatten(), label_weight=0.5), "labels", "(10,)", "(2, 5)", "reshape"),
     Mistake("one-hot-labels", lambda _: fd.logit_loss(LOGITS, LOGITS, labels=LOGITS.round().long(), label_weight=0.5), "labels", "(2, 5, 7)", "(2, 5)", "argmax(-1)"),
     Mistake("labels-in-float", lambda _: fd.logit_loss(LOGITS, LOGITS, labels=LABELS.float(), label_weight=0.5), "labels", "torch.float32", "int64", ".long()"),
